@@ -1,0 +1,50 @@
+"""Root-mean-square normalisation, with the rounding of the published code."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsv2_ref.checks import require
+
+
+class DeepseekV2RMSNorm(nn.Module):
+    """Divide each token by its root mean square and scale every feature: ``w * x / rms(x)``.
+
+    ``rms(x) = sqrt(mean(x**2) + eps)`` over the last axis. The statistics are computed in float32 (float64 for a
+    float64 input) and rounded to the input's dtype *before* the weight is applied, as in the published modeling code;
+    ``torch.nn.functional.rms_norm`` rounds once, after the weight, and so differs in the last bit of bfloat16.
+
+    Args:
+        hidden_size: number of features D, positive.
+        eps: added to the mean square, in units of the squared input; finite and at least
+            the smallest normal float32, so that a token of zeros gives zeros and not NaN.
+
+    Raises:
+        ValueError: for a size or an epsilon out of range, and for an input whose last axis is not D or whose dtype
+            is not floating point.
+
+    Source: Zhang and Sennrich (2019), equation 4; ``DeepseekV2RMSNorm`` of the published code.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        require(hidden_size > 0, "hidden_size", hidden_size, "a positive number of features")
+        tiny = torch.finfo(torch.float32).tiny
+        require(tiny <= eps < float("inf"), "eps", eps, f"a finite number, at least {tiny:.3g}")
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        """Normalise the last axis; the result has the dtype that weight and input promote to."""
+        require(
+            hidden_states.is_floating_point() and hidden_states.shape[-1:] == self.weight.shape,
+            "hidden_states",
+            f"{tuple(hidden_states.shape)} {hidden_states.dtype}",
+            f"floating-point numbers whose last axis is {self.weight.numel()}",
+        )
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.variance_epsilon}"
