@@ -20,8 +20,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def softmax_temperature(scaling: RopeScaling | None) -> float:
     """What YaRN multiplies the attention scores by: m(mscale_all_dim)**2, and 1 without YaRN.
 
-    Source: the published attention's ``softmax_scale``; it equals the paper's sqrt(t) = 0.0707 ln s + 1, squared, for
-    s = 40 and mscale_all_dim = 0.707.
+    Source: the published attention's ``softmax_scale``. With mscale_all_dim = 0.707 it is the paper's t, given there
+    as sqrt(t) = 0.0707 ln s + 1 (DeepSeek-V2, section 3.1.4).
     """
     if scaling is None or scaling.type != "yarn":
         return 1.0
