@@ -85,7 +85,7 @@ class LayerCache:
         buffer, length = self._storage.buffer, self.length + new.shape[1]
         alike = (new.shape[:1] + new.shape[2:], new.dtype, new.device)
         wanted = (buffer.shape[:1] + buffer.shape[2:], buffer.dtype, buffer.device)
-        require(alike == wanted, "new tokens", _describe(new), f"like those remembered, {_describe(self.tokens)}")
+        require(alike == wanted, "past_key_value", self, "one that fits the new tokens, {} {} on {}", *alike)
         if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
             return type(self)(self.layer_idx, torch.cat((self.tokens, new), dim=1))
         storage = self._storage

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 
-def require(condition: bool, name: str, value: Any, wanted: str, error: type[Exception] = ValueError) -> None:
-    """Raise ``error`` naming the argument, what it was and what it should be, unless ``condition`` holds."""
+def require(condition: bool, name: str, value: Any, wanted: str, *details: Any, error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` naming the argument, what it was and what it should be, unless ``condition`` holds.
+
+    A tensor is described by shape, dtype and device. ``details`` fill the braces of ``wanted``; nothing is formatted
+    unless the error is raised, so that a check costs no time and a compiled layer keeps its sizes symbolic.
+    """
     if not condition:
-        raise error(f"{name} is {value!r}; wanted {wanted}")
+        shown = f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
+        raise error(f"{name} is {shown}; wanted {wanted.format(*details)}")
 
 
 def require_values(condition: Tensor, name: str, value: str, wanted: str) -> None:
@@ -20,7 +25,9 @@ def require_values(condition: Tensor, name: str, value: str, wanted: str) -> Non
     """
     if condition.device.type == "meta":
         return
+    message = f"{name} is {value}; wanted {wanted}"
     if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        require(bool(condition), name, value, wanted)
+        if not condition:
+            raise ValueError(message)
     else:
-        torch._assert_async(condition, f"{name} is {value}; wanted {wanted}")
+        torch._assert_async(condition, message)

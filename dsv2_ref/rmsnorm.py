@@ -39,8 +39,9 @@ class DeepseekV2RMSNorm(nn.Module):
         require(
             hidden_states.is_floating_point() and hidden_states.shape[-1:] == self.weight.shape,
             "hidden_states",
-            f"{tuple(hidden_states.shape)} {hidden_states.dtype}",
-            f"floating-point numbers whose last axis is {self.weight.numel()}",
+            hidden_states,
+            "floating-point numbers whose last axis is {}",
+            self.weight.numel(),
         )
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)

@@ -1,0 +1,374 @@
+"""Multi-head latent attention (MLA), and plain multi-head attention (MHA) for the models without it."""
+
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from dsv2_ref.attend import attend_eager, attend_flash, attend_latent, attend_sdpa, load_flash_attn
+from dsv2_ref.cache import KeyValueCache, LatentCache, LayerCache
+from dsv2_ref.checks import require, require_values
+from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.masks import Visibility
+from dsv2_ref.projection import projection, require_features
+from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
+from dsv2_ref.rope import rotary_tables, rotate_half_split, rotate_interleaved, softmax_temperature
+
+
+class _Attention(nn.Module):
+    """What MLA and MHA share: reading the input, positions and masks, and the choice of kernel."""
+
+    cache_class: ClassVar[type[LayerCache]]
+    cache_features: tuple[int, ...]
+    rotary_dim: int
+    softmax_scale: float
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__()
+        require(isinstance(layer_idx, int) and layer_idx >= 0, "layer_idx", layer_idx, "the layer's index, 0 or more")
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.attention_dropout = config.attention_dropout
+        self.implementation = config._attn_implementation
+        if self.implementation == "flash_attention_2":
+            load_flash_attn()
+
+    def empty_cache(self, batch: int, capacity: int = 0) -> Any:
+        """A cache of this layer without tokens and with room for ``capacity`` of each sequence, for ``past_key_value``."""
+        weight = self.o_proj.weight
+        return self.cache_class.empty(
+            self.layer_idx, batch, self.cache_features, capacity=capacity, dtype=weight.dtype, device=weight.device
+        )
+
+    def _read(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_value: Any,
+        output_attentions: bool,
+    ) -> tuple[Visibility, Tensor, Tensor]:
+        """Refuse what cannot be computed; the visible keys, and cosines and sines (batch, seq, pairs)."""
+        require(hidden_states.ndim == 3, "hidden_states", hidden_states, "(batch, seq, hidden)")
+        require_features(hidden_states, self.input_weight)
+        require(
+            not output_attentions or self.implementation == "eager",
+            "output_attentions",
+            output_attentions,
+            "False: _attn_implementation={!r} never holds the weights, 'eager' does",
+            self.implementation,
+        )
+        past_length = 0
+        if past_key_value is not None:
+            require(
+                type(past_key_value) is self.cache_class and past_key_value.layer_idx == self.layer_idx,
+                "past_key_value",
+                past_key_value,
+                "the {} that layer {} returned",
+                self.cache_class.__name__,
+                self.layer_idx,
+            )
+            past_length = past_key_value.length
+        batch, seq, _ = hidden_states.shape
+        kv_seq, device = past_length + seq, hidden_states.device
+        if position_ids is None:
+            position_ids = torch.arange(past_length, kv_seq, device=device)[None]
+        else:
+            integers = not (position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool)
+            require(
+                position_ids.shape in ((batch, seq), (1, seq)) and integers and position_ids.device == device,
+                "position_ids",
+                position_ids,
+                "integers ({} or 1, {}) on {}",
+                batch,
+                seq,
+                device,
+            )
+            require_values((position_ids >= 0).all(), "position_ids", "negative somewhere", "positions from 0 on")
+        visible = Visibility.of(attention_mask, batch, self.num_heads, seq, kv_seq, device)
+        cos, sin = rotary_tables(
+            position_ids,
+            self.rotary_dim,
+            self.config.rope_theta,
+            self.config.rope_scaling,
+            max_position_embeddings=self.config.max_position_embeddings,
+            kv_length=kv_seq,
+            dtype=hidden_states.dtype,
+        )
+        return visible, cos, sin
+
+    def _remember(self, new: Tensor, past_key_value: Any, use_cache: bool) -> Any:
+        """The cache with the new tokens; one that nobody keeps needs no room to grow."""
+        if past_key_value is None and not use_cache:
+            return self.cache_class(self.layer_idx, new)
+        if past_key_value is None:
+            past_key_value = self.cache_class.empty(
+                self.layer_idx, len(new), self.cache_features, dtype=new.dtype, device=new.device
+            )
+        return past_key_value.append(new)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility
+    ) -> tuple[Float[Tensor, "batch heads seq value_width"], Float[Tensor, "batch heads seq kv_seq"] | None]:
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.implementation == "eager":
+            return attend_eager(query, key, value, visible, self.softmax_scale, dropout)
+        attend = attend_flash if self.implementation == "flash_attention_2" else attend_sdpa
+        return attend(query, key, value, visible, self.softmax_scale, dropout), None
+
+
+class DeepseekV2Attention(_Attention):
+    """Multi-head latent attention: keys and values of all heads are read from one latent vector a token.
+
+    With the letters of DeepSeek-V2, section 2.1: a token h is compressed to a latent c of C = ``kv_lora_rank`` numbers
+    and one key of R = ``qk_rope_head_dim`` numbers that carries the position; these C + R numbers are all that is
+    cached. Head i then has the key [W_UK c, k_rope] and the value W_UV c. Queries are compressed as well, to
+    ``q_lora_rank`` numbers, unless that is None.
+
+    Two forms compute the same from the same weights. *Expanded* makes every head's keys and values from the latents,
+    which is cheap for many queries. *Absorbed* moves W_UK to the query and W_UV behind the softmax, so that all heads
+    attend to the latents themselves, which is cheap for few queries over many keys. The attribute ``form`` holds
+    ``expanded``, ``absorbed`` or ``auto``, which picks by the count of operations (`cheaper_form`). The absorbed form
+    reads ``kv_b_proj.weight`` itself, without calling the module.
+
+    Args:
+        config: hyperparameters; ``_attn_implementation`` chooses ``eager``, ``sdpa`` or ``flash_attention_2``. The
+            absorbed form runs as plain products in all three: no fused kernel takes keys of width C + R.
+        layer_idx: index of the layer; its cache carries it.
+
+    Raises:
+        ImportError: for ``flash_attention_2`` where flash-attn is not installed.
+        ValueError: from `forward`, before anything has changed, for an input that does not fit.
+
+    Source: DeepSeek-V2, equations 1 to 19 and appendix C; ``DeepseekV2Attention`` of the published code.
+    """
+
+    cache_class = LatentCache
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        require(config.use_mla and config.kv_lora_rank is not None, "use_mla", config.use_mla, "True for latent attention")
+        self.kv_lora_rank: int = config.kv_lora_rank or 0
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.rotary_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.cache_features = (self.kv_lora_rank + self.rotary_dim,)
+        self.softmax_scale = self.qk_head_dim**-0.5 * softmax_temperature(config.rope_scaling)
+        self.form = config.mla_form
+
+        hidden, heads, std, bias = config.hidden_size, self.num_heads, config.initializer_range, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = projection(hidden, heads * self.qk_head_dim, std)
+        else:
+            self.q_a_proj = projection(hidden, config.q_lora_rank, std, bias)
+            self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank)
+            self.q_b_proj = projection(config.q_lora_rank, heads * self.qk_head_dim, std)
+        self.kv_a_proj_with_mqa = projection(hidden, self.kv_lora_rank + self.rotary_dim, std, bias)
+        self.kv_a_layernorm = DeepseekV2RMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = projection(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), std)
+        self.o_proj = projection(heads * self.v_head_dim, hidden, std, bias)
+
+    @property
+    def input_weight(self) -> Float[Tensor, "out hidden"]:
+        """A matrix that multiplies the hidden states: it says which width, dtype and device they must have."""
+        return self.kv_a_proj_with_mqa.weight
+
+    def cheaper_form(self, seq: int, kv_seq: int) -> str:
+        """The form with fewer multiplications for ``seq`` causal queries over ``kv_seq`` keys.
+
+        A head costs K·C(N+V) + P(N+R+V) expanded and S·C(N+V) + P(2C+R) absorbed, where P is the number of
+        query-key pairs; what both share (compression, queries, output) is left out.
+        """
+        latent, rope, value = self.kv_lora_rank, self.rotary_dim, self.v_head_dim
+        pairs = seq * kv_seq - seq * (seq - 1) // 2
+        expand = latent * (self.qk_nope_head_dim + value)
+        expanded = kv_seq * expand + pairs * (self.qk_head_dim + value)
+        absorbed = seq * expand + pairs * (2 * latent + rope)
+        return "absorbed" if absorbed < expanded else "expanded"
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch seq hidden"],
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+        position_ids: Int[Tensor, "#batch seq"] | None = None,
+        past_key_value: LatentCache | None = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+    ) -> tuple[
+        Float[Tensor, "batch seq hidden"], Float[Tensor, "batch heads seq kv_seq"] | None, LatentCache | None
+    ]:
+        """Attend from every token to those before it, the remembered ones included.
+
+        Args:
+            hidden_states: normalised tokens, in the dtype of the weights.
+            attention_mask: see `Visibility.of`; None is causal.
+            position_ids: places of the tokens, 0 or more; None continues from the cache.
+            past_key_value: what an earlier call of this layer returned with ``use_cache=True``.
+            output_attentions: return the weights as well (``eager`` only).
+            use_cache: return a cache that includes these tokens.
+
+        Returns:
+            ``(attn_output, attn_weights, present)``; the last two are None where not asked for.
+        """
+        visible, cos, sin = self._read(hidden_states, attention_mask, position_ids, past_key_value, output_attentions)
+        q_nope, q_pe = self._queries(hidden_states, cos, sin)
+        present = self._remember(self._compress(hidden_states, cos, sin), past_key_value, use_cache)
+
+        form = self.cheaper_form(visible.seq, visible.kv_seq) if self.form == "auto" else self.form
+        require(form in ("expanded", "absorbed"), "form", form, "expanded, absorbed or auto")
+        if form == "absorbed":
+            out, weights = self._absorbed(q_nope, q_pe, present, visible, output_attentions)
+        else:
+            out, weights = self._expanded(q_nope, q_pe, present, visible)
+        attn_output = self.o_proj(out.transpose(1, 2).flatten(2))
+        return attn_output, weights if output_attentions else None, present if use_cache else None
+
+    def _queries(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Float[Tensor, "batch heads seq nope"], Float[Tensor, "batch heads seq rope"]]:
+        """Each head's query: the part without position, and the rotated part (equations 12 to 16)."""
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
+        q_nope, q_pe = query.split((self.qk_nope_head_dim, self.rotary_dim), dim=-1)
+        return q_nope, rotate_interleaved(q_pe, cos[:, None], sin[:, None])
+
+    def _compress(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Float[Tensor, "batch seq latent_and_rope"]:
+        """What is remembered of each token: its latent, normalised, and its rotated key (equations 9 and 15)."""
+        compressed_kv, k_pe = self.kv_a_proj_with_mqa(hidden_states).split((self.kv_lora_rank, self.rotary_dim), dim=-1)
+        return torch.cat((self.kv_a_layernorm(compressed_kv), rotate_interleaved(k_pe, cos, sin)), dim=-1)
+
+    def _expanded(
+        self, q_nope: Tensor, q_pe: Tensor, remembered: LatentCache, visible: Visibility
+    ) -> tuple[Float[Tensor, "batch heads seq v"], Float[Tensor, "batch heads seq kv_seq"] | None]:
+        """Make every head's keys and values from the latents, then attend as any multi-head attention."""
+        compressed_kv, k_pe = remembered.split(self.kv_lora_rank)
+        kv = self.kv_b_proj(compressed_kv).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, value = kv.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        key = torch.cat((k_nope, k_pe[:, None].expand(-1, self.num_heads, -1, -1)), dim=-1)
+        return self._attend(torch.cat((q_nope, q_pe), dim=-1), key, value, visible)
+
+    def _absorbed(
+        self, q_nope: Tensor, q_pe: Tensor, remembered: LatentCache, visible: Visibility, want_weights: bool
+    ) -> tuple[Float[Tensor, "batch heads seq v"], Float[Tensor, "batch heads seq kv_seq"] | None]:
+        """Take the queries to the latents instead: qᵀ(W_UK c) = (W_UKᵀ q)ᵀ c and Σ p (W_UV c) = W_UV Σ p c."""
+        batch, heads, seq, _ = q_nope.shape
+        w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.kv_lora_rank).split(
+            (self.qk_nope_head_dim, self.v_head_dim), dim=1
+        )
+        by_head = q_nope.transpose(0, 1).reshape(heads, batch * seq, -1)
+        q_latent = torch.bmm(by_head, w_uk).view(heads, batch, seq, -1).transpose(0, 1)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended, weights = attend_latent(
+            torch.cat((q_latent, q_pe), dim=-1),
+            remembered.tokens,
+            self.kv_lora_rank,
+            visible,
+            self.softmax_scale,
+            dropout,
+            want_weights,
+        )
+        by_head = attended.transpose(0, 1).reshape(heads, batch * seq, -1)
+        return torch.bmm(w_uv, by_head.mT).view(heads, -1, batch, seq).permute(2, 0, 3, 1), weights
+
+
+class DeepseekV2FlashAttention2(DeepseekV2Attention):
+    """`DeepseekV2Attention` whose expanded form runs in flash-attn 2, whatever the configuration says.
+
+    Raises:
+        ImportError: where flash-attn is not installed, with what to do.
+    """
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        load_flash_attn()
+        self.implementation = "flash_attention_2"
+
+
+class MultiHeadAttention(_Attention):
+    """Plain multi-head attention with rotated keys, and grouped KV heads where ``num_key_value_heads`` is smaller.
+
+    Takes and returns what `DeepseekV2Attention` does; its cache holds a key and a value for every KV head. Heads are
+    ``hidden_size / num_attention_heads`` wide and rotate in half-split pairs. The scores carry no YaRN temperature, as
+    in the published code.
+
+    Source: Vaswani et al. (2017), section 3.2; Ainslie et al. (2023) for grouped heads; the ``mha_*`` entries of the
+    published ``ATTENTION_CLASSES``, which are Llama's attention.
+    """
+
+    cache_class = KeyValueCache
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        require(not config.use_mla, "use_mla", config.use_mla, "False for plain multi-head attention")
+        self.head_dim = config.hidden_size // self.num_heads
+        self.num_key_value_heads = config.num_key_value_heads or self.num_heads
+        self.rotary_dim = self.head_dim
+        self.cache_features = (2, self.num_key_value_heads, self.head_dim)
+        self.softmax_scale = self.head_dim**-0.5
+
+        hidden, std, bias = config.hidden_size, config.initializer_range, config.attention_bias
+        self.q_proj = projection(hidden, hidden, std, bias)
+        self.k_proj = projection(hidden, self.num_key_value_heads * self.head_dim, std, bias)
+        self.v_proj = projection(hidden, self.num_key_value_heads * self.head_dim, std, bias)
+        self.o_proj = projection(hidden, hidden, std, bias)
+
+    @property
+    def input_weight(self) -> Float[Tensor, "out hidden"]:
+        """A matrix that multiplies the hidden states: it says which width, dtype and device they must have."""
+        return self.q_proj.weight
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch seq hidden"],
+        attention_mask: Shaped[Tensor, "..."] | None = None,
+        position_ids: Int[Tensor, "#batch seq"] | None = None,
+        past_key_value: KeyValueCache | None = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+    ) -> tuple[
+        Float[Tensor, "batch seq hidden"], Float[Tensor, "batch heads seq kv_seq"] | None, KeyValueCache | None
+    ]:
+        """Attend from every token to those before it; arguments and result as in `DeepseekV2Attention.forward`."""
+        visible, cos, sin = self._read(hidden_states, attention_mask, position_ids, past_key_value, output_attentions)
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = cos[:, :, None], sin[:, :, None]
+        query, key = rotate_half_split(query, cos, sin), rotate_half_split(key, cos, sin)
+        present = self._remember(torch.stack((key, value), dim=2), past_key_value, use_cache)
+
+        keys, values = present.keys.transpose(1, 2), present.values.transpose(1, 2)
+        out, weights = self._attend(query.transpose(1, 2), keys, values, visible)
+        attn_output = self.o_proj(out.transpose(1, 2).flatten(2))
+        return attn_output, weights if output_attentions else None, present if use_cache else None
+
+
+class MultiHeadFlashAttention2(MultiHeadAttention):
+    """`MultiHeadAttention` in flash-attn 2, whatever the configuration says.
+
+    Raises:
+        ImportError: where flash-attn is not installed, with what to do.
+    """
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        load_flash_attn()
+        self.implementation = "flash_attention_2"
+
+
+ATTENTION_CLASSES: dict[str, type[DeepseekV2Attention] | type[MultiHeadAttention]] = {
+    "mla_eager": DeepseekV2Attention,
+    "mla_sdpa": DeepseekV2Attention,
+    "mla_flash_attention_2": DeepseekV2FlashAttention2,
+    "mha_eager": MultiHeadAttention,
+    "mha_sdpa": MultiHeadAttention,
+    "mha_flash_attention_2": MultiHeadFlashAttention2,
+}
+"""The class for ``"mla_"`` or ``"mha_"`` + ``config._attn_implementation``, as a layer looks it up."""
