@@ -1,125 +1,22 @@
-"""Multi-head latent attention (MLA), and plain multi-head attention (MHA) for the models without it."""
-
-from typing import Any, ClassVar
+"""Multi-head latent attention (MLA), and the table from which a layer picks its attention."""
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsv2_ref.attend import attend_eager, attend_flash, attend_latent, attend_sdpa, load_flash_attn
-from dsv2_ref.cache import KeyValueCache, LatentCache, LayerCache
-from dsv2_ref.checks import require, require_values
+from dsv2_ref.attend import attend_latent
+from dsv2_ref.attention_base import AttentionBase
+from dsv2_ref.cache import LatentCache
+from dsv2_ref.checks import require
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.masks import Visibility
-from dsv2_ref.projection import projection, require_features
+from dsv2_ref.multi_head import MultiHeadAttention, MultiHeadFlashAttention2
+from dsv2_ref.projection import projection
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
-from dsv2_ref.rope import rotary_tables, rotate_half_split, rotate_interleaved, softmax_temperature
+from dsv2_ref.rope import rotate_interleaved, softmax_temperature
 
 
-class _Attention(nn.Module):
-    """What MLA and MHA share: reading the input, positions and masks, and the choice of kernel."""
-
-    cache_class: ClassVar[type[LayerCache]]
-    cache_features: tuple[int, ...]
-    rotary_dim: int
-    softmax_scale: float
-
-    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
-        super().__init__()
-        require(isinstance(layer_idx, int) and layer_idx >= 0, "layer_idx", layer_idx, "the layer's index, 0 or more")
-        self.config = config
-        self.layer_idx = layer_idx
-        self.num_heads = config.num_attention_heads
-        self.attention_dropout = config.attention_dropout
-        self.implementation = config._attn_implementation
-        if self.implementation == "flash_attention_2":
-            load_flash_attn()
-
-    def empty_cache(self, batch: int, capacity: int = 0) -> Any:
-        """A cache of this layer without tokens and with room for ``capacity`` of each sequence, for ``past_key_value``."""
-        weight = self.o_proj.weight
-        return self.cache_class.empty(
-            self.layer_idx, batch, self.cache_features, capacity=capacity, dtype=weight.dtype, device=weight.device
-        )
-
-    def _read(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_value: Any,
-        output_attentions: bool,
-    ) -> tuple[Visibility, Tensor, Tensor]:
-        """Refuse what cannot be computed; the visible keys, and cosines and sines (batch, seq, pairs)."""
-        require(hidden_states.ndim == 3, "hidden_states", hidden_states, "(batch, seq, hidden)")
-        require_features(hidden_states, self.input_weight)
-        require(
-            not output_attentions or self.implementation == "eager",
-            "output_attentions",
-            output_attentions,
-            "False: _attn_implementation={!r} never holds the weights, 'eager' does",
-            self.implementation,
-        )
-        past_length = 0
-        if past_key_value is not None:
-            require(
-                type(past_key_value) is self.cache_class and past_key_value.layer_idx == self.layer_idx,
-                "past_key_value",
-                past_key_value,
-                "the {} that layer {} returned",
-                self.cache_class.__name__,
-                self.layer_idx,
-            )
-            past_length = past_key_value.length
-        batch, seq, _ = hidden_states.shape
-        kv_seq, device = past_length + seq, hidden_states.device
-        if position_ids is None:
-            position_ids = torch.arange(past_length, kv_seq, device=device)[None]
-        else:
-            integers = not (position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool)
-            require(
-                position_ids.shape in ((batch, seq), (1, seq)) and integers and position_ids.device == device,
-                "position_ids",
-                position_ids,
-                "integers ({} or 1, {}) on {}",
-                batch,
-                seq,
-                device,
-            )
-            require_values((position_ids >= 0).all(), "position_ids", "negative somewhere", "positions from 0 on")
-        visible = Visibility.of(attention_mask, batch, self.num_heads, seq, kv_seq, device)
-        cos, sin = rotary_tables(
-            position_ids,
-            self.rotary_dim,
-            self.config.rope_theta,
-            self.config.rope_scaling,
-            max_position_embeddings=self.config.max_position_embeddings,
-            kv_length=kv_seq,
-            dtype=hidden_states.dtype,
-        )
-        return visible, cos, sin
-
-    def _remember(self, new: Tensor, past_key_value: Any, use_cache: bool) -> Any:
-        """The cache with the new tokens; one that nobody keeps needs no room to grow."""
-        if past_key_value is None and not use_cache:
-            return self.cache_class(self.layer_idx, new)
-        if past_key_value is None:
-            past_key_value = self.cache_class.empty(
-                self.layer_idx, len(new), self.cache_features, dtype=new.dtype, device=new.device
-            )
-        return past_key_value.append(new)
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, visible: Visibility
-    ) -> tuple[Float[Tensor, "batch heads seq value_width"], Float[Tensor, "batch heads seq kv_seq"] | None]:
-        dropout = self.attention_dropout if self.training else 0.0
-        if self.implementation == "eager":
-            return attend_eager(query, key, value, visible, self.softmax_scale, dropout)
-        attend = attend_flash if self.implementation == "flash_attention_2" else attend_sdpa
-        return attend(query, key, value, visible, self.softmax_scale, dropout), None
-
-
-class DeepseekV2Attention(_Attention):
+class DeepseekV2Attention(AttentionBase):
     """Multi-head latent attention: keys and values of all heads are read from one latent vector a token.
 
     With the letters of DeepSeek-V2, section 2.1: a token h is compressed to a latent c of C = ``kv_lora_rank`` numbers
@@ -170,11 +67,6 @@ class DeepseekV2Attention(_Attention):
         self.kv_a_layernorm = DeepseekV2RMSNorm(self.kv_lora_rank)
         self.kv_b_proj = projection(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), std)
         self.o_proj = projection(heads * self.v_head_dim, hidden, std, bias)
-
-    @property
-    def input_weight(self) -> Float[Tensor, "out hidden"]:
-        """A matrix that multiplies the hidden states: it says which width, dtype and device they must have."""
-        return self.kv_a_proj_with_mqa.weight
 
     def cheaper_form(self, seq: int, kv_seq: int) -> str:
         """The form with fewer multiplications for ``seq`` causal queries over ``kv_seq`` keys.
@@ -284,83 +176,7 @@ class DeepseekV2FlashAttention2(DeepseekV2Attention):
         ImportError: where flash-attn is not installed, with what to do.
     """
 
-    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        load_flash_attn()
-        self.implementation = "flash_attention_2"
-
-
-class MultiHeadAttention(_Attention):
-    """Plain multi-head attention with rotated keys, and grouped KV heads where ``num_key_value_heads`` is smaller.
-
-    Takes and returns what `DeepseekV2Attention` does; its cache holds a key and a value for every KV head. Heads are
-    ``hidden_size / num_attention_heads`` wide and rotate in half-split pairs. The scores carry no YaRN temperature, as
-    in the published code.
-
-    Source: Vaswani et al. (2017), section 3.2; Ainslie et al. (2023) for grouped heads; the ``mha_*`` entries of the
-    published ``ATTENTION_CLASSES``, which are Llama's attention.
-    """
-
-    cache_class = KeyValueCache
-
-    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        require(not config.use_mla, "use_mla", config.use_mla, "False for plain multi-head attention")
-        self.head_dim = config.hidden_size // self.num_heads
-        self.num_key_value_heads = config.num_key_value_heads or self.num_heads
-        self.rotary_dim = self.head_dim
-        self.cache_features = (2, self.num_key_value_heads, self.head_dim)
-        self.softmax_scale = self.head_dim**-0.5
-
-        hidden, std, bias = config.hidden_size, config.initializer_range, config.attention_bias
-        self.q_proj = projection(hidden, hidden, std, bias)
-        self.k_proj = projection(hidden, self.num_key_value_heads * self.head_dim, std, bias)
-        self.v_proj = projection(hidden, self.num_key_value_heads * self.head_dim, std, bias)
-        self.o_proj = projection(hidden, hidden, std, bias)
-
-    @property
-    def input_weight(self) -> Float[Tensor, "out hidden"]:
-        """A matrix that multiplies the hidden states: it says which width, dtype and device they must have."""
-        return self.q_proj.weight
-
-    def forward(
-        self,
-        hidden_states: Float[Tensor, "batch seq hidden"],
-        attention_mask: Shaped[Tensor, "..."] | None = None,
-        position_ids: Int[Tensor, "#batch seq"] | None = None,
-        past_key_value: KeyValueCache | None = None,
-        output_attentions: bool = False,
-        use_cache: bool = False,
-    ) -> tuple[
-        Float[Tensor, "batch seq hidden"], Float[Tensor, "batch heads seq kv_seq"] | None, KeyValueCache | None
-    ]:
-        """Attend from every token to those before it; arguments and result as in `DeepseekV2Attention.forward`."""
-        visible, cos, sin = self._read(hidden_states, attention_mask, position_ids, past_key_value, output_attentions)
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = cos[:, :, None], sin[:, :, None]
-        query, key = rotate_half_split(query, cos, sin), rotate_half_split(key, cos, sin)
-        present = self._remember(torch.stack((key, value), dim=2), past_key_value, use_cache)
-
-        keys, values = present.keys.transpose(1, 2), present.values.transpose(1, 2)
-        out, weights = self._attend(query.transpose(1, 2), keys, values, visible)
-        attn_output = self.o_proj(out.transpose(1, 2).flatten(2))
-        return attn_output, weights if output_attentions else None, present if use_cache else None
-
-
-class MultiHeadFlashAttention2(MultiHeadAttention):
-    """`MultiHeadAttention` in flash-attn 2, whatever the configuration says.
-
-    Raises:
-        ImportError: where flash-attn is not installed, with what to do.
-    """
-
-    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        load_flash_attn()
-        self.implementation = "flash_attention_2"
+    fixed_implementation = "flash_attention_2"
 
 
 ATTENTION_CLASSES: dict[str, type[DeepseekV2Attention] | type[MultiHeadAttention]] = {

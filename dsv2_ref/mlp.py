@@ -38,5 +38,5 @@ class DeepseekV2MLP(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """Transform every token alike."""
-        require_features(hidden_states, self.gate_proj.weight)
+        require_features(hidden_states, self.hidden_size, self.gate_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

@@ -16,17 +16,20 @@ def projection(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.
     return linear
 
 
-def require_features(hidden_states: Tensor, weight: Tensor) -> None:
-    """Refuse an input that ``weight`` (out, in) cannot multiply; autocast decides the dtypes where it is on."""
+def require_features(hidden_states: Tensor, width: int, weight: Tensor) -> None:
+    """Refuse an input without tokens, of another width, or that ``weight`` cannot meet in dtype or device.
+
+    Autocast decides the dtypes where it is on.
+    """
     require(
-        hidden_states.shape[-1:] == weight.shape[-1:]
+        hidden_states.shape[-1:] == (width,)
         and hidden_states.numel() > 0
         and (hidden_states.dtype == weight.dtype or torch.is_autocast_enabled(hidden_states.device.type))
         and hidden_states.device == weight.device,
         "hidden_states",
         hidden_states,
         "at least one token of {} features, {} on {}, as the weights",
-        weight.shape[-1],
+        width,
         weight.dtype,
         weight.device,
     )
