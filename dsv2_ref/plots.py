@@ -5,6 +5,7 @@ that colour-blind readers can tell apart (Okabe and Ito's), each with a line sty
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -15,7 +16,7 @@ INK = "#333333"
 
 def new_axes(xlabel: str, ylabel: str, height: float = 3.6) -> Axes:
     """Empty axes six inches wide, in the book's style, with the given labels; ``height`` is in inches."""
-    style = {"font.size": 11.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}
+    style: dict[Any, Any] = {"font.size": 11.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}
     style |= {"xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         _, axes = plt.subplots(figsize=(6, height), dpi=160, facecolor="white", layout="constrained")
