@@ -89,7 +89,7 @@ class LayerCache:
         if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
             return type(self)(self.layer_idx, torch.cat((self.tokens, new), dim=1))
         storage = self._storage
-        sealed = buffer.is_inference() and not torch.is_inference_mode_enabled()
+        sealed = not torch.compiler.is_compiling() and buffer.is_inference() and not torch.is_inference_mode_enabled()
         if self.length != storage.used or length > buffer.shape[1] or sealed:
             roomy = buffer.new_empty((buffer.shape[0], length + max(64, length // 4), *buffer.shape[2:]))
             roomy[:, : self.length] = self.tokens

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.grouped import grouped_product
 
 
 def loop_dispatch(
@@ -37,25 +38,18 @@ def grouped_dispatch(
 ) -> Float[Tensor, "tokens hidden"]:
     """`loop_dispatch` without the loop: sort the choices by expert, multiply all groups at once, sort back.
 
-    The host never waits for the device: the groups' sizes stay there. Experts that nobody chose are not read. Each
-    token's outputs are summed in the order of its choices, so that the result does not vary from run to run.
+    The groups' sizes stay on the device, experts that nobody chose are not read (`grouped_product`), and each token's
+    outputs are summed in the order of its choices, so that the result does not vary from run to run.
     """
     tokens, top_k = topk_idx.shape
     choices = topk_idx.flatten()
     order = choices.argsort(stable=True)
     counts = choices.new_zeros(len(gate_up_proj)).scatter_add(0, choices, torch.ones_like(choices))
     group_ends = counts.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(hidden_states[order // top_k], gate_up_proj.mT, offs=group_ends).chunk(2, dim=-1)
-    sorted_out = F.grouped_mm(F.silu(gate) * up, down_proj.mT, offs=group_ends)
+    gate, up = grouped_product(hidden_states[order // top_k], gate_up_proj, group_ends).chunk(2, dim=-1)
+    sorted_out = grouped_product(F.silu(gate) * up, down_proj, group_ends)
     expert_out = sorted_out[order.argsort()].view(tokens, top_k, -1)
     return (expert_out * topk_weight[..., None]).sum(dim=1).to(hidden_states.dtype)
-
-
-def _can_group(hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
-    """Whether torch's grouped product takes this dtype and rows of these lengths, which it wants 16-byte aligned."""
-    sizes = (hidden_states.shape[-1], gate_up_proj.shape[1] // 2)
-    known = hidden_states.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and all(size * hidden_states.element_size() % 16 == 0 for size in sizes)
 
 
 class RoutedExperts(nn.Module):
@@ -80,13 +74,12 @@ class RoutedExperts(nn.Module):
         topk_idx: Int[Tensor, "tokens top_k"],
         topk_weight: Float[Tensor, "tokens top_k"],
     ) -> Float[Tensor, "tokens hidden"]:
-        """Σ weight · expert(token) over each token's choices, grouped where torch can (float64 takes the loop)."""
+        """Σ weight · expert(token) over each token's choices."""
         gate_up_proj, down_proj, device = self.gate_up_proj, self.down_proj, hidden_states.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             hidden_states, gate_up_proj, down_proj = (x.to(dtype) for x in (hidden_states, gate_up_proj, down_proj))
-        dispatch = grouped_dispatch if _can_group(hidden_states, gate_up_proj, down_proj) else loop_dispatch
-        return dispatch(hidden_states, topk_idx, topk_weight, gate_up_proj, down_proj)
+        return grouped_dispatch(hidden_states, topk_idx, topk_weight, gate_up_proj, down_proj)
 
     def _published(self) -> Iterator[tuple[str, Tensor, int]]:
         """Every published name, with its place: a view of the stacked weight, and the expert's index."""
