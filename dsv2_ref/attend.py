@@ -5,7 +5,6 @@ scores are held in memory they are made for a block of queries at a time, so tha
 context and not with its square. The softmax runs in at least float32, as in the published code.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,9 +24,11 @@ FLASH_ATTN_NEEDED = (
 )
 
 
-def _blocks(rows: int, scores_per_row: int) -> Iterator[tuple[int, int]]:
+def _blocks(rows: int, scores_per_row: int) -> list[tuple[int, int]]:
+    if rows == 1 or rows * scores_per_row <= SCORES_AT_ONCE:
+        return [(0, rows)]
     size = max(1, SCORES_AT_ONCE // scores_per_row)
-    return ((start, min(start + size, rows)) for start in range(0, rows, size))
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _softmax(
