@@ -102,6 +102,14 @@ def attend_sdpa(
     return torch.cat(parts, dim=2)
 
 
+def _by_sequence(left: Float[Tensor, "batch m k"], right: Float[Tensor, "batch k n"]) -> Float[Tensor, "batch m n"]:
+    """``left @ right``; on the CPU, one product a sequence, as batched bfloat16 products there copy a strided operand."""
+    if left.device.type != "cpu":
+        return left @ right
+    products = [a @ b for a, b in zip(left.unbind(), right.unbind(), strict=True)]
+    return products[0][None] if len(products) == 1 else torch.stack(products)
+
+
 def attend_latent(
     query: Float[Tensor, "batch heads seq width"],
     remembered: Float[Tensor, "batch kv_seq width"],
@@ -122,9 +130,10 @@ def attend_latent(
         end = visible.keys_until(stop)
         keys = remembered[:, :end]
         rows = query[:, :, start:stop].reshape(batch, -1, width)
-        scores = (rows @ keys.mT).view(batch, heads, stop - start, end)
+        scores = _by_sequence(rows, keys.mT).view(batch, heads, stop - start, end)
         weights = _softmax(scores, *visible.block(start, stop), scale, dropout)
-        parts.append((weights.view(batch, -1, end) @ keys[..., :latent]).view(batch, heads, stop - start, latent))
+        attended = _by_sequence(weights.view(batch, -1, end), keys[..., :latent])
+        parts.append(attended.view(batch, heads, stop - start, latent))
         if want_weights:
             all_weights.append(F.pad(weights, (0, visible.kv_seq - end)))
     return torch.cat(parts, dim=2), torch.cat(all_weights, dim=2) if want_weights else None
