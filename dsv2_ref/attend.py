@@ -164,7 +164,9 @@ def attend_flash(
         ValueError: for a dtype other than float16 and bfloat16, a tensor off CUDA, and a mask for each query.
     """
     flash_attn = load_flash_attn()
-    require(query.dtype in (torch.float16, torch.bfloat16), "hidden_states", query, "float16 or bfloat16 for flash-attn")
+    require(
+        query.dtype in (torch.float16, torch.bfloat16), "hidden_states", query, "float16 or bfloat16 for flash-attn"
+    )
     require(query.is_cuda, "hidden_states", query, "a CUDA tensor for flash-attn")
     require(visible.mask is None, "attention_mask", visible.mask, "None or (batch, kv_seq) for flash-attn")
     value_width = value.shape[-1]

@@ -46,7 +46,9 @@ class DeepseekV2Attention(AttentionBase):
 
     def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        require(config.use_mla and config.kv_lora_rank is not None, "use_mla", config.use_mla, "True for latent attention")
+        require(
+            config.use_mla and config.kv_lora_rank is not None, "use_mla", config.use_mla, "True for latent attention"
+        )
         self.kv_lora_rank: int = config.kv_lora_rank or 0
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.v_head_dim = config.v_head_dim
@@ -89,9 +91,7 @@ class DeepseekV2Attention(AttentionBase):
         past_key_value: LatentCache | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
-    ) -> tuple[
-        Float[Tensor, "batch seq hidden"], Float[Tensor, "batch heads seq kv_seq"] | None, LatentCache | None
-    ]:
+    ) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch heads seq kv_seq"] | None, LatentCache | None]:
         """Attend from every token to those before it, the remembered ones included.
 
         Args:

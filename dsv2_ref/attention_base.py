@@ -83,7 +83,9 @@ class AttentionBase(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past_length, kv_seq, device=device)[None]
         else:
-            integers = not (position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool)
+            integers = not (
+                position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool
+            )
             require(
                 position_ids.shape in ((batch, seq), (1, seq)) and integers and position_ids.device == device,
                 "position_ids",

@@ -23,7 +23,7 @@ def expert_balance_loss(
     """
     if not seq_aux:
         scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
-    batch, seq, experts = scores.shape
+    batch, _, experts = scores.shape
     chosen = topk_idx.reshape(batch, -1)
     counts = scores.new_zeros(batch, experts).scatter_add(1, chosen, scores.new_ones(chosen.shape))
     frequency = counts * (experts / chosen.shape[1])
@@ -37,11 +37,13 @@ class _Inject(torch.autograd.Function):
         return hidden_states.view_as(hidden_states)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         return grad_output, torch.ones((), dtype=ctx.loss_dtype, device=grad_output.device)
 
 
-def inject_loss(hidden_states: Float[Tensor, "*batch hidden"], loss: Float[Tensor, ""]) -> Float[Tensor, "*batch hidden"]:
+def inject_loss(
+    hidden_states: Float[Tensor, "*batch hidden"], loss: Float[Tensor, ""]
+) -> Float[Tensor, "*batch hidden"]:
     """The same hidden states, through which ``loss`` is trained as if it were added to the final loss.
 
     Whatever gradient arrives here, ``loss`` receives 1: its weight against the model's loss is its α alone.

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def require(condition: bool, name: str, value: Any, wanted: str, *details: Any, error: type[Exception] = ValueError) -> None:
+def require(
+    condition: bool, name: str, value: Any, wanted: str, *details: Any, error: type[Exception] = ValueError
+) -> None:
     """Raise ``error`` naming the argument, what it was and what it should be, unless ``condition`` holds.
 
     A tensor is described by shape, dtype and device. ``details`` fill the braces of ``wanted``; nothing is formatted

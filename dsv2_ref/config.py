@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -147,12 +147,15 @@ class DeepseekV2Config:
     mla_form: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope_scaling, Mapping):
-            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        scaling: object = self.rope_scaling
+        if isinstance(scaling, Mapping):
+            scaling = RopeScaling.from_dict(scaling)
+            object.__setattr__(self, "rope_scaling", scaling)
         if self.topk_method == "gready":
-            warnings.warn("topk_method 'gready' is a misspelling in published configurations; read as 'greedy'", stacklevel=3)
+            warnings.warn(
+                "topk_method 'gready' is a misspelling in published configurations; read as 'greedy'", stacklevel=3
+            )
             object.__setattr__(self, "topk_method", "greedy")
-        scaling = self.rope_scaling
         _require(scaling is None or isinstance(scaling, RopeScaling), "rope_scaling", scaling, "a dict or None")
         sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
         _require_ints(self, f"{sizes} moe_layer_freq", 1)
@@ -168,14 +171,18 @@ class DeepseekV2Config:
         implementations = ("eager", "sdpa", "flash_attention_2")
         implementation = self._attn_implementation
         _require(implementation in implementations, "_attn_implementation", implementation, ", ".join(implementations))
-        _require(self.mla_form in ("auto", "expanded", "absorbed"), "mla_form", self.mla_form, "auto, expanded, absorbed")
+        _require(
+            self.mla_form in ("auto", "expanded", "absorbed"), "mla_form", self.mla_form, "auto, expanded, absorbed"
+        )
         self._check_heads()
         self._check_experts()
 
     def _check_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.use_mla:
-            _require(kv_heads in (None, heads), "num_key_value_heads", kv_heads, f"{heads} or None: MLA has no KV heads")
+            _require(
+                kv_heads in (None, heads), "num_key_value_heads", kv_heads, f"{heads} or None: MLA has no KV heads"
+            )
             _require_ints(self, "kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim", 1)
             _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "an even number")
         else:
@@ -219,7 +226,9 @@ class DeepseekV2Config:
         """
         published = json.loads(Path(source).read_text()) if isinstance(source, str | Path) else dict(source)
         published = published.get("language_config", published)
-        _require(not published.get("mlp_bias"), "mlp_bias", published.get("mlp_bias"), "False: the layer has no such bias")
+        _require(
+            not published.get("mlp_bias"), "mlp_bias", published.get("mlp_bias"), "False: the layer has no such bias"
+        )
         values = {**PUBLISHED_DEFAULTS, **{f.name: published[f.name] for f in fields(cls) if f.name in published}}
         if parameters := published.get("rope_parameters"):
             values["rope_theta"] = parameters.get("rope_theta", values.get("rope_theta", 10000.0))

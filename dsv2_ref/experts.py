@@ -75,7 +75,9 @@ class RoutedExperts(nn.Module):
         topk_weight: Float[Tensor, "tokens top_k"],
     ) -> Float[Tensor, "tokens hidden"]:
         """Σ weight · expert(token) over each token's choices."""
-        gate_up_proj, down_proj, device = self.gate_up_proj, self.down_proj, hidden_states.device.type
+        gate_up_proj: Tensor = self.gate_up_proj
+        down_proj: Tensor = self.down_proj
+        device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             hidden_states, gate_up_proj, down_proj = (x.to(dtype) for x in (hidden_states, gate_up_proj, down_proj))

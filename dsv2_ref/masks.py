@@ -30,7 +30,9 @@ class Visibility:
     mask: Shaped[Tensor, "#batch #heads seq kv_seq"] | None = None
 
     @classmethod
-    def of(cls, attention_mask: Tensor | None, batch: int, heads: int, seq: int, kv_seq: int, device: torch.device) -> Self:
+    def of(
+        cls, attention_mask: Tensor | None, batch: int, heads: int, seq: int, kv_seq: int, device: torch.device
+    ) -> Self:
         """Read the ``attention_mask`` of a layer.
 
         None is causal. (B, K) bool or integer marks real tokens, beside causal order. (B or 1, H or 1, S, K) decides
@@ -45,7 +47,9 @@ class Visibility:
         shape, dtype = tuple(attention_mask.shape), attention_mask.dtype
         require(attention_mask.device == device, "attention_mask", attention_mask, "a mask on {}", device)
         if attention_mask.ndim == 2:
-            require(shape == (batch, kv_seq), "attention_mask", attention_mask, "shape {}, cache included", (batch, kv_seq))
+            require(
+                shape == (batch, kv_seq), "attention_mask", attention_mask, "shape {}, cache included", (batch, kv_seq)
+            )
             require(
                 not dtype.is_floating_point and not dtype.is_complex,
                 "attention_mask",

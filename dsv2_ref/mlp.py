@@ -30,7 +30,9 @@ class DeepseekV2MLP(nn.Module):
         self.hidden_size = config.hidden_size if hidden_size is None else hidden_size
         self.intermediate_size = config.intermediate_size if intermediate_size is None else intermediate_size
         require(self.hidden_size >= 1, "hidden_size", self.hidden_size, "a positive number of features")
-        require(self.intermediate_size >= 1, "intermediate_size", self.intermediate_size, "a positive number of features")
+        require(
+            self.intermediate_size >= 1, "intermediate_size", self.intermediate_size, "a positive number of features"
+        )
         std = config.initializer_range
         self.gate_proj = projection(self.hidden_size, self.intermediate_size, std)
         self.up_proj = projection(self.hidden_size, self.intermediate_size, std)

@@ -48,9 +48,7 @@ class MultiHeadAttention(AttentionBase):
         past_key_value: KeyValueCache | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
-    ) -> tuple[
-        Float[Tensor, "batch seq hidden"], Float[Tensor, "batch heads seq kv_seq"] | None, KeyValueCache | None
-    ]:
+    ) -> tuple[Float[Tensor, "batch seq hidden"], Float[Tensor, "batch heads seq kv_seq"] | None, KeyValueCache | None]:
         """Attend from every token to those before it; arguments and result as in `DeepseekV2Attention.forward`."""
         visible, cos, sin = self._read(hidden_states, attention_mask, position_ids, past_key_value, output_attentions)
         query, key, value = (

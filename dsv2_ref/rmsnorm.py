@@ -48,4 +48,5 @@ class DeepseekV2RMSNorm(nn.Module):
         return self.weight * x.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
         return f"{self.weight.numel()}, eps={self.variance_epsilon}"

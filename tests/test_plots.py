@@ -39,7 +39,8 @@ def test_running_sums_start_after_one_feature_and_at_zero_height() -> None:
 @pytest.mark.parametrize("figure", [plots.growth_through_layers, plots.running_sums])
 def test_curves_are_named_and_told_apart_without_colour(figure) -> None:
     axes = figure({"one": [1.0, 2.0], "two": [2.0, 3.0], "three": [3.0, 4.0], "four": [4.0, 5.0]})
-    assert axes.get_xlabel() and axes.get_ylabel()
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two", "three", "four"]
     assert len({line.get_linestyle() for line in axes.get_lines()}) == 4
 

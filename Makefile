@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first command makes from requirements.txt. `make help` lists the commands.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lint unit site notebooks serve bench clean
+
+help: ## list these commands
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 20
+
+book: $(INSTALLED) ## build the book in _build/html
+	@$(BIN)/jupyter-book build . --all -n -W --keep-going
+
+test: lint unit site ## lint, types, unit, property and notebook tests, and the checks on the built book
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+unit: $(INSTALLED)
+	@$(BIN)/python -m pytest -n 2 --ignore=tests/site
+	@$(BIN)/python -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nbval-current-env book
+
+site: book
+	@$(BIN)/python -m pytest tests/site
+
+notebooks: $(INSTALLED) ## run every notebook of the book again and store its outputs
+	@$(BIN)/python tools/notebooks.py
+
+serve: book ## build the book and serve it on http://localhost:8000
+	@$(BIN)/python -m http.server --bind localhost --directory _build/html 8000
+
+bench: $(INSTALLED) ## time the layer against transformers and the machine
+	@$(BIN)/python -m bench
+
+clean: ## remove what was built, the environment included
+	rm -rf .venv _build
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer with venv is needed; say which with: make PYTHON=/path/to/python3.11 …"; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $(INSTALLED)
