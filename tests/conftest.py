@@ -1,8 +1,10 @@
-"""Check the shapes in every signature of the package (jaxtyping), on small integers of threads, while tests run."""
+"""While tests run, every call of the package is checked against the shapes in its signature."""
 
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook("dsv2_ref", "beartype.beartype")
+import tests.shapes  # noqa: F401  the checker is found by name, so its module must be there
+
+install_import_hook("dsv2_ref", "tests.shapes.checked")
 
 torch.set_num_threads(1)
