@@ -1,10 +1,20 @@
 """While tests run, every call of the package is checked against the shapes in its signature."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
-import tests.shapes  # noqa: F401  the checker is found by name, so its module must be there
+from tests import shapes
 
 install_import_hook("dsv2_ref", "tests.shapes.checked")
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def as_shipped() -> Iterator[None]:
+    """Signatures are not checked in this test, so that the package's own errors are seen."""
+    with shapes.unchecked():
+        yield
