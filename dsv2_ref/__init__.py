@@ -6,6 +6,7 @@ from dsv2_ref.config import DeepseekV2Config, RopeScaling
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.mlp import DeepseekV2MLP
 from dsv2_ref.moe import DeepseekV2MoE, MoEGate
+from dsv2_ref.packed import pack_weights
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 
 __version__ = "0.1.0"
@@ -23,4 +24,5 @@ __all__ = [
     "LatentCache",
     "MoEGate",
     "RopeScaling",
+    "pack_weights",
 ]

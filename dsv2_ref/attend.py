@@ -1,4 +1,4 @@
-"""Softmax attention over given queries, keys and values: one meaning, four ways to compute it.
+"""Softmax attention over given queries, keys and values: one meaning, five ways to compute it.
 
 All take queries (batch, heads, seq, width) and a `Visibility`, and return (batch, heads, seq, value width). Where
 scores are held in memory they are made for a block of queries at a time, so that memory grows with the
@@ -17,6 +17,9 @@ from dsv2_ref.masks import Visibility
 
 SCORES_AT_ONCE = 2**24
 """Scores of a block of queries that may be in memory together, over all sequences and heads."""
+
+CPU_BLOCK_ROWS, CPU_BLOCK_SCORES = 256, 2**22
+"""Queries of a block on the CPU, and scores of its heads that stay in the processor's cache together."""
 
 FLASH_ATTN_NEEDED = (
     "flash_attention_2 needs the flash-attn package and an NVIDIA GPU (Ampere or newer): "
@@ -65,6 +68,19 @@ def attend_eager(
     return weights @ value, weights
 
 
+def _equally_wide(*tensors: Tensor) -> list[Tensor]:
+    """Zeros behind the narrower ones: they add nothing to scores, and nothing that is kept to values."""
+    width = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors]
+
+
+def _runs_in_blocks(*tensors: Tensor) -> bool:
+    """Whether `attend_blocks` is the faster way; its blocks keep no memory in check where gradients are wanted."""
+    half_on_cpu = all(x.device.type == "cpu" and x.dtype.itemsize == 2 for x in tensors)
+    wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return half_on_cpu and not wants_gradients and not torch.compiler.is_compiling()
+
+
 def attend_sdpa(
     query: Float[Tensor, "batch heads seq width"],
     key: Float[Tensor, "batch kv_heads kv_seq width"],
@@ -74,9 +90,11 @@ def attend_sdpa(
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads seq value_width"]:
     """`attend_eager` without the weights, through torch's fused kernels, which want values as wide as keys."""
-    batch, heads, seq, width = query.shape
+    batch, heads, seq, _ = query.shape
+    if seq > 1 and _runs_in_blocks(query, key, value):
+        return attend_blocks(query, key, value, visible, scale, dropout)
     value_width = value.shape[-1]
-    value = F.pad(value, (0, width - value_width))
+    query, key, value = _equally_wide(query, key, value)
     grouped = key.shape[1] != heads
     if visible.plainly_causal and seq == visible.kv_seq:
         out = F.scaled_dot_product_attention(
@@ -88,7 +106,7 @@ def attend_sdpa(
         end = visible.keys_until(stop)
         mask, sighted = visible.block(start, stop)
         if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(query.dtype)
+            mask = _additive(mask, query.dtype)
         part = F.scaled_dot_product_attention(
             query[:, :, start:stop],
             key[:, :, :end],
@@ -102,11 +120,67 @@ def attend_sdpa(
     return torch.cat(parts, dim=2)
 
 
-def _by_sequence(left: Float[Tensor, "batch m k"], right: Float[Tensor, "batch k n"]) -> Float[Tensor, "batch m n"]:
-    """``left @ right``; on the CPU, one product a sequence, as batched bfloat16 products there copy a strided operand."""
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores for ``mask``: minus infinity where a bool one drops.
+
+    A floating one stays finite, so that a query whose keys all have a bias beyond ``dtype`` does not turn to NaN.
+    """
+    if mask.dtype != torch.bool:
+        return mask.to(dtype).clamp(min=torch.finfo(dtype).min / 2)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
+def attend_blocks(
+    query: Float[Tensor, "batch heads seq width"],
+    key: Float[Tensor, "batch kv_heads kv_seq width"],
+    value: Float[Tensor, "batch kv_heads kv_seq value_width"],
+    visible: Visibility,
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads seq value_width"]:
+    """`attend_eager` without the weights, by a few heads and queries at a time, over the keys these can see.
+
+    For half precision on the CPU, where torch's fused kernel spends longer around its products than in them. Scores
+    are scaled and masked within the product and rounded once, their softmax sums in float32.
+    """
+    batch, heads, seq, _ = query.shape
+    if key.shape[1] != heads:
+        key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
+    out = query.new_empty(batch, heads, seq, value.shape[-1])
+    for start in range(0, seq, CPU_BLOCK_ROWS):
+        stop = min(start + CPU_BLOCK_ROWS, seq)
+        end = visible.keys_until(stop)
+        mask, sighted = visible.block(start, stop)
+        bias = query.new_zeros(1, 1, 1, 1) if mask is None else _additive(mask, query.dtype)
+        bias = bias.expand(batch, heads, -1, -1)
+        step = max(1, CPU_BLOCK_SCORES // ((stop - start) * end))
+        for sequence in range(batch):
+            for first in range(0, heads, step):
+                part = sequence, slice(first, first + step)
+                rows, keys = query[part][:, start:stop], key[part][:, :end]
+                weights = torch.baddbmm(bias[part], rows, keys.mT, alpha=scale).softmax(dim=-1)
+                out[part][:, start:stop] = F.dropout(weights, dropout) @ value[part][:, :end]
+        if sighted is not None:
+            out[:, :, start:stop].masked_fill_(~sighted, 0)
+    return out
+
+
+def _scaled_product(
+    left: Float[Tensor, "batch m k"],
+    right: Float[Tensor, "batch k n"],
+    scale: float = 1.0,
+    bias: Float[Tensor, "batch m n"] | None = None,
+) -> Float[Tensor, "batch m n"]:
+    """``scale · left @ right + bias``, rounded once.
+
+    On the CPU, one product a sequence, as batched bfloat16 products there copy a strided operand.
+    """
+    beta = 0 if bias is None else 1
+    bias = left.new_zeros(1, 1, 1).expand(len(left), 1, 1) if bias is None else bias
     if left.device.type != "cpu":
-        return left @ right
-    products = [a @ b for a, b in zip(left.unbind(), right.unbind(), strict=True)]
+        return torch.baddbmm(bias, left, right, beta=beta, alpha=scale)
+    parts = zip(bias.unbind(), left.unbind(), right.unbind(), strict=True)
+    products = [torch.addmm(*part, beta=beta, alpha=scale) for part in parts]
     return products[0][None] if len(products) == 1 else torch.stack(products)
 
 
@@ -122,7 +196,7 @@ def attend_latent(
     """Attention of all heads to one shared key, whose first ``latent`` numbers are also its value.
 
     This is multi-query attention, and so two plain products of (heads · seq) rows: no fused kernel of torch takes keys
-    as wide as 576.
+    as wide as 576. Scores are rounded once, after scale and mask; their softmax sums in float32.
     """
     batch, heads, seq, width = query.shape
     parts, all_weights = [], []
@@ -130,9 +204,17 @@ def attend_latent(
         end = visible.keys_until(stop)
         keys = remembered[:, :end]
         rows = query[:, :, start:stop].reshape(batch, -1, width)
-        scores = _by_sequence(rows, keys.mT).view(batch, heads, stop - start, end)
-        weights = _softmax(scores, *visible.block(start, stop), scale, dropout)
-        attended = _by_sequence(weights.view(batch, -1, end), keys[..., :latent])
+        mask, sighted = visible.block(start, stop)
+        bias = mask
+        if mask is not None:
+            bias = _additive(mask, query.dtype).expand(batch, heads, -1, -1).reshape(batch, -1, end)
+        scores = _scaled_product(rows, keys.mT, scale, bias)
+        weights = scores.softmax(dim=-1).view(batch, heads, stop - start, end)
+        if sighted is not None:
+            weights = weights.where(sighted, 0)
+        if dropout:
+            weights = F.dropout(weights, dropout)
+        attended = _scaled_product(weights.view(batch, -1, end), keys[..., :latent])
         parts.append(attended.view(batch, heads, stop - start, latent))
         if want_weights:
             all_weights.append(F.pad(weights, (0, visible.kv_seq - end)))
@@ -170,8 +252,7 @@ def attend_flash(
     require(query.is_cuda, "hidden_states", query, "a CUDA tensor for flash-attn")
     require(visible.mask is None, "attention_mask", visible.mask, "None or (batch, kv_seq) for flash-attn")
     value_width = value.shape[-1]
-    value = F.pad(value, (0, query.shape[-1] - value_width))
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in _equally_wide(query, key, value))
     options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True}
     if visible.padding is None:
         return flash_attn.flash_attn_func(query, key, value, **options)[..., :value_width].transpose(1, 2)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dsv2_ref.attend import attend_eager, attend_flash, attend_sdpa, load_flash_attn
 from dsv2_ref.cache import LayerCache
-from dsv2_ref.checks import require, require_values
+from dsv2_ref.checks import require, require_tensor, require_values
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.masks import Visibility
 from dsv2_ref.projection import require_features
@@ -58,6 +58,7 @@ class AttentionBase(nn.Module):
         output_attentions: bool,
     ) -> tuple[Visibility, Tensor, Tensor]:
         """Refuse what cannot be computed; the visible keys, and cosines and sines (batch, seq, pairs)."""
+        require_tensor(hidden_states, "hidden_states")
         require(hidden_states.ndim == 3, "hidden_states", hidden_states, "(batch, seq, hidden)")
         require_features(hidden_states, self.config.hidden_size, self.o_proj.weight)
         require(
@@ -83,6 +84,7 @@ class AttentionBase(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past_length, kv_seq, device=device)[None]
         else:
+            require_tensor(position_ids, "position_ids")
             integers = not (
                 position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool
             )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv2_ref.checks import require
+from dsv2_ref.checks import require, require_tensor
 
 
 @dataclass
@@ -48,7 +48,13 @@ class LayerCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Self:
-        """No tokens yet, room for ``capacity`` of them: (C + R,) ``features`` for MLA, (2, heads, head_dim) for MHA."""
+        """No tokens yet, room for ``capacity`` of them: (C + R,) ``features`` for MLA, (2, heads, head_dim) for MHA.
+
+        Raises:
+            ValueError: for a batch below 1 and a capacity below 0.
+        """
+        require(batch >= 1, "batch", batch, "at least one sequence")
+        require(capacity >= 0, "capacity", capacity, "room for 0 or more tokens")
         buffer = torch.empty(batch, capacity, *features, dtype=dtype, device=device)
         return cls._over(layer_idx, _Storage(buffer, 0), 0)
 
@@ -68,7 +74,7 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the remembered tokens: batch · length · numbers a token · bytes a number."""
+        """Bytes of the remembered tokens, batch · length · numbers a token · bytes a number."""
         return self.tokens.numel() * self.tokens.element_size()
 
     @property
@@ -82,19 +88,20 @@ class LayerCache:
         Raises:
             ValueError: if ``new`` differs from the tokens in batch, features, dtype or device. Nothing has changed then.
         """
-        buffer, length = self._storage.buffer, self.length + new.shape[1]
-        alike = (new.shape[:1] + new.shape[2:], new.dtype, new.device)
-        wanted = (buffer.shape[:1] + buffer.shape[2:], buffer.dtype, buffer.device)
+        require_tensor(new, "new")
+        buffer = self._storage.buffer
+        alike = ((*new.shape[:1], *new.shape[2:]), new.dtype, new.device)
+        wanted = ((*buffer.shape[:1], *buffer.shape[2:]), buffer.dtype, buffer.device)
         require(alike == wanted, "past_key_value", self, "one that fits the new tokens, {} {} on {}", *alike)
         if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
             return type(self)(self.layer_idx, torch.cat((self.tokens, new), dim=1))
-        storage = self._storage
+        storage, length = self._storage, self.length + new.shape[1]
         sealed = not torch.compiler.is_compiling() and buffer.is_inference() and not torch.is_inference_mode_enabled()
         if self.length != storage.used or length > buffer.shape[1] or sealed:
             roomy = buffer.new_empty((buffer.shape[0], length + max(64, length // 4), *buffer.shape[2:]))
             roomy[:, : self.length] = self.tokens
             storage = _Storage(roomy, length)
-        storage.buffer[:, self.length : length] = new
+        storage.buffer.data[:, self.length : length] = new  # no graph holds these places: it need not hear of the write
         storage.used = length
         return self._over(self.layer_idx, storage, length)
 

@@ -11,12 +11,23 @@ def require(
 ) -> None:
     """Raise ``error`` naming the argument, what it was and what it should be, unless ``condition`` holds.
 
-    A tensor is described by shape, dtype and device. ``details`` fill the braces of ``wanted``; nothing is formatted
-    unless the error is raised, so that a check costs no time and a compiled layer keeps its sizes symbolic.
+    A tensor is described by shape, dtype and device, a list or tuple by its length. ``details`` fill the braces of
+    ``wanted``; nothing is formatted unless the error is raised, so that a check costs no time and a compiled layer
+    keeps its sizes symbolic.
     """
     if not condition:
-        shown = f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
-        raise error(f"{name} is {shown}; wanted {wanted.format(*details)}")
+        raise error(f"{name} is {_describe(value)}; wanted {wanted.format(*details)}")
+
+
+def require_tensor(value: object, name: str) -> None:
+    """Raise TypeError unless ``value`` is a tensor."""
+    require(isinstance(value, Tensor), name, value, "a tensor", error=TypeError)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, list | tuple) else repr(value)
 
 
 def require_values(condition: Tensor, name: str, value: str, wanted: str) -> None:

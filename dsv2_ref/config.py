@@ -76,6 +76,9 @@ class RopeScaling:
         _require_numbers(self, "beta_slow mscale mscale_all_dim", 0)
         _require_numbers(self, "beta_fast", self.beta_slow)
         _require(0 < self.beta_slow < self.beta_fast, "beta_slow", self.beta_slow, "between 0 and beta_fast")
+        for field in fields(self)[2:] if self.type != "yarn" else ():
+            value = getattr(self, field.name)
+            _require(value == field.default, field.name, value, f"nothing: {self.type} scaling has no such setting")
 
     @classmethod
     def from_dict(cls, scaling: Mapping[str, Any]) -> Self | None:
@@ -87,8 +90,8 @@ class RopeScaling:
         if kind == "default":
             _require(not given, "rope_scaling", dict(scaling), "no further keys beside type default")
             return None
-        known = {f.name for f in fields(cls)} if kind == "yarn" else {"factor"}
-        _require(given.keys() <= known, "rope_scaling", dict(scaling), f"for type {kind} only {sorted(known)}")
+        known = {f.name for f in fields(cls)} - {"type"}
+        _require(given.keys() <= known, "rope_scaling", dict(scaling), f"beside the type only {sorted(known)}")
         _require("factor" in given, "rope_scaling", dict(scaling), "a factor")
         return cls(type=kind, **given)
 

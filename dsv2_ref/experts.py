@@ -1,6 +1,6 @@
 """The routed experts: their storage, and two ways to send every token through the experts it chose."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,34 @@ def loop_dispatch(
     return out.to(hidden_states.dtype)
 
 
+GroupedProduct = Callable[[Tensor, Tensor], Tensor]
+"""From rows sorted by expert, and where each expert's rows end, to their products with that expert's weight."""
+
+
+def dispatch_by_group(
+    hidden_states: Float[Tensor, "tokens hidden"],
+    topk_idx: Int[Tensor, "tokens top_k"],
+    topk_weight: Float[Tensor, "tokens top_k"],
+    experts: int,
+    gate_up: GroupedProduct,
+    down: GroupedProduct,
+) -> Float[Tensor, "tokens hidden"]:
+    """`loop_dispatch` without the loop: sort the choices by expert, multiply all groups at once, sort back.
+
+    The groups' sizes stay on the device, and each token's outputs are summed in the order of its choices, so that the
+    result does not vary from run to run.
+    """
+    tokens, top_k = topk_idx.shape
+    choices = topk_idx.flatten()
+    order = choices.argsort(stable=True)
+    counts = choices.new_zeros(experts).scatter_add(0, choices, torch.ones_like(choices))
+    group_ends = counts.cumsum(0).to(torch.int32)
+    gate, up = gate_up(hidden_states[order // top_k], group_ends).chunk(2, dim=-1)
+    sorted_out = down(F.silu(gate) * up, group_ends)
+    expert_out = sorted_out[order.argsort()].view(tokens, top_k, -1)
+    return (expert_out * topk_weight[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+
 def grouped_dispatch(
     hidden_states: Float[Tensor, "tokens hidden"],
     topk_idx: Int[Tensor, "tokens top_k"],
@@ -36,20 +64,15 @@ def grouped_dispatch(
     gate_up_proj: Float[Tensor, "experts two_expert_hidden hidden"],
     down_proj: Float[Tensor, "experts hidden expert_hidden"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """`loop_dispatch` without the loop: sort the choices by expert, multiply all groups at once, sort back.
-
-    The groups' sizes stay on the device, experts that nobody chose are not read (`grouped_product`), and each token's
-    outputs are summed in the order of its choices, so that the result does not vary from run to run.
-    """
-    tokens, top_k = topk_idx.shape
-    choices = topk_idx.flatten()
-    order = choices.argsort(stable=True)
-    counts = choices.new_zeros(len(gate_up_proj)).scatter_add(0, choices, torch.ones_like(choices))
-    group_ends = counts.cumsum(0).to(torch.int32)
-    gate, up = grouped_product(hidden_states[order // top_k], gate_up_proj, group_ends).chunk(2, dim=-1)
-    sorted_out = grouped_product(F.silu(gate) * up, down_proj, group_ends)
-    expert_out = sorted_out[order.argsort()].view(tokens, top_k, -1)
-    return (expert_out * topk_weight[..., None]).sum(dim=1).to(hidden_states.dtype)
+    """`dispatch_by_group` over stacked weights, of which only those of chosen experts are read (`grouped_product`)."""
+    return dispatch_by_group(
+        hidden_states,
+        topk_idx,
+        topk_weight,
+        len(gate_up_proj),
+        lambda rows, group_ends: grouped_product(rows, gate_up_proj, group_ends),
+        lambda rows, group_ends: grouped_product(rows, down_proj, group_ends),
+    )
 
 
 class RoutedExperts(nn.Module):

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dsv2_ref.attention import ATTENTION_CLASSES
-from dsv2_ref.checks import require
+from dsv2_ref.checks import require, require_tensor
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.mlp import DeepseekV2MLP
 from dsv2_ref.moe import DeepseekV2MoE
@@ -65,6 +65,7 @@ class DeepseekV2DecoderLayer(nn.Module):
         Returns:
             ``(hidden_states, attn_weights?, present_key_value?)``, the last two where asked for.
         """
+        require_tensor(hidden_states, "hidden_states")
         dtype = self.input_layernorm.weight.dtype
         require(
             hidden_states.is_floating_point() and torch.promote_types(hidden_states.dtype, dtype) == dtype,

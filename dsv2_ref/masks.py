@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from dsv2_ref.checks import require, require_values
+from dsv2_ref.checks import require, require_tensor, require_values
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Visibility:
         """
         if attention_mask is None:
             return cls(seq, kv_seq, device)
+        require_tensor(attention_mask, "attention_mask")
         shape, dtype = tuple(attention_mask.shape), attention_mask.dtype
         require(attention_mask.device == device, "attention_mask", attention_mask, "a mask on {}", device)
         if attention_mask.ndim == 2:

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.balance import expert_balance_loss, inject_loss
-from dsv2_ref.checks import require
+from dsv2_ref.checks import require, require_tensor
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.experts import RoutedExperts
 from dsv2_ref.mlp import DeepseekV2MLP
@@ -52,9 +52,10 @@ class MoEGate(nn.Module):
             ``(topk_idx, topk_weight, aux_loss)``: the chosen experts, best first, with tokens = batch · seq; what each
             counts, float32 (float64 for float64); and in training the balance loss, unless its α is 0 (else None).
         """
-        fits = hidden_states.ndim == 3 and hidden_states.is_floating_point()
+        require_tensor(hidden_states, "hidden_states")
+        fits = hidden_states.ndim == 3 and hidden_states.is_floating_point() and hidden_states.numel() > 0
         fits = fits and hidden_states.shape[-1] == self.weight.shape[-1] and hidden_states.device == self.weight.device
-        wanted = "floating (batch, seq, {}) on {}"
+        wanted = "floating (batch, seq, {}) on {}, with at least one token"
         require(fits, "hidden_states", hidden_states, wanted, self.weight.shape[-1], self.weight.device)
         batch, seq, _ = hidden_states.shape
         scores = self._scores(hidden_states)
@@ -110,8 +111,9 @@ class DeepseekV2MoE(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
         """Transform every token by its experts; in training the balance loss is injected on the way (`inject_loss`)."""
+        require_tensor(hidden_states, "hidden_states")
         require(hidden_states.ndim == 3, "hidden_states", hidden_states, "(batch, seq, hidden)")
-        require_features(hidden_states, self.gate.weight.shape[-1], self.experts.down_proj)
+        require_features(hidden_states, self.gate.weight.shape[-1], self.experts.down_proj[0])
         topk_idx, topk_weight, aux_loss = self.gate(hidden_states)
         out = self.experts(hidden_states.flatten(0, 1), topk_idx, topk_weight).view_as(hidden_states)
         if aux_loss is not None:

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from dsv2_ref.checks import require
+from dsv2_ref.checks import require, require_tensor
 
 
 def projection(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
     """A linear map with weights drawn from a normal distribution of deviation ``std``, and a bias of zeros."""
-    linear = skip_init(nn.Linear, inputs, outputs, bias=bias)
+    linear = skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
     nn.init.normal_(linear.weight, std=std)
     if bias:
         nn.init.zeros_(linear.bias)
@@ -21,6 +21,7 @@ def require_features(hidden_states: Tensor, width: int, weight: Tensor) -> None:
 
     Autocast decides the dtypes where it is on.
     """
+    require_tensor(hidden_states, "hidden_states")
     require(
         hidden_states.shape[-1:] == (width,)
         and hidden_states.numel() > 0

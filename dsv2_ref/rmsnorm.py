@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv2_ref.checks import require
+from dsv2_ref.checks import require, require_tensor
 
 
 class DeepseekV2RMSNorm(nn.Module):
@@ -20,8 +20,8 @@ class DeepseekV2RMSNorm(nn.Module):
             the smallest normal float32, so that a token of zeros gives zeros and not NaN.
 
     Raises:
-        ValueError: for a size or an epsilon out of range, and for an input whose last axis is not D or whose dtype
-            is not floating point.
+        ValueError: for a size or an epsilon out of range, and for an input whose last axis is not D, whose dtype is
+            not floating point or that lies on another device.
 
     Source: Zhang and Sennrich (2019), equation 4; ``DeepseekV2RMSNorm`` of the published code.
     """
@@ -36,12 +36,16 @@ class DeepseekV2RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """Normalise the last axis; the result has the dtype that weight and input promote to."""
+        require_tensor(hidden_states, "hidden_states")
         require(
-            hidden_states.is_floating_point() and hidden_states.shape[-1:] == self.weight.shape,
+            hidden_states.is_floating_point()
+            and hidden_states.shape[-1:] == self.weight.shape
+            and hidden_states.device == self.weight.device,
             "hidden_states",
             hidden_states,
-            "floating-point numbers whose last axis is {}",
+            "floating-point numbers whose last axis is {}, on {}",
             self.weight.numel(),
+            self.weight.device,
         )
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)

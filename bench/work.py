@@ -1,0 +1,240 @@
+"""What is timed: a step of attention or of the experts, by us, by transformers, and as bare products."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as peer
+from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as PeerConfig
+
+from dsv2_ref import DeepseekV2Attention, DeepseekV2Config, DeepseekV2MoE, pack_weights
+
+Call = Callable[[], Any]
+Module = TypeVar("Module", bound=nn.Module)
+CONFIG = replace(DeepseekV2Config.card(), num_experts_per_tok=6)
+GATHERED_BYTES_AT_MOST = 2**32
+
+
+@dataclass
+class Work:
+    """One row of the table.
+
+    Attributes:
+        ours: by setting, each gives the output. peers: the same, by setting of transformers.
+        floors: ways to compute the matrix products alone through torch's kernels; the fastest counts.
+        flops: of these products. nbytes: of the weights and the cache, each read once.
+    """
+
+    name: str
+    ours: dict[str, Callable[[], Tensor]]
+    peers: dict[str, Callable[[], Tensor]]
+    floors: dict[str, Call]
+    flops: int
+    nbytes: int
+
+
+def _flops(products: Call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        products()
+    return int(counter.get_total_flops())
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _settings(module: Module, step: Callable[[Module], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """A step with the weights as they are published, and packed where that is to be had."""
+    modules = {"plain": module}
+    if next(module.parameters()).dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        modules["packed"] = pack_weights(copy.deepcopy(module))
+    return {name: functools.partial(step, module) for name, module in modules.items()}
+
+
+def _peer_config(**settings: Any) -> PeerConfig:
+    same = (
+        "hidden_size intermediate_size moe_intermediate_size num_attention_heads n_shared_experts n_routed_experts "
+        "kv_lora_rank q_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim num_experts_per_tok rms_norm_eps"
+    )
+    shared = {name: getattr(CONFIG, name) for name in same.split()}
+    rope = {"rope_type": "default", "rope_theta": CONFIG.rope_theta}
+    return PeerConfig(**shared, topk_method="greedy", rope_parameters=rope, **settings)
+
+
+def _attention(dtype: torch.dtype, implementation: str, ours: DeepseekV2Attention) -> Any:
+    module = peer.DeepseekV2Attention(_peer_config(attn_implementation=implementation), 0).to(dtype).eval()
+    module.load_state_dict(ours.state_dict(), assign=True)
+    return module
+
+
+def _rotations(x: Tensor, first: int) -> Tensor:
+    """What transformers computes once for all layers; left out of its time."""
+    positions = torch.arange(first, first + x.shape[1])[None]
+    rotations: Tensor = peer.DeepseekV2RotaryEmbedding(_peer_config())(x, positions)
+    return rotations
+
+
+def attention_weights(ours: DeepseekV2Attention) -> list[Tensor]:
+    """The matrices of an attention, each of which a step reads once."""
+    return [weight for weight in ours.parameters() if weight.ndim == 2]
+
+
+def attention_decode(dtype: torch.dtype, kv_seq: int = 8192) -> Work:
+    """One token attends to ``kv_seq`` tokens, itself included."""
+    ours = DeepseekV2Attention(CONFIG, 0).to(dtype).eval()
+    heads, latent, nope = CONFIG.num_attention_heads, ours.kv_lora_rank, CONFIG.qk_nope_head_dim
+    x = torch.randn(1, 1, CONFIG.hidden_size, dtype=dtype)
+    past = torch.randn(1, kv_seq - 1, *ours.cache_features, dtype=dtype)
+    cache = ours.empty_cache(batch=1, capacity=kv_seq).append(past)
+    rotations = _rotations(x, kv_seq - 1)
+
+    def by_peer(implementation: str) -> Callable[[], Tensor]:
+        module = _attention(dtype, implementation, ours)
+        peer_cache = DynamicCache()
+        peer_cache.update(*(part[:, None].contiguous() for part in cache.split(latent)), 0)
+
+        def step() -> Tensor:
+            out: Tensor = module(x, past_key_values=peer_cache, position_embeddings=rotations)[0]
+            peer_cache.crop(-1)
+            return out
+
+        return step
+
+    w_uk, w_uv = ours.kv_b_proj.weight.view(heads, -1, latent).split((nope, CONFIG.v_head_dim), dim=1)
+    q_a, q = torch.randn(1, CONFIG.q_lora_rank or 0, dtype=dtype), torch.randn(heads, 1, nope, dtype=dtype)
+    query, keys = torch.randn(heads, past.shape[-1], dtype=dtype), torch.randn(kv_seq, past.shape[-1], dtype=dtype)
+    weights, attended = torch.rand(heads, kv_seq, dtype=dtype), torch.randn(heads, latent, 1, dtype=dtype)
+    out = torch.randn(1, ours.o_proj.in_features, dtype=dtype)
+
+    def products() -> None:
+        F.linear(x, ours.q_a_proj.weight)
+        F.linear(q_a, ours.q_b_proj.weight)
+        F.linear(x, ours.kv_a_proj_with_mqa.weight)
+        torch.bmm(q, w_uk)
+        query @ keys.T
+        weights @ keys[:, :latent]
+        torch.bmm(w_uv, attended)
+        F.linear(out, ours.o_proj.weight)
+
+    return Work(
+        f"MLA decode step, K = {kv_seq}",
+        _settings(ours, lambda module: module(x, past_key_value=cache, use_cache=True)[0]),
+        {name: by_peer(name) for name in ("sdpa", "eager")},
+        {"products": products},
+        _flops(products),
+        _nbytes([*attention_weights(ours), keys]),
+    )
+
+
+def attention_prefill(dtype: torch.dtype, seq: int = 2048) -> Work:
+    """``seq`` tokens attend to those before them; a cache is begun."""
+    ours = DeepseekV2Attention(CONFIG, 0).to(dtype).eval()
+    heads, value_width = CONFIG.num_attention_heads, CONFIG.v_head_dim
+    x = torch.randn(1, seq, CONFIG.hidden_size, dtype=dtype)
+    rotations = _rotations(x, 0)
+    causal = torch.full((1, 1, seq, seq), torch.finfo(dtype).min, dtype=dtype).triu(1)
+
+    def by_peer(implementation: str) -> Callable[[], Tensor]:
+        module, mask = _attention(dtype, implementation, ours), causal if implementation == "eager" else None
+
+        def step() -> Tensor:
+            out: Tensor = module(x, mask, past_key_values=DynamicCache(), position_embeddings=rotations)[0]
+            return out
+
+        return step
+
+    linears = (ours.q_a_proj, ours.q_b_proj, ours.kv_a_proj_with_mqa, ours.kv_b_proj, ours.o_proj)
+    inputs = [torch.randn(seq, linear.in_features, dtype=dtype) for linear in linears]
+    query, key, value = (torch.randn(1, heads, seq, ours.qk_head_dim, dtype=dtype) for _ in range(3))
+    narrow = value[..., :value_width].contiguous()
+
+    def project() -> None:
+        for inp, linear in zip(inputs, linears, strict=True):
+            F.linear(inp, linear.weight)
+
+    def by_blocks(rows: int = 512) -> None:
+        project()
+        for start in range(0, seq, rows):
+            stop = start + rows
+            (query[0, :, start:stop] @ key[0, :, :stop].mT) @ narrow[0, :, :stop]
+
+    def by_fused() -> None:
+        project()
+        F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    return Work(
+        f"MLA prefill, S = {seq}",
+        _settings(ours, lambda module: module(x, use_cache=True)[0]),
+        {name: by_peer(name) for name in ("sdpa", "eager")},
+        {"products by blocks of 512 queries": by_blocks, "fused attention": by_fused},
+        _flops(project) + heads * seq * (seq + 1) * (ours.qk_head_dim + value_width),
+        _nbytes(attention_weights(ours)),
+    )
+
+
+def experts(dtype: torch.dtype, seq: int) -> Work:
+    """``seq`` tokens through gate, routed and shared experts."""
+    ours = DeepseekV2MoE(CONFIG).to(dtype).eval()
+    hidden, width = CONFIG.hidden_size, CONFIG.moe_intermediate_size
+    x = torch.randn(1, seq, hidden, dtype=dtype)
+    chosen, _, _ = ours.gate(x)
+    counts = torch.bincount(chosen.flatten(), minlength=len(ours.experts.down_proj)).tolist()
+    gate_up, down, shared = ours.experts.gate_up_proj, ours.experts.down_proj, ours.shared_experts
+    assert shared is not None
+    gathered = chosen.numel() * 3 * hidden * width * x.element_size()
+    settings = ["eager", "grouped_mm"] + ["batched_mm"] * (gathered <= GATHERED_BYTES_AT_MOST)
+
+    def by_peer(implementation: str) -> Callable[[], Tensor]:
+        with torch.device("meta"):
+            module = peer.DeepseekV2Moe(_peer_config(experts_implementation=implementation)).eval()
+        packed = {"experts.gate_up_proj": gate_up, "experts.down_proj": down, "gate.weight": ours.gate.weight}
+        packed |= {f"shared_experts.{name}": weight for name, weight in shared.named_parameters()}
+        module.load_state_dict(packed, assign=True)
+        return lambda: module(x)
+
+    rows, inner = torch.randn(chosen.numel(), hidden, dtype=dtype), torch.randn(chosen.numel(), width, dtype=dtype)
+    shared_inner, ends = torch.randn(seq, shared.intermediate_size, dtype=dtype), torch.tensor(counts).cumsum(0).int()
+    wide, gate = x.float(), ours.gate.weight.float()
+
+    def other_products() -> None:
+        F.linear(wide, gate)
+        F.linear(x, shared.gate_proj.weight)
+        F.linear(x, shared.up_proj.weight)
+        F.linear(shared_inner, shared.down_proj.weight)
+
+    def by_expert() -> None:
+        other_products()
+        for expert, (row, mid) in enumerate(zip(rows.split(counts), inner.split(counts), strict=True)):
+            if len(row):
+                F.linear(row, gate_up[expert])
+                F.linear(mid, down[expert])
+
+    def by_group() -> None:
+        other_products()
+        F.grouped_mm(rows, gate_up.mT, offs=ends)
+        F.grouped_mm(inner, down.mT, offs=ends)
+
+    used = sum(count > 0 for count in counts)
+    return Work(
+        "MoE decode step" if seq == 1 else f"MoE prefill, {seq} tokens",
+        _settings(ours, lambda module: module(x)),
+        {name: by_peer(name) for name in settings},
+        {"products by expert": by_expert, "grouped products": by_group},
+        _flops(by_expert),
+        _nbytes([gate_up[0], down[0]]) * used + _nbytes([*shared.parameters(), ours.gate.weight]),
+    )
+
+
+WORKS: dict[str, Callable[[torch.dtype], Work]] = {
+    "attention-decode": attention_decode,
+    "attention-prefill": attention_prefill,
+    "experts-decode": lambda dtype: experts(dtype, seq=1),
+    "experts-prefill": lambda dtype: experts(dtype, seq=2048),
+}
