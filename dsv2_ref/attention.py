@@ -1,8 +1,10 @@
 """Multi-head latent attention (MLA), and the table from which a layer picks its attention."""
 
+from typing import cast
+
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv2_ref.attend import attend_latent
 from dsv2_ref.attention_base import AttentionBase
@@ -83,6 +85,16 @@ class DeepseekV2Attention(AttentionBase):
         absorbed = seq * expand + pairs * (2 * latent + rope)
         return "absorbed" if absorbed < expanded else "expanded"
 
+    def up_matrices(self) -> tuple[Float[Tensor, "heads nope latent"], Float[Tensor, "heads v latent"]]:
+        """Every head's W_UK and W_UV, the parts of ``kv_b_proj``."""
+        kv_b_proj: nn.Module = self.kv_b_proj
+        if not isinstance(kv_b_proj, nn.Linear):  # packed, and holds them apart
+            w_uk, w_uv = cast(tuple[Tensor, Tensor], kv_b_proj.matrices)
+            return w_uk, w_uv
+        by_head = kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+        w_uk, w_uv = by_head.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        return w_uk, w_uv
+
     def forward(
         self,
         hidden_states: Float[Tensor, "batch seq hidden"],
@@ -150,9 +162,7 @@ class DeepseekV2Attention(AttentionBase):
     ) -> tuple[Float[Tensor, "batch heads seq v"], Float[Tensor, "batch heads seq kv_seq"] | None]:
         """Take the queries to the latents instead: qᵀ(W_UK c) = (W_UKᵀ q)ᵀ c and Σ p (W_UV c) = W_UV Σ p c."""
         batch, heads, seq, _ = q_nope.shape
-        w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.kv_lora_rank).split(
-            (self.qk_nope_head_dim, self.v_head_dim), dim=1
-        )
+        w_uk, w_uv = self.up_matrices()
         by_head = q_nope.transpose(0, 1).reshape(heads, batch * seq, -1)
         q_latent = torch.bmm(by_head, w_uk).view(heads, batch, seq, -1).transpose(0, 1)
         dropout = self.attention_dropout if self.training else 0.0

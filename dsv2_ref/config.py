@@ -166,7 +166,7 @@ class DeepseekV2Config:
         _require_ints(self, "num_key_value_heads n_shared_experts n_routed_experts q_lora_rank", 1, optional=True)
         _require_numbers(self, "routed_scaling_factor aux_loss_alpha initializer_range", 0)
         _require_numbers(self, "attention_dropout", 0, below=1)
-        _require_numbers(self, "rms_norm_eps", 2**-126)  # the smallest normal float32
+        _require_numbers(self, "rms_norm_eps", 2**-84)  # eps**-1.5, in the gradient, is below 2**128
         _require_numbers(self, "rope_theta", math.nextafter(1, 2))
         for name in ("norm_topk_prob", "seq_aux", "tie_word_embeddings", "attention_bias", "use_mla"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.grouped import grouped_product
+from dsv2_ref.projection import autocast_is_on
 
 
 def loop_dispatch(
@@ -53,8 +54,11 @@ def dispatch_by_group(
     group_ends = counts.cumsum(0).to(torch.int32)
     gate, up = gate_up(hidden_states[order // top_k], group_ends).chunk(2, dim=-1)
     sorted_out = down(F.silu(gate) * up, group_ends)
-    expert_out = sorted_out[order.argsort()].view(tokens, top_k, -1)
-    return (expert_out * topk_weight[..., None]).sum(dim=1).to(hidden_states.dtype)
+    places = order.argsort().view(tokens, top_k)
+    out = sorted_out[places[:, 0]] * topk_weight[:, :1]
+    for choice in range(1, top_k):  # one at a time: all choices of all tokens in float32 would leave the caches
+        out = out + sorted_out[places[:, choice]] * topk_weight[:, choice, None]
+    return out.to(hidden_states.dtype)
 
 
 def grouped_dispatch(
@@ -100,9 +104,8 @@ class RoutedExperts(nn.Module):
         """Σ weight · expert(token) over each token's choices."""
         gate_up_proj: Tensor = self.gate_up_proj
         down_proj: Tensor = self.down_proj
-        device = hidden_states.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        if autocast_is_on(hidden_states.device):
+            dtype = torch.get_autocast_dtype(hidden_states.device.type)
             hidden_states, gate_up_proj, down_proj = (x.to(dtype) for x in (hidden_states, gate_up_proj, down_proj))
         return grouped_dispatch(hidden_states, topk_idx, topk_weight, gate_up_proj, down_proj)
 

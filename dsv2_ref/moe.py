@@ -1,5 +1,7 @@
 """Mixture of experts: a gate chooses a few experts for every token, and a few more serve all of them."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -10,7 +12,7 @@ from dsv2_ref.checks import require, require_tensor
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.experts import RoutedExperts
 from dsv2_ref.mlp import DeepseekV2MLP
-from dsv2_ref.projection import require_features
+from dsv2_ref.projection import autocast_is_on, require_features
 
 
 class MoEGate(nn.Module):
@@ -73,7 +75,8 @@ class MoEGate(nn.Module):
 
     def _scores(self, hidden_states: Tensor) -> Float[Tensor, "tokens experts"]:
         dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device
+        with torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext():
             logits = F.linear(hidden_states.flatten(0, 1).to(dtype), self.weight.to(dtype))
             return logits.softmax(dim=-1)
 

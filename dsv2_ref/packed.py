@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dsv2_ref.attention import DeepseekV2Attention
 from dsv2_ref.checks import require
 from dsv2_ref.experts import RoutedExperts, dispatch_by_group
 
@@ -52,6 +53,15 @@ class PackedLinear(_Packed):
 
     def _dense(self) -> dict[str, Tensor]:
         return {"weight": self.weight.to_dense()} | ({} if self.bias is None else {"bias": self.bias})
+
+
+class PackedUpProjection(PackedLinear):
+    """``kv_b_proj`` of latent attention: packed for the expanded form, and as W_UK and W_UV for the absorbed one."""
+
+    def __init__(self, attention: DeepseekV2Attention) -> None:
+        super().__init__(attention.kv_b_proj)
+        w_uk, w_uv = attention.up_matrices()
+        self.matrices = w_uk.detach().contiguous(), w_uv.detach().contiguous()
 
 
 class PackedExperts(_Packed):
@@ -100,8 +110,8 @@ def pack_weights(module: Module) -> Module:
     """Pack the linear maps and experts of a layer, or of any module that holds some, in place; for inference only.
 
     Everything else stays as it is: forms, kernels and caches of attention, and the names and values of `state_dict`.
-    ``kv_b_proj`` is not packed, as the absorbed form takes its matrix apart. There is no way back but to build a layer
-    and load the state dict.
+    Weights take the room they took, ``kv_b_proj`` twice that. There is no way back but to build a layer and load the
+    state dict.
 
     Args:
         module: in bfloat16, on the CPU.
@@ -119,12 +129,21 @@ def pack_weights(module: Module) -> Module:
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if (isinstance(child, nn.Linear) and name != "kv_b_proj") or isinstance(child, RoutedExperts)
+        if isinstance(child, nn.Linear | RoutedExperts)
     ]
     for _, name, child in places:
         for weight in child.parameters():
             fits = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
             require(fits, f"the weight of {name}", weight, "bfloat16 on cpu")
     for parent, name, child in places:
-        setattr(parent, name, PackedLinear(child) if isinstance(child, nn.Linear) else PackedExperts(child))
+        setattr(parent, name, _packed(parent, name, child))
     return module
+
+
+def _packed(parent: nn.Module, name: str, child: nn.Module) -> nn.Module:
+    if isinstance(child, RoutedExperts):
+        return PackedExperts(child)
+    if isinstance(parent, DeepseekV2Attention) and name == "kv_b_proj":
+        return PackedUpProjection(parent)
+    assert isinstance(child, nn.Linear)
+    return PackedLinear(child)

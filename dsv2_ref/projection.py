@@ -2,18 +2,22 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from dsv2_ref.checks import require, require_tensor
 
 
 def projection(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
     """A linear map with weights drawn from a normal distribution of deviation ``std``, and a bias of zeros."""
-    linear = skip_init(nn.Linear, inputs, outputs, bias=bias, device=torch.get_default_device())
-    nn.init.normal_(linear.weight, std=std)
+    linear = nn.Linear(inputs, outputs, bias=bias, device="meta")  # where its own initialisation costs nothing
+    linear.weight = nn.Parameter(torch.empty(outputs, inputs).normal_(std=std))
     if bias:
-        nn.init.zeros_(linear.bias)
+        linear.bias = nn.Parameter(torch.zeros(outputs))
     return linear
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether ``torch.autocast`` is on for a device; the meta device has none, and torch cannot be asked about it."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def require_features(hidden_states: Tensor, width: int, weight: Tensor) -> None:
@@ -25,7 +29,7 @@ def require_features(hidden_states: Tensor, width: int, weight: Tensor) -> None:
     require(
         hidden_states.shape[-1:] == (width,)
         and hidden_states.numel() > 0
-        and (hidden_states.dtype == weight.dtype or torch.is_autocast_enabled(hidden_states.device.type))
+        and (hidden_states.dtype == weight.dtype or autocast_is_on(hidden_states.device))
         and hidden_states.device == weight.device,
         "hidden_states",
         hidden_states,

@@ -16,8 +16,8 @@ class DeepseekV2RMSNorm(nn.Module):
 
     Args:
         hidden_size: number of features D, positive.
-        eps: added to the mean square, in units of the squared input; finite and at least
-            the smallest normal float32, so that a token of zeros gives zeros and not NaN.
+        eps: added to the mean square, in units of the squared input; finite and at least 2**-84, so that a token of
+            zeros gives zeros and not NaN, and so does its gradient, which holds eps**-1.5.
 
     Raises:
         ValueError: for a size or an epsilon out of range, and for an input whose last axis is not D, whose dtype is
@@ -29,8 +29,7 @@ class DeepseekV2RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         require(hidden_size > 0, "hidden_size", hidden_size, "a positive number of features")
-        tiny = torch.finfo(torch.float32).tiny
-        require(tiny <= eps < float("inf"), "eps", eps, f"a finite number, at least {tiny:.3g}")
+        require(2**-84 <= eps < float("inf"), "eps", eps, "a finite number, at least 2**-84 (5.2e-26)")
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 

@@ -45,7 +45,7 @@ def test_the_state_dict_keeps_its_names_and_values() -> None:
 
 def test_loading_into_packed_weights_is_refused() -> None:
     plain, packed = plain_and_packed()
-    with pytest.raises(RuntimeError, match="self_attn.q_a_proj holds packed weights; wanted a layer to load into"):
+    with pytest.raises(RuntimeError, match=r"self_attn\.q_a_proj holds packed weights; wanted a layer to load into"):
         packed.load_state_dict(plain.state_dict())
 
 
