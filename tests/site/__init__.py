@@ -1,0 +1,1 @@
+"""Checks on the built book, which `make book` leaves in _build/html."""

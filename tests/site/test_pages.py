@@ -1,0 +1,123 @@
+"""What can be seen without a browser: links lead somewhere, nothing is fetched from elsewhere, pictures are described."""
+
+import re
+from functools import cache
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from xml.etree import ElementTree
+
+import nbformat
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+from tests.site.conftest import CHAPTERS, PAGES, ROOT, SITE
+
+LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src", "object": "data"}
+VENDORED = SITE / "_static" / "vendor" / "mathjax"
+
+
+@cache
+def parsed(page: str) -> BeautifulSoup:
+    return BeautifulSoup((SITE / page).read_text(encoding="utf-8"), "html.parser")
+
+
+@cache
+def anchors(page: str) -> frozenset[str]:
+    return frozenset(tag[key] for key in ("id", "name") for tag in parsed(page).find_all(attrs={key: True}))
+
+
+def loaded(page: str) -> list[str]:
+    """Addresses that a browser fetches when it shows the page."""
+    addresses = [tag[key] for name, key in LOADING.items() for tag in parsed(page).find_all(name, attrs={key: True})]
+    links = [tag for tag in parsed(page).find_all("link", href=True) if not {"canonical"} & set(tag["rel"])]
+    return addresses + [tag["href"] for tag in links]
+
+
+def is_local(address: str) -> bool:
+    parts = urlsplit(address)
+    return not parts.scheme and not parts.netloc
+
+
+def problem(page: str, address: str) -> str | None:
+    """Why a local address leads nowhere, or None."""
+    path, fragment = urldefrag(urljoin(page, address))
+    path = unquote(urlsplit(path).path)
+    if not (SITE / path).is_file():
+        return f"{page}: {address} does not exist"
+    if fragment and path in PAGES and unquote(fragment) not in anchors(path):
+        return f"{page}: {address} has no such anchor"
+    return None
+
+
+def test_every_page_of_the_table_of_contents_is_built() -> None:
+    assert set(CHAPTERS) <= set(PAGES)
+
+
+def test_the_folder_opens_at_the_first_page() -> None:
+    refresh = parsed("index.html").find("meta", attrs={"http-equiv": "refresh"})["content"]
+    assert refresh == "0; url=book/index.html"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    links = [tag["href"] for tag in parsed(page).find_all("a", href=True)]
+    local = [address for address in links + loaded(page) if is_local(address) and address != "#"]
+    assert [found for address in local if (found := problem(page, address))] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
+    assert [address for address in loaded(page) if not is_local(address) and not address.startswith("data:")] == []
+
+
+def test_styles_load_nothing_from_elsewhere() -> None:
+    for style in SITE.rglob("*.css"):
+        found = re.findall(r"(?:url\(|@import\s*)[\s\"']*((?:https?:)?//[^)\"']+)", style.read_text(encoding="utf-8"))
+        assert found == [], style.name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_are_described(page: str) -> None:
+    for picture in parsed(page).find_all("img"):
+        assert picture.get("alt", "").strip(), picture
+        assert not re.search(r"\.(png|svg|jpe?g|gif)\b|_images|_build", picture["alt"]), picture
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_pages_say_what_they_are(page: str) -> None:
+    html = parsed(page).html
+    assert html["lang"] == "en"
+    assert len(html.find_all("h1")) == 1 + bool(html.find(id="jb-print-docs-body"))
+    assert html.find("meta", attrs={"name": "description"})["content"]
+    assert html.find("meta", attrs={"property": "og:title"})["content"]
+
+
+@pytest.mark.parametrize("page", [page for page in CHAPTERS if (ROOT / page).with_suffix(".ipynb").exists()])
+def test_notebooks_can_be_downloaded(page: str) -> None:
+    button = parsed(page).find("a", class_="btn-download-source-button")
+    path = SITE / urljoin(page, button["href"])
+    assert nbformat.read(path, as_version=4) == nbformat.read((ROOT / page).with_suffix(".ipynb"), as_version=4)
+
+
+def test_the_sitemap_lists_the_chapters() -> None:
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["html"]["baseurl"]
+    locations = [node.text for node in ElementTree.parse(SITE / "sitemap.xml").iter() if node.tag.endswith("}loc")]
+    assert sorted(locations) == [address + page for page in CHAPTERS]
+
+
+def test_formulas_are_drawn_by_the_vendored_mathjax() -> None:
+    readme = (VENDORED / "README.md").read_text()
+    version = re.search(r"MathJax (\d+\.\d+\.\d+)", readme).group(1)
+    assert f'"{version}"' in (VENDORED / "tex-chtml.js").read_text(encoding="utf-8")
+    assert "Apache License" in (VENDORED / "LICENSE").read_text()
+    assert list((VENDORED / "output/chtml/fonts/woff-v2").glob("*.woff"))
+
+
+def test_the_reference_documents_every_module_and_public_name() -> None:
+    import dsv2_ref
+
+    described = anchors("book/reference.html")
+    modules = {path.stem for path in (ROOT / "dsv2_ref").glob("*.py")} - {"__init__"}
+    assert {f"module-dsv2_ref.{module}" for module in modules} <= described
+    names = {anchor.rsplit(".", 1)[-1] for anchor in described if anchor.startswith("dsv2_ref.")}
+    assert set(dsv2_ref.__all__) <= names

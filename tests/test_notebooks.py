@@ -1,0 +1,149 @@
+"""The book's notebooks are stored as they should be: run from top to bottom, described, and free of this machine."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tools import notebooks
+
+IN_BOOK = notebooks.in_book()
+PRIVATE = re.compile(
+    r"(?<![\w.:/])/(?:home|Users|root|work|tmp|opt|usr|content)/|[A-Z]:\\|site-packages|\b0x[0-9a-f]{6,}"
+)
+
+
+@pytest.fixture(params=IN_BOOK, ids=lambda path: path.stem)
+def notebook(request: pytest.FixtureRequest) -> NotebookNode:
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_every_notebook_of_the_folder_is_in_the_table_of_contents() -> None:
+    assert sorted(IN_BOOK) == sorted((notebooks.ROOT / "book").rglob("*.ipynb"))
+
+
+def test_was_run_from_top_to_bottom(notebook: NotebookNode) -> None:
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
+def test_runs_without_error_or_warning(notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            assert output.get("name") != "stderr", cell.id
+            assert output.output_type != "error" or "raises-exception" in cell.metadata.get("tags", []), cell.id
+
+
+def test_figures_are_described(notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook):
+        if any(key.startswith("image/") for output in cell.outputs for key in output.get("data", {})):
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt.split()) >= 10, f"{cell.id}: say in the cell's mystnb.image.alt what the figure shows"
+
+
+def test_pictures_in_text_are_described(notebook: NotebookNode) -> None:
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            assert not re.search(r"!\[\s*\]\(", cell.source), cell.id
+            assert not re.search(r"<img(?![^>]*\balt=\"[^\"]+\")", cell.source), cell.id
+
+
+def test_holds_only_the_metadata_that_the_book_reads(notebook: NotebookNode) -> None:
+    assert notebook.metadata == notebooks.NOTEBOOK_METADATA
+    for cell in notebook.cells:
+        assert cell.metadata.keys() <= notebooks.CELL_METADATA, cell.id
+        assert not any(output.get("metadata") for output in cell.get("outputs", [])), cell.id
+
+
+def test_names_no_path_or_address_of_a_machine(notebook: NotebookNode) -> None:
+    for cell in notebook.cells:
+        shown = [cell.source]
+        for output in cell.get("outputs", []):
+            texts = {kind: text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")}
+            shown += [output.get("text", ""), *map(str, texts.values())]
+        assert not PRIVATE.search("\n".join(shown)), cell.id
+
+
+def test_first_cell_finds_the_package_beside_the_notebook_and_in_a_clone(
+    notebook: NotebookNode, tmp_path: Path
+) -> None:
+    (tmp_path / "clone").symlink_to(notebooks.ROOT, target_is_directory=True)
+    first = code_cells(notebook)[0].source
+    finding = first[: first.index("\n\n", first.index("sys.path"))]
+    for folder in (notebooks.ROOT / "book", notebooks.ROOT, tmp_path):
+        program = f"{finding}\nimport importlib.util\nassert importlib.util.find_spec('dsv2_ref')"
+        subprocess.run([sys.executable, "-I", "-c", program], cwd=folder, check=True)
+
+
+def test_running_twice_leaves_the_same_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "twice.ipynb"
+    cell = new_code_cell("print(1)   \n2\n", metadata={"tags": ["keep"], "collapsed": True}, execution_count=7)
+    nbformat.write(new_notebook(cells=[cell], metadata={"kernelspec": {"name": "other", "display_name": "?"}}), path)
+
+    notebooks.execute(path)
+    once = path.read_bytes()
+    notebooks.execute(path)
+
+    assert path.read_bytes() == once
+    stored = nbformat.read(path, as_version=4)
+    assert stored.metadata == notebooks.NOTEBOOK_METADATA
+    assert stored.cells[0].metadata == {"tags": ["keep"]}
+    assert (stored.cells[0].id, stored.cells[0].source) == (cell.id, "print(1)\n2")
+    assert [output.output_type for output in stored.cells[0].outputs] == ["stream", "execute_result"]
+
+
+def test_a_notebook_that_fails_is_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "fails.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("1 / 0")]), path)
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        notebooks.execute(path)
+    assert path.read_bytes() == before
+
+
+DRAW = """import matplotlib.pyplot as plt
+
+def draw(label="size", values=(1, 2, 4)):
+    figure, axes = plt.subplots(figsize=(4, 3))
+    axes.plot(values)
+    axes.set_ylabel(label)
+    plt.show()
+"""
+
+
+def test_a_stale_figure_turns_the_notebook_tests_red(tmp_path: Path) -> None:
+    # What the notebook drew when it was stored, and what the same cell says now.
+    changes = [
+        ("draw()", "draw()"),
+        ("draw('sise')", "draw('size')"),
+        ("draw(values=(1, 2.05, 4))", "draw(values=(1, 2, 4))"),
+        ("draw(); draw()", "draw()"),
+    ]
+    path = tmp_path / "stale.ipynb"
+    cells = [new_code_cell(source) for source in (DRAW, *(stored for stored, _ in changes))]
+    nbformat.write(new_notebook(cells=cells), path)
+    notebooks.execute(path)
+    stored = nbformat.read(path, as_version=4)
+    for cell, (_, source) in zip(stored.cells[1:], changes, strict=True):
+        cell.source = source
+    nbformat.write(stored, path)
+    shutil.copy(notebooks.ROOT / "book" / "conftest.py", tmp_path)
+
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env", path]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    report = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True).stdout
+
+    results = {cell: result for result, cell in re.findall(r"^(\w+) stale\.ipynb::Cell (\d)", report, re.M)}
+    assert results == {"0": "PASSED", "1": "PASSED", "2": "FAILED", "3": "FAILED", "4": "FAILED"}, report
+    assert report.count("pixels of a stored figure differ clearly") == 2

@@ -1,0 +1,62 @@
+"""Run the book's notebooks and store them with their outputs, so that the same run leaves the same bytes.
+
+    python tools/notebooks.py            every notebook in the table of contents
+    python tools/notebooks.py FILE ...   these
+
+Kept are sources, cell ids, the metadata that the book reads, outputs and execution counts from 1. What Jupyter adds
+(times, versions, the state of an editor) is dropped. A notebook that fails is left as it was.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib.font_manager  # noqa: F401  # the first import ever writes a cache and says so: not in a notebook's output
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK_METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+}
+CELL_METADATA = {"mystnb", "tags"}
+
+
+def in_book() -> list[Path]:
+    """The notebooks named in the table of contents, in its order."""
+    pages = parse_toc_yaml(ROOT / "_toc.yml")
+    return [notebook for page in pages if (notebook := ROOT / f"{page}.ipynb").is_file()]
+
+
+def normalise(notebook: NotebookNode) -> None:
+    """Drop whatever depends on when, where or in which editor the notebook was run."""
+    notebook.metadata = nbformat.from_dict(NOTEBOOK_METADATA)
+    for cell in notebook.cells:
+        cell.metadata = NotebookNode({key: cell.metadata[key] for key in sorted(CELL_METADATA & cell.metadata.keys())})
+        cell.source = "\n".join(line.rstrip() for line in cell.source.strip().splitlines())
+
+
+def execute(path: Path) -> None:
+    """Run a notebook in its own folder, with this Python, and store it."""
+    notebook = nbformat.read(path, as_version=4)
+    settings: dict[str, Any] = {"kernel_name": "python3", "timeout": 600, "coalesce_streams": True}
+    folder = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, record_timing=False, resources=folder, **settings).execute()
+    normalise(notebook)
+    nbformat.write(notebook, path)
+
+
+def main() -> None:
+    """Run the notebooks named on the command line, or all of the book's."""
+    parser = argparse.ArgumentParser(description="Run notebooks of the book and store their outputs.")
+    parser.add_argument("files", nargs="*", type=Path, help="default: all in the table of contents")
+    for path in parser.parse_args().files or in_book():
+        execute(path.resolve())
+        print(f"{path.name} run and stored")
+
+
+if __name__ == "__main__":
+    main()
