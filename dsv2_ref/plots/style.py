@@ -1,4 +1,4 @@
-"""Every figure of the book: functions that take data and return matplotlib Axes. Only this module needs matplotlib.
+"""The look of every figure, and the parts they are made of.
 
 Figures keep a white ground of their own, so that they read the same on a light and on a dark page, and use colours
 that colour-blind readers can tell apart (Okabe and Ito's), each with a line style of its own.
@@ -39,27 +39,3 @@ def add_curves(axes: Axes, curves: Mapping[str, Sequence[float]], start: int) ->
     for (label, values), (colour, line) in zip(curves.items(), STYLES, strict=False):
         axes.plot(range(start, start + len(values)), values, line, color=colour, linewidth=2.2, label=label)
     axes.legend(frameon=False, labelcolor=INK)
-
-
-def growth_through_layers(curves: Mapping[str, Sequence[float]]) -> Axes:
-    """The size of the residual stream after each layer, on a logarithmic scale.
-
-    Args:
-        curves: for each label, the root mean square before layer 0, after one layer, after two, …; up to four curves.
-    """
-    axes = new_axes("layers passed", "root mean square of the stream")
-    add_curves(axes, curves, start=0)
-    axes.set_yscale("log")
-    return axes
-
-
-def running_sums(sums: Mapping[str, Sequence[float]]) -> Axes:
-    """How a sum builds up, term by term, for each way of adding.
-
-    Args:
-        sums: for each label, the sum after one feature, after two, …; up to four curves.
-    """
-    axes = new_axes("features added", "running sum of squares")
-    add_curves(axes, sums, start=1)
-    axes.set(xlim=(0, None), ylim=(0, None))
-    return axes

@@ -1,0 +1,9 @@
+"""Every figure of the book, as functions that take data and return matplotlib Axes; a module for each chapter.
+
+Nothing else in the package needs matplotlib.
+"""
+
+from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
+from dsv2_ref.plots.style import add_curves, new_axes
+
+__all__ = ["add_curves", "growth_through_layers", "new_axes", "running_sums"]
