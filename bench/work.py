@@ -1,7 +1,6 @@
 """What is timed: a step of attention or of the experts, by us, by transformers, and as bare products."""
 
 import copy
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -50,12 +49,12 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _settings(module: Module, step: Callable[[Module], Tensor]) -> dict[str, Callable[[], Tensor]]:
+def _settings(module: Module, by_us: Callable[[Module], Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
     """A step with the weights as they are published, and packed where that is to be had."""
     modules = {"plain": module}
     if next(module.parameters()).dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         modules["packed"] = pack_weights(copy.deepcopy(module))
-    return {name: functools.partial(step, module) for name, module in modules.items()}
+    return {name: by_us(module) for name, module in modules.items()}
 
 
 def _peer_config(**settings: Any) -> PeerConfig:
@@ -92,13 +91,22 @@ def attention_decode(dtype: torch.dtype, kv_seq: int = 8192) -> Work:
     heads, latent, nope = CONFIG.num_attention_heads, ours.kv_lora_rank, CONFIG.qk_nope_head_dim
     x = torch.randn(1, 1, CONFIG.hidden_size, dtype=dtype)
     past = torch.randn(1, kv_seq - 1, *ours.cache_features, dtype=dtype)
-    cache = ours.empty_cache(batch=1, capacity=kv_seq).append(past)
     rotations = _rotations(x, kv_seq - 1)
+
+    def by_us(module: DeepseekV2Attention) -> Callable[[], Tensor]:
+        grown = module.empty_cache(batch=1, capacity=2 * kv_seq).append(past)
+
+        def step() -> Tensor:
+            nonlocal grown  # by a token each time, as in decoding; the steps timed are few beside kv_seq
+            out, _, grown = module(x, past_key_value=grown, use_cache=True)
+            return out
+
+        return step
 
     def by_peer(implementation: str) -> Callable[[], Tensor]:
         module = _attention(dtype, implementation, ours)
         peer_cache = DynamicCache()
-        peer_cache.update(*(part[:, None].contiguous() for part in cache.split(latent)), 0)
+        peer_cache.update(past[:, None, :, :latent].contiguous(), past[:, None, :, latent:].contiguous(), 0)
 
         def step() -> Tensor:
             out: Tensor = module(x, past_key_values=peer_cache, position_embeddings=rotations)[0]
@@ -125,7 +133,7 @@ def attention_decode(dtype: torch.dtype, kv_seq: int = 8192) -> Work:
 
     return Work(
         f"MLA decode step, K = {kv_seq}",
-        _settings(ours, lambda module: module(x, past_key_value=cache, use_cache=True)[0]),
+        _settings(ours, by_us),
         {name: by_peer(name) for name in ("sdpa", "eager")},
         {"products": products},
         _flops(products),
@@ -171,7 +179,7 @@ def attention_prefill(dtype: torch.dtype, seq: int = 2048) -> Work:
 
     return Work(
         f"MLA prefill, S = {seq}",
-        _settings(ours, lambda module: module(x, use_cache=True)[0]),
+        _settings(ours, lambda module: lambda: module(x, use_cache=True)[0]),
         {name: by_peer(name) for name in ("sdpa", "eager")},
         {"products by blocks of 512 queries": by_blocks, "fused attention": by_fused},
         _flops(project) + heads * seq * (seq + 1) * (ours.qk_head_dim + value_width),
@@ -224,7 +232,7 @@ def experts(dtype: torch.dtype, seq: int) -> Work:
     used = sum(count > 0 for count in counts)
     return Work(
         "MoE decode step" if seq == 1 else f"MoE prefill, {seq} tokens",
-        _settings(ours, lambda module: module(x)),
+        _settings(ours, lambda module: lambda: module(x)),
         {name: by_peer(name) for name in settings},
         {"products by expert": by_expert, "grouped products": by_group},
         _flops(by_expert),

@@ -141,25 +141,36 @@ def attend_blocks(
     """`attend_eager` without the weights, by a few heads and queries at a time, over the keys these can see.
 
     For half precision on the CPU, where torch's fused kernel spends longer around its products than in them. Scores
-    are scaled and masked within the product and rounded once, their softmax sums in float32.
+    are rounded after they are scaled, their softmax sums in float32.
     """
     batch, heads, seq, _ = query.shape
     if key.shape[1] != heads:
         key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
-    out = query.new_empty(batch, heads, seq, value.shape[-1])
+    # Laid out as what reads it wants it: all heads of a token side by side.
+    out = query.new_empty(batch, seq, heads, value.shape[-1]).transpose(1, 2)
+    unused = query.new_zeros(1, 1, 1)
     for start in range(0, seq, CPU_BLOCK_ROWS):
         stop = min(start + CPU_BLOCK_ROWS, seq)
         end = visible.keys_until(stop)
-        mask, sighted = visible.block(start, stop)
-        bias = query.new_zeros(1, 1, 1, 1) if mask is None else _additive(mask, query.dtype)
-        bias = bias.expand(batch, heads, -1, -1)
+        if visible.plainly_causal:
+            bias, sighted = None, None
+            future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)  # of the block's own tokens
+        else:
+            mask, sighted = visible.block(start, stop)
+            bias = query.new_zeros(1, 1, 1, 1) if mask is None else _additive(mask, query.dtype)
+            bias = bias.expand(batch, heads, -1, -1)
         step = max(1, CPU_BLOCK_SCORES // ((stop - start) * end))
         for sequence in range(batch):
             for first in range(0, heads, step):
                 part = sequence, slice(first, first + step)
                 rows, keys = query[part][:, start:stop], key[part][:, :end]
-                weights = torch.baddbmm(bias[part], rows, keys.mT, alpha=scale).softmax(dim=-1)
-                out[part][:, start:stop] = F.dropout(weights, dropout) @ value[part][:, :end]
+                scores = torch.baddbmm(unused, rows, keys.mT, beta=0, alpha=scale)
+                if bias is None:
+                    scores[..., start - stop :].masked_fill_(future, float("-inf"))
+                else:
+                    scores += bias[part]
+                weights = F.dropout(scores.softmax(dim=-1), dropout)
+                out[part][:, start:stop] = weights @ value[part][:, :end]
         if sighted is not None:
             out[:, :, start:stop].masked_fill_(~sighted, 0)
     return out

@@ -30,8 +30,8 @@ def loop_dispatch(
     return out.to(hidden_states.dtype)
 
 
-GroupedProduct = Callable[[Tensor, Tensor], Tensor]
-"""From rows sorted by expert, and where each expert's rows end, to their products with that expert's weight."""
+GroupedExperts = Callable[[Tensor, Tensor], Tensor]
+"""From rows sorted by expert, and where each expert's rows end, to the outputs of the experts."""
 
 
 def dispatch_by_group(
@@ -39,10 +39,9 @@ def dispatch_by_group(
     topk_idx: Int[Tensor, "tokens top_k"],
     topk_weight: Float[Tensor, "tokens top_k"],
     experts: int,
-    gate_up: GroupedProduct,
-    down: GroupedProduct,
+    run: GroupedExperts,
 ) -> Float[Tensor, "tokens hidden"]:
-    """`loop_dispatch` without the loop: sort the choices by expert, multiply all groups at once, sort back.
+    """`loop_dispatch` without the loop: sort the choices by expert, ``run`` all groups at once, sort back.
 
     The groups' sizes stay on the device, and each token's outputs are summed in the order of its choices, so that the
     result does not vary from run to run.
@@ -52,8 +51,7 @@ def dispatch_by_group(
     order = choices.argsort(stable=True)
     counts = choices.new_zeros(experts).scatter_add(0, choices, torch.ones_like(choices))
     group_ends = counts.cumsum(0).to(torch.int32)
-    gate, up = gate_up(hidden_states[order // top_k], group_ends).chunk(2, dim=-1)
-    sorted_out = down(F.silu(gate) * up, group_ends)
+    sorted_out = run(hidden_states[order // top_k], group_ends)
     places = order.argsort().view(tokens, top_k)
     out = sorted_out[places[:, 0]] * topk_weight[:, :1]
     for choice in range(1, top_k):  # one at a time: all choices of all tokens in float32 would leave the caches
@@ -69,14 +67,12 @@ def grouped_dispatch(
     down_proj: Float[Tensor, "experts hidden expert_hidden"],
 ) -> Float[Tensor, "tokens hidden"]:
     """`dispatch_by_group` over stacked weights, of which only those of chosen experts are read (`grouped_product`)."""
-    return dispatch_by_group(
-        hidden_states,
-        topk_idx,
-        topk_weight,
-        len(gate_up_proj),
-        lambda rows, group_ends: grouped_product(rows, gate_up_proj, group_ends),
-        lambda rows, group_ends: grouped_product(rows, down_proj, group_ends),
-    )
+
+    def run(rows: Tensor, group_ends: Tensor) -> Tensor:
+        gate, up = grouped_product(rows, gate_up_proj, group_ends).chunk(2, dim=-1)
+        return grouped_product(F.silu(gate) * up, down_proj, group_ends)
+
+    return dispatch_by_group(hidden_states, topk_idx, topk_weight, len(gate_up_proj), run)
 
 
 class RoutedExperts(nn.Module):

@@ -7,6 +7,7 @@ thousands of tokens that hardly shows; with one it takes as long as the product.
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -80,19 +81,15 @@ class PackedExperts(_Packed):
     ) -> Float[Tensor, "tokens hidden"]:
         """Σ weight · expert(token) over each token's choices."""
 
-        def product(rows: Tensor, group_ends: Tensor, weights: list[Tensor]) -> Tensor:
-            ends = group_ends.tolist()
-            groups = zip(weights, [0, *ends], ends, strict=False)
-            return torch.cat([_product(rows[start:end], weight) for weight, start, end in groups if end > start])
+        def run(rows: Tensor, group_ends: Tensor) -> Tensor:
+            ends, out = group_ends.tolist(), []
+            for gate_up, down, start, end in zip(self.gate_up_proj, self.down_proj, [0, *ends], ends, strict=False):
+                if end > start:
+                    gate, up = _product(rows[start:end], gate_up).chunk(2, dim=-1)
+                    out.append(_product(F.silu(gate) * up, down))
+            return torch.cat(out)
 
-        return dispatch_by_group(
-            hidden_states,
-            topk_idx,
-            topk_weight,
-            len(self.down_proj),
-            lambda rows, group_ends: product(rows, group_ends, self.gate_up_proj),
-            lambda rows, group_ends: product(rows, group_ends, self.down_proj),
-        )
+        return dispatch_by_group(hidden_states, topk_idx, topk_weight, len(self.down_proj), run)
 
     def _dense(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
