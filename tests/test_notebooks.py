@@ -146,4 +146,4 @@ def test_a_stale_figure_turns_the_notebook_tests_red(tmp_path: Path) -> None:
 
     results = {cell: result for result, cell in re.findall(r"^(\w+) stale\.ipynb::Cell (\d)", report, re.M)}
     assert results == {"0": "PASSED", "1": "PASSED", "2": "FAILED", "3": "FAILED", "4": "FAILED"}, report
-    assert report.count("pixels of a stored figure differ clearly") == 2
+    assert "pixels of a stored figure differ clearly" in report

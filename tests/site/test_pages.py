@@ -117,7 +117,9 @@ def test_the_reference_documents_every_module_and_public_name() -> None:
     import dsv2_ref
 
     described = anchors("book/reference.html")
-    modules = {path.stem for path in (ROOT / "dsv2_ref").glob("*.py")} - {"__init__"}
-    assert {f"module-dsv2_ref.{module}" for module in modules} <= described
-    names = {anchor.rsplit(".", 1)[-1] for anchor in described if anchor.startswith("dsv2_ref.")}
-    assert set(dsv2_ref.__all__) <= names
+    modules = {path.relative_to(ROOT).with_suffix("") for path in (ROOT / "dsv2_ref").rglob("*.py")}
+    names = {".".join(path.parts).removesuffix(".__init__") for path in modules} - {"dsv2_ref"}
+    assert {f"module-{name}" for name in names} <= described
+    assert set(dsv2_ref.__all__) <= {
+        anchor.rsplit(".", 1)[-1] for anchor in described if anchor.startswith("dsv2_ref.")
+    }

@@ -1,0 +1,245 @@
+"""What the package needs, declares and documents: imports, requirements, docstrings, annotations."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import dsv2_ref
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "dsv2_ref").rglob("*.py"))
+MODULES = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in SOURCES]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+# Imports
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules imported anywhere in a file, functions included; ours with their own name, others by their first part."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name if name.startswith("dsv2_ref") else name.split(".")[0] for name in names}
+
+
+OPTIONAL = {"matplotlib": "plots.py", "flash_attn": "attend.py"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_modules_import_only_what_the_package_requires(path: Path) -> None:
+    """torch and jaxtyping; plots matplotlib; flash-attn where it is asked for."""
+    others = {name for name in imports_of(path) if not name.startswith("dsv2_ref")} - sys.stdlib_module_names
+    allowed = {"torch", "jaxtyping"} | {name for name, file in OPTIONAL.items() if file == path.name}
+    assert others <= allowed
+
+
+def test_the_configuration_imports_neither_torch_nor_anything_of_ours() -> None:
+    assert imports_of(ROOT / "dsv2_ref" / "config.py") <= sys.stdlib_module_names
+
+
+ORDER = [
+    {"config", "checks"},
+    {"rmsnorm", "rope", "cache", "masks", "projection", "grouped", "balance"},
+    {"attend", "mlp", "experts"},
+    {"attention_base", "moe"},
+    {"multi_head"},
+    {"attention"},
+    {"layer", "packed"},
+]
+"""Arrows point up only: a module may import those of the rows above its own."""
+
+
+def test_modules_know_only_those_that_come_before_them() -> None:
+    placed = {name: row for row, names in enumerate(ORDER) for name in names}
+    assert placed.keys() | {"__init__", "plots"} == {path.stem for path in SOURCES}
+    for path in SOURCES:
+        ours = {name.removeprefix("dsv2_ref.") for name in imports_of(path) if name.startswith("dsv2_ref.")}
+        if path.stem == "plots":
+            assert not ours
+        elif path.stem != "__init__":
+            assert {name for name in ours if placed[name] >= placed[path.stem]} == set(), path.name
+
+
+def test_importing_the_package_needs_torch_and_jaxtyping_alone() -> None:
+    """With everything else of the environment out of reach, but for what these two bring."""
+    brought = {"torch", "jaxtyping"}
+    for name in list(brought):
+        for requirement in metadata.requires(name) or []:
+            if Requirement(requirement).marker is None:
+                brought.add(canonicalize_name(Requirement(requirement).name))
+    extras = {
+        canonicalize_name(Requirement(line).name)
+        for lines in PROJECT["optional-dependencies"].values()
+        for line in lines
+    }
+    code = """
+import importlib.abc, importlib.metadata, sys
+
+out_of_reach = set(sys.argv[1:])
+provided = {name for name, by in importlib.metadata.packages_distributions().items() if set(by) & out_of_reach}
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in provided | {"triton", "flash_attn"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+import torch, dsv2_ref
+config = dsv2_ref.DeepseekV2Config.tiny()
+layer = dsv2_ref.DeepseekV2DecoderLayer(config, 1)
+layer(torch.randn(1, 3, 64))[0].sum().backward()
+"""
+    blocked = {
+        distribution.name
+        for distribution in metadata.distributions()
+        if canonicalize_name(distribution.name) in extras - brought - {"dsv2-ref"}
+    }
+    assert {"matplotlib", "transformers", "numpy"} <= blocked
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *blocked], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Requirements
+
+
+def pinned() -> dict[str, Version]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pins: dict[str, Version] = {}
+    for line in filter(None, lines):
+        name, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups()  # type: ignore[union-attr]
+        assert canonicalize_name(name) not in pins, f"{name} is pinned twice"
+        pins[canonicalize_name(name)] = Version(version)
+    return pins
+
+
+DIRECT = [
+    pytest.param(Requirement(line), id=f"{group}: {line}")
+    for group, lines in {"package": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}.items()
+    for line in lines
+    if group != "gpu" and not line.startswith("dsv2-ref")
+]
+
+
+@pytest.mark.parametrize("requirement", DIRECT)
+def test_the_environment_pins_what_the_project_requires(requirement: Requirement) -> None:
+    version = pinned().get(canonicalize_name(requirement.name))
+    assert version is not None
+    assert requirement.specifier.contains(version)
+
+
+def test_what_runs_here_is_what_is_pinned() -> None:
+    different = {
+        name: (version, metadata.version(name))
+        for name, version in pinned().items()
+        if version.release != Version(metadata.version(name)).release
+    }
+    assert different == {}
+
+
+def test_the_package_requires_torch_and_jaxtyping_alone() -> None:
+    assert {Requirement(line).name for line in PROJECT["dependencies"]} == {"torch", "jaxtyping"}
+    assert set(PROJECT["optional-dependencies"]) == {"plots", "book", "test", "gpu"}
+    assert {Requirement(line).name for line in PROJECT["optional-dependencies"]["gpu"]} == {"flash-attn", "triton"}
+
+
+def test_the_package_says_its_version_and_that_it_is_typed() -> None:
+    assert Version(dsv2_ref.__version__)
+    assert (ROOT / "dsv2_ref" / "py.typed").exists()
+
+
+def test_public_names_are_those_of_the_card() -> None:
+    card = {
+        "DeepseekV2Config", "DeepseekV2RMSNorm", "DeepseekV2MLP", "MoEGate", "DeepseekV2MoE", "DeepseekV2Attention",
+        "DeepseekV2FlashAttention2", "ATTENTION_CLASSES", "DeepseekV2DecoderLayer",
+    }  # fmt: skip
+    assert card <= set(dsv2_ref.__all__)
+    assert all(hasattr(dsv2_ref, name) for name in dsv2_ref.__all__)
+
+
+# Documentation
+
+
+def public_members(holder: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Public functions and classes of ours in a module or class, those of the classes included."""
+    for name, member in vars(holder).items():
+        unbound = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        unbound = unbound.fget if isinstance(unbound, property) else unbound
+        if name.startswith("_") or not getattr(unbound, "__module__", "").startswith("dsv2_ref"):
+            continue
+        if inspect.isclass(unbound) and unbound.__module__ == prefix:
+            yield f"{prefix}.{name}", unbound
+            yield from ((f"{prefix}.{inner}", m) for inner, m in public_members(unbound, prefix))
+        elif inspect.isfunction(unbound) and unbound.__module__ == prefix:
+            yield f"{prefix}.{name}", unbound
+
+
+def modules() -> list[ModuleType]:
+    return [importlib.import_module(name.removesuffix(".__init__")) for name in MODULES]
+
+
+PUBLIC = [
+    pytest.param(member, id=name) for module in modules() for name, member in public_members(module, module.__name__)
+]
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda module: module.__name__)
+def test_every_module_says_what_it_holds(module: ModuleType) -> None:
+    assert module.__doc__
+    assert module.__doc__.splitlines()[0].endswith((".", ":", ","))
+
+
+@pytest.mark.parametrize("member", PUBLIC)
+def test_every_public_name_is_documented(member: Any) -> None:
+    assert member.__doc__
+    assert not member.__doc__.startswith(f"{member.__name__}(")  # what a dataclass writes of itself
+
+
+CALLABLES = [pytest.param(p.values[0], id=p.id) for p in PUBLIC if inspect.isfunction(p.values[0])]
+
+
+@pytest.mark.parametrize("function", CALLABLES)
+def test_tensors_carry_their_shapes(function: Any) -> None:
+    """A bare Tensor is left only where the shape is any: conditions on values, masks read by `Visibility.of`."""
+    bare = {
+        name
+        for name, hint in function.__annotations__.items()
+        if hint is torch.Tensor or torch.Tensor in getattr(hint, "__args__", ())
+    }
+    without_shape = {
+        "require_values": {"condition"},
+        "of": {"attention_mask"},
+        "block": {"return"},
+        "require_features": {"hidden_states", "weight"},
+    }
+    assert bare <= without_shape.get(function.__name__, set())
+
+
+@pytest.mark.parametrize("name", [name for name in dsv2_ref.__all__ if inspect.isclass(getattr(dsv2_ref, name))])
+def test_forward_says_the_shape_of_what_it_takes(name: str) -> None:
+    member = getattr(dsv2_ref, name)
+    if issubclass(member, torch.nn.Module):
+        hint = member.forward.__annotations__["hidden_states"]
+        assert issubclass(hint, jaxtyping.AbstractArray)
+        assert issubclass(hint, jaxtyping.Float[torch.Tensor, "..."].__mro__[1]) or "Float" in hint.__name__
