@@ -241,6 +241,18 @@ def load_flash_attn() -> Any:
     return flash_attn
 
 
+def require_flash_input(query: Float[Tensor, "..."], visible: Visibility) -> None:
+    """Refuse what flash-attn cannot take.
+
+    Raises:
+        ValueError: for a dtype other than float16 and bfloat16, a tensor off CUDA, and a mask for each query.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    require(half, "hidden_states", query, "float16 or bfloat16 for flash-attn")
+    require(query.is_cuda, "hidden_states", query, "a CUDA tensor for flash-attn")
+    require(visible.mask is None, "attention_mask", visible.mask, "None or (batch, kv_seq) for flash-attn")
+
+
 def attend_flash(
     query: Float[Tensor, "batch heads seq width"],
     key: Float[Tensor, "batch kv_heads kv_seq width"],
@@ -254,14 +266,10 @@ def attend_flash(
     Queries that are padding give zeros.
 
     Raises:
-        ValueError: for a dtype other than float16 and bfloat16, a tensor off CUDA, and a mask for each query.
+        ValueError: for what `require_flash_input` refuses.
     """
     flash_attn = load_flash_attn()
-    require(
-        query.dtype in (torch.float16, torch.bfloat16), "hidden_states", query, "float16 or bfloat16 for flash-attn"
-    )
-    require(query.is_cuda, "hidden_states", query, "a CUDA tensor for flash-attn")
-    require(visible.mask is None, "attention_mask", visible.mask, "None or (batch, kv_seq) for flash-attn")
+    require_flash_input(query, visible)
     value_width = value.shape[-1]
     query, key, value = (x.transpose(1, 2) for x in _equally_wide(query, key, value))
     options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True}

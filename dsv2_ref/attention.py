@@ -119,10 +119,12 @@ class DeepseekV2Attention(AttentionBase):
         """
         visible, cos, sin = self._read(hidden_states, attention_mask, position_ids, past_key_value, output_attentions)
         q_nope, q_pe = self._queries(hidden_states, cos, sin)
-        present = self._remember(self._compress(hidden_states, cos, sin), past_key_value, use_cache)
-
         form = self.cheaper_form(visible.seq, visible.kv_seq) if self.form == "auto" else self.form
         require(form in ("expanded", "absorbed"), "form", form, "expanded, absorbed or auto")
+        if form == "expanded":
+            self._check_kernel(q_nope, visible)
+        present = self._remember(self._compress(hidden_states, cos, sin), past_key_value, use_cache)
+
         if form == "absorbed":
             out, weights = self._absorbed(q_nope, q_pe, present, visible, output_attentions)
         else:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv2_ref.attend import attend_eager, attend_flash, attend_sdpa, load_flash_attn
+from dsv2_ref.attend import attend_eager, attend_flash, attend_sdpa, load_flash_attn, require_flash_input
 from dsv2_ref.cache import LayerCache
 from dsv2_ref.checks import require, require_tensor, require_values
 from dsv2_ref.config import DeepseekV2Config
@@ -109,6 +109,11 @@ class AttentionBase(nn.Module):
             dtype=hidden_states.dtype,
         )
         return visible, cos, sin
+
+    def _check_kernel(self, query: Tensor, visible: Visibility) -> None:
+        """Refuse what the kernel cannot take, before anything is remembered."""
+        if self.implementation == "flash_attention_2":
+            require_flash_input(query, visible)
 
     def _remember(self, new: Tensor, past_key_value: Any, use_cache: bool) -> Any:
         """The cache with the new tokens; one that nobody keeps needs no room to grow."""

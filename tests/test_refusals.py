@@ -1,8 +1,10 @@
 """Bad input is refused before anything changes, by an error that names the argument, the value given and the value wanted."""
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -212,9 +214,34 @@ def test_a_dtype_narrower_than_the_weights_is_left_to_the_norm_of_the_layer() ->
 
 
 def test_unknown_form() -> None:
-    attention = DeepseekV2Attention(SMALL, 0)
+    decoding = Decoding(SMALL)
+    attention = decoding.layer.self_attn
     attention.form = "folded"
-    check_refusal(lambda: attention(stream()), "form", "'folded'", "expanded, absorbed or auto")
+    call = functools.partial(attention, stream(), past_key_value=decoding.cache, use_cache=True)
+    check_refusal(call, "form", "'folded'", "expanded, absorbed or auto")
+    decoding.check_memory()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "wanted"),
+    [(torch.float32, "torch.float32", "float16 or bfloat16"), (torch.bfloat16, "on cpu", "a CUDA tensor")],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [replace(SMALL, mla_form="expanded"), MHA], ids=["mla", "mha"])
+def test_what_flash_attn_cannot_take(
+    config: DeepseekV2Config, dtype: torch.dtype, given: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With flash-attn installed, on a machine where it cannot run."""
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    layer = DeepseekV2DecoderLayer(replace(config, _attn_implementation="flash_attention_2"), 0).to(dtype)
+    cache = layer.self_attn.empty_cache(BATCH, capacity=SEQ)
+    check_refusal(
+        lambda: layer(stream(dtype=dtype), past_key_value=cache, use_cache=True), "hidden_states", given, wanted
+    )
+    assert cache._storage.used == 0
+    x = stream(dtype=dtype)
+    check_refusal(lambda: layer.self_attn(x, past_key_value=cache, use_cache=True), "hidden_states", given, wanted)
+    assert cache._storage.used == 0
 
 
 PARTS = {

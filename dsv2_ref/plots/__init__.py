@@ -4,6 +4,17 @@ Nothing else in the package needs matplotlib.
 """
 
 from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
+from dsv2_ref.plots.rope import angle_errors, clocks, scores_by_distance, stretch_by_pair, turns_by_pair
 from dsv2_ref.plots.style import add_curves, new_axes
 
-__all__ = ["add_curves", "growth_through_layers", "new_axes", "running_sums"]
+__all__ = [
+    "add_curves",
+    "angle_errors",
+    "clocks",
+    "growth_through_layers",
+    "new_axes",
+    "running_sums",
+    "scores_by_distance",
+    "stretch_by_pair",
+    "turns_by_pair",
+]

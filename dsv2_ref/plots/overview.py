@@ -1,0 +1,121 @@
+"""Figures of the chapter that shows the layer at a glance."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from dsv2_ref.plots.style import INK, STYLES, new_axes
+
+BLUE, ORANGE = STYLES[0][0], STYLES[1][0]
+ARROW = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+BOX = 0.7  # height of a box, where the rows are 1 apart
+STREAM = 0.5  # where the residual stream runs, from left to right 0 to 10
+
+
+def layer_flow(branches: Mapping[str, Sequence[Sequence[str]]], remembered: Collection[str] = ()) -> Axes:
+    """A layer from top to bottom: the residual stream at the left, and the branches that read it and are added to it.
+
+    Args:
+        branches: for each norm that begins a branch, the rows of boxes behind it. A row of as many boxes as the row
+            above continues its lines; another number of boxes gathers or spreads them. An empty name is a line.
+        remembered: the boxes whose content a layer keeps between calls; drawn in another colour.
+    """
+    rows = sum(len(behind) + 2 for behind in branches.values())
+    axes = new_axes("", "", height=0.62 * (rows + 1))
+    axes.set(xlim=(0, 10), ylim=(-rows - 0.5, 0.5))
+    axes.set_axis_off()
+    axes.annotate("", (STREAM, -rows - 0.4), (STREAM, 0.4), arrowprops=ARROW | {"linewidth": 3.5, "color": BLUE})
+    axes.text(STREAM + 0.4, 0.25, "token in", va="center")
+    axes.text(STREAM + 0.4, -rows - 0.25, "token out", va="center")
+    y = -0.35
+    for norm, behind in branches.items():
+        axes.plot([STREAM, 5.7], [y, y], color=INK, linewidth=1.2)
+        above = [5.7]
+        start = y
+        y -= 0.65
+        for number, row in enumerate([[norm], *behind]):
+            places = [5.7] if len(row) == 1 else [3.6 + 4.3 * i / (len(row) - 1) for i in range(len(row))]
+            top = y + BOX / 2
+            if number == 0:
+                axes.annotate("", (5.7, top), (5.7, start), arrowprops=ARROW)
+            else:
+                _connect(axes, above, places, top, row)
+            for x, name in zip(places, row, strict=True):
+                _box(axes, x, y, name, 2.0 if len(row) > 1 else 2.4, name in remembered)
+            above = places
+            y -= 1
+        middle = y + 0.4
+        for x in above:
+            axes.plot([x, x], [y + 1 - BOX / 2, middle], color=INK, linewidth=1.2)
+        axes.annotate("", (STREAM + 0.3, middle), (max(above), middle), arrowprops=ARROW)
+        axes.plot(STREAM, middle, "o", markersize=17, color="white", markeredgecolor=INK, zorder=3)
+        axes.text(STREAM, middle - 0.02, "+", ha="center", va="center", fontsize=16, zorder=4)
+        y = middle - 0.75
+    return axes
+
+
+def _connect(axes: Axes, above: Sequence[float], places: Sequence[float], top: float, row: Sequence[str]) -> None:
+    """Lines from the boxes of one row to those of the next, whose upper edge is at ``top``."""
+    bottom, middle = top + 1 - BOX, top + (1 - BOX) * 0.62
+    if len(above) != len(places):
+        for x in above:
+            axes.plot([x, x], [bottom, middle], color=INK, linewidth=1.2)
+        ends = [*above, *places]
+        axes.plot([min(ends), max(ends)], [middle, middle], color=INK, linewidth=1.2)
+        bottom = middle
+    for x, name in zip(places, row, strict=True):
+        if name:
+            axes.annotate("", (x, top), (x, bottom), arrowprops=ARROW)
+        else:
+            axes.plot([x, x], [top - BOX, bottom], color=INK, linewidth=1.2)
+
+
+def _box(axes: Axes, x: float, y: float, name: str, half: float, remembered: bool) -> None:
+    if name:
+        corner, size = (x - half, y - BOX / 2), (2 * half, BOX)
+        colours = {"facecolor": "#FCE5D4" if remembered else "#F1F5F9", "edgecolor": ORANGE if remembered else INK}
+        style = "round,pad=0,rounding_size=0.12"
+        axes.add_patch(FancyBboxPatch(corner, *size, boxstyle=style, linewidth=1.4, zorder=2, **colours))
+        axes.text(x, y - 0.02, name, ha="center", va="center", fontsize=10, linespacing=1.15, zorder=3)
+
+
+def layer_kinds(models: Mapping[str, Sequence[bool]]) -> Axes:
+    """Which layers of each model hold experts: a row of cells for each, from layer 0 on.
+
+    Args:
+        models: for each label, whether layer 0, 1, … holds experts.
+    """
+    axes = new_axes("index of the layer", "", height=0.8 + 0.5 * len(models))
+    for row, kinds in enumerate(models.values()):
+        for layer, has_experts in enumerate(kinds):
+            cell = {"facecolor": "#F5C9A8", "edgecolor": ORANGE} if has_experts else {"facecolor": BLUE}
+            axes.add_patch(Rectangle((layer - 0.5, row - 0.3), 1, 0.6, linewidth=0.8, **cell))
+    longest = max(map(len, models.values()))
+    axes.set(xlim=(-1, longest), ylim=(len(models) - 0.5, -0.5), yticks=range(len(models)), yticklabels=list(models))
+    axes.grid(False)
+    axes.tick_params(left=False)
+    handles = [Rectangle((0, 0), 1, 1, facecolor=BLUE), Rectangle((0, 0), 1, 1, facecolor="#F5C9A8", edgecolor=ORANGE)]
+    axes.legend(handles, ["dense MLP", "experts"], ncols=2, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    return axes
+
+
+def parameter_shares(counts: Mapping[str, Mapping[str, int]]) -> Axes:
+    """What share of its parameters each part of a layer has, by two ways of counting.
+
+    Args:
+        counts: for each of two ways to count, the parameters of every part; the parts are the same in both.
+    """
+    axes = new_axes("share of the parameters, %", "", height=0.9 + 0.7 * len(next(iter(counts.values()))))
+    for number, ((label, parts), colour) in enumerate(zip(counts.items(), (BLUE, "#F5C9A8"), strict=True)):
+        shares = [100 * count / sum(parts.values()) for count in parts.values()]
+        places = [place - 0.2 + 0.4 * number for place in range(len(parts))]
+        bars = axes.barh(places, shares, 0.38, color=colour, edgecolor=INK, hatch="//" * number, label=label)
+        texts = [f"{share:.0f} %" if share >= 0.5 else "below 0.5 %" for share in shares]
+        axes.bar_label(bars, texts, padding=4, fontsize=11, color=INK)
+    axes.set(xlim=(0, 112), yticks=range(len(parts)), yticklabels=list(parts), xticks=range(0, 101, 25))
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.tick_params(left=False)
+    axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return axes
