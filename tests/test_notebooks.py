@@ -1,5 +1,7 @@
 """The book's notebooks are stored as they should be: run from top to bottom, described, and free of this machine."""
 
+import base64
+import io
 import os
 import re
 import shutil
@@ -7,11 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
+from dsv2_ref import plots
 from tools import notebooks
 
 IN_BOOK = notebooks.in_book()
@@ -50,6 +56,13 @@ def test_figures_are_described(notebook: NotebookNode) -> None:
         if any(key.startswith("image/") for output in cell.outputs for key in output.get("data", {})):
             alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
             assert len(alt.split()) >= 10, f"{cell.id}: say in the cell's mystnb.image.alt what the figure shows"
+
+
+def test_figures_are_stored_by_make_notebooks(notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if png := output.get("data", {}).get("image/png"):
+                assert Image.open(io.BytesIO(base64.b64decode(png))).mode == "P", f"{cell.id}: run make notebooks"
 
 
 def test_pictures_in_text_are_described(notebook: NotebookNode) -> None:
@@ -110,6 +123,18 @@ def test_a_notebook_that_fails_is_left_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="ZeroDivisionError"):
         notebooks.execute(path)
     assert path.read_bytes() == before
+
+
+def test_figures_are_stored_small_and_look_the_same() -> None:
+    figure = plots.new_axes("features added", "running sum").figure
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    plt.close(figure)
+    stored = base64.b64decode(notebooks.compact(base64.b64encode(drawn.getvalue()).decode()))
+
+    before, after = (np.asarray(Image.open(png).convert("RGB"), dtype=int) for png in (drawn, io.BytesIO(stored)))
+    assert len(stored) < len(drawn.getvalue()) / 2
+    assert abs(before - after).max() <= 16  # of 255 steps: below what an eye sees in the border of a letter
 
 
 DRAW = """import matplotlib.pyplot as plt

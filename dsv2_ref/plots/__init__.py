@@ -3,6 +3,7 @@
 Nothing else in the package needs matplotlib.
 """
 
+from dsv2_ref.plots.overview import layer_flow, layer_kinds, parameter_shares
 from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
 from dsv2_ref.plots.rope import angle_errors, clocks, scores_by_distance, stretch_by_pair, turns_by_pair
 from dsv2_ref.plots.style import add_curves, new_axes
@@ -12,7 +13,10 @@ __all__ = [
     "angle_errors",
     "clocks",
     "growth_through_layers",
+    "layer_flow",
+    "layer_kinds",
     "new_axes",
+    "parameter_shares",
     "running_sums",
     "scores_by_distance",
     "stretch_by_pair",

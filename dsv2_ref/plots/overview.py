@@ -1,6 +1,7 @@
 """Figures of the chapter that shows the layer at a glance."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -26,8 +27,8 @@ def layer_flow(branches: Mapping[str, Sequence[Sequence[str]]], remembered: Coll
     axes.set(xlim=(0, 10), ylim=(-rows - 0.5, 0.5))
     axes.set_axis_off()
     axes.annotate("", (STREAM, -rows - 0.4), (STREAM, 0.4), arrowprops=ARROW | {"linewidth": 3.5, "color": BLUE})
-    axes.text(STREAM + 0.4, 0.25, "token in", va="center")
-    axes.text(STREAM + 0.4, -rows - 0.25, "token out", va="center")
+    axes.text(STREAM + 0.4, 0.25, "token in", va="center", color=INK)
+    axes.text(STREAM + 0.4, -rows - 0.25, "token out", va="center", color=INK)
     y = -0.35
     for norm, behind in branches.items():
         axes.plot([STREAM, 5.7], [y, y], color=INK, linewidth=1.2)
@@ -50,7 +51,7 @@ def layer_flow(branches: Mapping[str, Sequence[Sequence[str]]], remembered: Coll
             axes.plot([x, x], [y + 1 - BOX / 2, middle], color=INK, linewidth=1.2)
         axes.annotate("", (STREAM + 0.3, middle), (max(above), middle), arrowprops=ARROW)
         axes.plot(STREAM, middle, "o", markersize=17, color="white", markeredgecolor=INK, zorder=3)
-        axes.text(STREAM, middle - 0.02, "+", ha="center", va="center", fontsize=16, zorder=4)
+        axes.text(STREAM, middle - 0.02, "+", ha="center", va="center", fontsize=16, color=INK, zorder=4)
         y = middle - 0.75
     return axes
 
@@ -74,10 +75,11 @@ def _connect(axes: Axes, above: Sequence[float], places: Sequence[float], top: f
 def _box(axes: Axes, x: float, y: float, name: str, half: float, remembered: bool) -> None:
     if name:
         corner, size = (x - half, y - BOX / 2), (2 * half, BOX)
-        colours = {"facecolor": "#FCE5D4" if remembered else "#F1F5F9", "edgecolor": ORANGE if remembered else INK}
+        face, edge = ("#FCE5D4", ORANGE) if remembered else ("#F1F5F9", INK)
         style = "round,pad=0,rounding_size=0.12"
-        axes.add_patch(FancyBboxPatch(corner, *size, boxstyle=style, linewidth=1.4, zorder=2, **colours))
-        axes.text(x, y - 0.02, name, ha="center", va="center", fontsize=10, linespacing=1.15, zorder=3)
+        look: dict[str, Any] = {"boxstyle": style, "facecolor": face, "edgecolor": edge, "linewidth": 1.4, "zorder": 2}
+        axes.add_patch(FancyBboxPatch(corner, *size, **look))
+        axes.text(x, y - 0.02, name, ha="center", va="center", fontsize=11.5, linespacing=1.15, color=INK, zorder=3)
 
 
 def layer_kinds(models: Mapping[str, Sequence[bool]]) -> Axes:
@@ -89,8 +91,9 @@ def layer_kinds(models: Mapping[str, Sequence[bool]]) -> Axes:
     axes = new_axes("index of the layer", "", height=0.8 + 0.5 * len(models))
     for row, kinds in enumerate(models.values()):
         for layer, has_experts in enumerate(kinds):
-            cell = {"facecolor": "#F5C9A8", "edgecolor": ORANGE} if has_experts else {"facecolor": BLUE}
-            axes.add_patch(Rectangle((layer - 0.5, row - 0.3), 1, 0.6, linewidth=0.8, **cell))
+            face, edge = ("#F5C9A8", ORANGE) if has_experts else (BLUE, BLUE)
+            cell = Rectangle((layer - 0.5, row - 0.3), 1, 0.6, linewidth=0.8, facecolor=face, edgecolor=edge)
+            axes.add_patch(cell)
     longest = max(map(len, models.values()))
     axes.set(xlim=(-1, longest), ylim=(len(models) - 0.5, -0.5), yticks=range(len(models)), yticklabels=list(models))
     axes.grid(False)
