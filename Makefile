@@ -11,6 +11,7 @@ help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 20
 
 book: $(INSTALLED) ## build the book in _build/html
+	@rm -rf _build/html _build/.doctrees  # pages of what is gone, and warnings already given, must not be kept
 	@$(BIN)/jupyter-book build . --all -n -W --keep-going
 
 test: lint unit site ## lint, types, unit, property and notebook tests, and the checks on the built book
@@ -25,7 +26,7 @@ unit: $(INSTALLED)
 	@$(BIN)/python -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nbval-current-env book
 
 site: book
-	@$(BIN)/python -m pytest tests/site
+	@$(BIN)/python -m pytest -n 2 tests/site
 
 notebooks: $(INSTALLED) ## run every notebook of the book again and store its outputs
 	@$(BIN)/python tools/notebooks.py
