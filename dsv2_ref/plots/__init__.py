@@ -3,6 +3,7 @@
 Nothing else in the package needs matplotlib.
 """
 
+from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
 from dsv2_ref.plots.overview import layer_flow, layer_kinds, parameter_shares
 from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
 from dsv2_ref.plots.rope import angle_errors, clocks, scores_by_distance, stretch_by_pair, turns_by_pair
@@ -11,14 +12,17 @@ from dsv2_ref.plots.style import add_curves, new_axes
 __all__ = [
     "add_curves",
     "angle_errors",
+    "cache_growth",
     "clocks",
     "growth_through_layers",
     "layer_flow",
     "layer_kinds",
     "new_axes",
+    "numbers_remembered",
     "parameter_shares",
     "running_sums",
     "scores_by_distance",
     "stretch_by_pair",
+    "truncation_errors",
     "turns_by_pair",
 ]
