@@ -3,6 +3,7 @@
 Nothing else in the package needs matplotlib.
 """
 
+from dsv2_ref.plots.experts import expert_loads, routing_map, sorted_choices
 from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
 from dsv2_ref.plots.overview import layer_flow, layer_kinds, parameter_shares
 from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
@@ -14,14 +15,17 @@ __all__ = [
     "angle_errors",
     "cache_growth",
     "clocks",
+    "expert_loads",
     "growth_through_layers",
     "layer_flow",
     "layer_kinds",
     "new_axes",
     "numbers_remembered",
     "parameter_shares",
+    "routing_map",
     "running_sums",
     "scores_by_distance",
+    "sorted_choices",
     "stretch_by_pair",
     "truncation_errors",
     "turns_by_pair",

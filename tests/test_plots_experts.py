@@ -1,0 +1,69 @@
+"""The figures of experts and routing show the data they were given."""
+
+from collections.abc import Iterator
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.collections import QuadMesh
+from matplotlib.patches import Rectangle
+
+from dsv2_ref.plots import experts as plots
+
+SCORES = [[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.7, 0.1]]
+
+
+@pytest.fixture(autouse=True)
+def closed_figures() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def test_a_routing_map_colours_scores_and_numbers_choices() -> None:
+    axes = plots.routing_map(SCORES, [[0, 1], [2, 0]])
+    (cells,) = (child for child in axes.get_children() if isinstance(child, QuadMesh))
+    assert np.array_equal(np.ma.getdata(cells.get_array()).reshape(2, 4), SCORES)
+    marked = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.get_lines()]
+    assert marked == [(0.5, 0.5), (1.5, 0.5), (2.5, 1.5), (0.5, 1.5)]
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "1", "2"]
+    assert axes.get_ylim() == (2, 0), "the first token is on top"
+    assert axes.get_xlabel() == "expert"
+    assert axes.get_ylabel() == "token"
+    assert axes.figure.axes[1].get_ylabel() == "score"
+
+
+def test_groups_are_separated_and_closed_ones_hatched() -> None:
+    axes = plots.routing_map(SCORES, [[0], [2]], groups=2, closed=[[1], [0]])
+    border, *_ = axes.get_lines()
+    assert list(border.get_xdata()) == [2, 2]
+    hatched = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_hatch()]
+    corners = [(patch.get_x(), int(patch.get_y()), patch.get_width()) for patch in hatched]
+    assert corners == [(2, 0, 2), (0, 1, 2)]
+
+
+def test_sorted_choices_keep_every_pair_and_lead_it_to_its_row() -> None:
+    axes = plots.sorted_choices([[2, 0], [0, 1]], order=[1, 2, 3, 0])
+    boxes = {
+        (round(text.get_position()[0], 1), int(text.get_position()[1])): text.get_text() for text in axes.texts[2:]
+    }
+    left = [boxes[1.7, row] for row in range(4)]
+    right = [boxes[8.3, row] for row in range(4)]
+    assert left == ["token 0: expert 2", "token 0: expert 0", "token 1: expert 0", "token 1: expert 1"]
+    assert right == ["expert 0: token 0", "expert 0: token 1", "expert 1: token 1", "expert 2: token 0"]
+    lines = [tuple(int(y) for y in line.get_ydata()) for line in axes.get_lines()]
+    assert lines == [(1, 0), (2, 1), (3, 2), (0, 3)]
+
+
+def test_loads_are_sorted_beside_an_even_share() -> None:
+    axes = plots.expert_loads({"gate": [1, 5, 0], "chance": [2, 2, 2]})
+    gate, chance, even = axes.get_lines()
+    assert list(gate.get_xdata()) == [1, 2, 3]
+    assert list(gate.get_ydata()) == [5, 1, 0]
+    assert list(chance.get_ydata()) == [2, 2, 2]
+    assert list(even.get_ydata()) == [2, 2]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["gate", "chance", "even share"]
+    assert axes.get_ylim()[0] == 0
