@@ -74,8 +74,12 @@ def _equally_wide(*tensors: Tensor) -> list[Tensor]:
     return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors]
 
 
-def _runs_in_blocks(*tensors: Tensor) -> bool:
-    """Whether `attend_blocks` is the faster way; its blocks keep no memory in check where gradients are wanted."""
+CPU_SIZES = 64
+"""One query's keys are rounded up to a multiple of this, as oneDNN compiles a product for every size it has not met."""
+
+
+def suits_cpu_products(*tensors: Float[Tensor, "..."]) -> bool:
+    """Whether these are for the ways made for half precision on the CPU, which give no gradients."""
     half_on_cpu = all(x.device.type == "cpu" and x.dtype.itemsize == 2 for x in tensors)
     wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return half_on_cpu and not wants_gradients and not torch.compiler.is_compiling()
@@ -91,7 +95,7 @@ def attend_sdpa(
 ) -> Float[Tensor, "batch heads seq value_width"]:
     """`attend_eager` without the weights, through torch's fused kernels, which want values as wide as keys."""
     batch, heads, seq, _ = query.shape
-    if seq > 1 and _runs_in_blocks(query, key, value):
+    if seq > 1 and suits_cpu_products(query, key, value):
         return attend_blocks(query, key, value, visible, scale, dropout)
     value_width = value.shape[-1]
     query, key, value = _equally_wide(query, key, value)
@@ -197,7 +201,7 @@ def _scaled_product(
 
 def attend_latent(
     query: Float[Tensor, "batch heads seq width"],
-    remembered: Float[Tensor, "batch kv_seq width"],
+    remembered: Float[Tensor, "batch at_least_kv_seq width"],
     latent: int,
     visible: Visibility,
     scale: float,
@@ -207,28 +211,33 @@ def attend_latent(
     """Attention of all heads to one shared key, whose first ``latent`` numbers are also its value.
 
     This is multi-query attention, and so two plain products of (heads · seq) rows: no fused kernel of torch takes keys
-    as wide as 576. Scores are rounded once, after scale and mask; their softmax sums in float32.
+    as wide as 576. Scores are rounded once, after scale and mask; their softmax sums in float32. For one query, zeros
+    may follow the remembered tokens (`LayerCache.rounded_up`); it does not see them.
     """
     batch, heads, seq, width = query.shape
+    unseen = remembered.shape[1] - visible.kv_seq
     parts, all_weights = [], []
     for start, stop in _blocks(seq, batch * heads * visible.kv_seq):
         end = visible.keys_until(stop)
-        keys = remembered[:, :end]
+        keys = remembered[:, : end + unseen]
         rows = query[:, :, start:stop].reshape(batch, -1, width)
         mask, sighted = visible.block(start, stop)
         bias = mask
         if mask is not None:
             bias = _additive(mask, query.dtype).expand(batch, heads, -1, -1).reshape(batch, -1, end)
+            bias = F.pad(bias, (0, unseen))
         scores = _scaled_product(rows, keys.mT, scale, bias)
-        weights = scores.softmax(dim=-1).view(batch, heads, stop - start, end)
+        if unseen:
+            scores[..., end:] = float("-inf")
+        weights = scores.softmax(dim=-1).view(batch, heads, stop - start, -1)
         if sighted is not None:
             weights = weights.where(sighted, 0)
         if dropout:
             weights = F.dropout(weights, dropout)
-        attended = _scaled_product(weights.view(batch, -1, end), keys[..., :latent])
+        attended = _scaled_product(weights.view(batch, -1, end + unseen), keys[..., :latent])
         parts.append(attended.view(batch, heads, stop - start, latent))
         if want_weights:
-            all_weights.append(F.pad(weights, (0, visible.kv_seq - end)))
+            all_weights.append(F.pad(weights[..., :end], (0, visible.kv_seq - end)))
     return torch.cat(parts, dim=2), torch.cat(all_weights, dim=2) if want_weights else None
 
 

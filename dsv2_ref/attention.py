@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from dsv2_ref.attend import attend_latent
+from dsv2_ref.attend import CPU_SIZES, attend_latent, suits_cpu_products
 from dsv2_ref.attention_base import AttentionBase
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.checks import require
@@ -170,7 +170,7 @@ class DeepseekV2Attention(AttentionBase):
         dropout = self.attention_dropout if self.training else 0.0
         attended, weights = attend_latent(
             torch.cat((q_latent, q_pe), dim=-1),
-            remembered.tokens,
+            remembered.rounded_up(CPU_SIZES) if seq == 1 and suits_cpu_products(q_nope, w_uk) else remembered.tokens,
             self.kv_lora_rank,
             visible,
             self.softmax_scale,
@@ -178,7 +178,10 @@ class DeepseekV2Attention(AttentionBase):
             want_weights,
         )
         by_head = attended.transpose(0, 1).reshape(heads, batch * seq, -1)
-        return torch.bmm(w_uv, by_head.mT).view(heads, -1, batch, seq).permute(2, 0, 3, 1), weights
+        # The same product either way; the CPU's kernels are several times faster when they need not transpose W_UV.
+        transposed = w_uv.mT.is_contiguous()
+        out = torch.bmm(by_head, w_uv.mT) if transposed else torch.bmm(w_uv, by_head.mT).mT
+        return out.reshape(heads, batch, seq, -1).transpose(0, 1), weights
 
 
 class DeepseekV2FlashAttention2(DeepseekV2Attention):

@@ -55,7 +55,7 @@ class LayerCache:
         """
         require(batch >= 1, "batch", batch, "at least one sequence")
         require(capacity >= 0, "capacity", capacity, "room for 0 or more tokens")
-        buffer = torch.empty(batch, capacity, *features, dtype=dtype, device=device)
+        buffer = torch.zeros(batch, capacity, *features, dtype=dtype, device=device)
         return cls._over(layer_idx, _Storage(buffer, 0), 0)
 
     @classmethod
@@ -71,6 +71,12 @@ class LayerCache:
     def tokens(self) -> Float[Tensor, "batch kv_seq *features"]:
         """All numbers remembered; a view, to be read only."""
         return self._storage.buffer[:, : self.length]
+
+    def rounded_up(self, multiple: int) -> Float[Tensor, "batch at_least_kv_seq *features"]:
+        """`tokens`, and zeros behind them up to a multiple of their number, where there is room not yet written to."""
+        storage, length = self._storage, -(-self.length // multiple) * multiple
+        room = self.length == storage.used and length <= storage.buffer.shape[1]
+        return storage.buffer[:, : length if room else self.length]
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +104,7 @@ class LayerCache:
         storage, length = self._storage, self.length + new.shape[1]
         sealed = not torch.compiler.is_compiling() and buffer.is_inference() and not torch.is_inference_mode_enabled()
         if self.length != storage.used or length > buffer.shape[1] or sealed:
-            roomy = buffer.new_empty((buffer.shape[0], length + max(64, length // 4), *buffer.shape[2:]))
+            roomy = buffer.new_zeros((buffer.shape[0], length + max(64, length // 4), *buffer.shape[2:]))
             roomy[:, : self.length] = self.tokens
             storage = _Storage(roomy, length)
         storage.buffer.data[:, self.length : length] = new  # no graph holds these places: it need not hear of the write

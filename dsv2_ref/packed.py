@@ -62,7 +62,7 @@ class PackedUpProjection(PackedLinear):
     def __init__(self, attention: DeepseekV2Attention) -> None:
         super().__init__(attention.kv_b_proj)
         w_uk, w_uv = attention.up_matrices()
-        self.matrices = w_uk.detach().contiguous(), w_uv.detach().contiguous()
+        self.matrices = w_uk.detach().contiguous(), w_uv.detach().mT.contiguous().mT
 
 
 class PackedExperts(_Packed):
