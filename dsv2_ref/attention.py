@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from dsv2_ref.attend import CPU_SIZES, attend_latent, suits_cpu_products
+from dsv2_ref.attend import attend_latent
+from dsv2_ref.attend_cpu import CPU_SIZES, suits_cpu_products
 from dsv2_ref.attention_base import AttentionBase
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.checks import require

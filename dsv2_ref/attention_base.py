@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv2_ref.attend import attend_eager, attend_flash, attend_sdpa, load_flash_attn, require_flash_input
+from dsv2_ref.attend import attend_eager, attend_sdpa
+from dsv2_ref.attend_flash import attend_flash, load_flash_attn, require_flash_input
 from dsv2_ref.cache import LayerCache
 from dsv2_ref.checks import require, require_tensor, require_values
 from dsv2_ref.config import DeepseekV2Config

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from dsv2_ref.checks import require, require_tensor, require_values
@@ -120,3 +120,15 @@ class Visibility:
         keep = keep if causal is None else keep & causal
         sighted = keep.any(dim=-1, keepdim=True)
         return keep | ~sighted, sighted
+
+
+def additive(
+    mask: Shaped[Tensor, "#batch #heads rows kv_seq"], dtype: torch.dtype
+) -> Float[Tensor, "#batch #heads rows kv_seq"]:
+    """What to add to the scores for ``mask``: minus infinity where a bool one drops.
+
+    A floating one stays finite, so that a query whose keys all have a bias beyond ``dtype`` does not turn to NaN.
+    """
+    if mask.dtype != torch.bool:
+        return mask.to(dtype).clamp(min=torch.finfo(dtype).min / 2)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))

@@ -42,7 +42,7 @@ def imports_of(path: Path) -> set[str]:
     return {name if name.startswith("dsv2_ref") else name.split(".")[0] for name in names}
 
 
-OPTIONAL = {"matplotlib": "plots", "numpy": "plots", "flash_attn": "attend"}
+OPTIONAL = {"matplotlib": "plots", "numpy": "plots", "flash_attn": "attend_flash"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=MODULES)
@@ -62,8 +62,10 @@ def test_the_configuration_imports_neither_torch_nor_anything_of_ours() -> None:
 ORDER = [
     {"config", "checks"},
     {"rmsnorm", "rope", "cache", "masks", "projection", "grouped", "balance"},
-    {"attend", "mlp", "experts"},
-    {"attention_base", "moe"},
+    {"attend_cpu", "mlp", "experts"},
+    {"attend", "moe"},
+    {"attend_flash"},
+    {"attention_base"},
     {"multi_head"},
     {"attention"},
     {"layer", "packed"},

@@ -194,6 +194,7 @@ def test_mixed_caches(config: DeepseekV2Config, argument: str, value: Any, given
 def test_attention_weights_where_none_exist(config: DeepseekV2Config) -> None:
     decoding = Decoding(config)
     decoding.refuses("output_attentions", True, "True", "'eager' does")
+    decoding.check_continuation()
 
 
 @pytest.mark.parametrize("config", [SMALL, MHA], ids=["mla", "mha"])
