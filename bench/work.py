@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import DynamicCache
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as peer
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as PeerConfig
@@ -29,6 +30,7 @@ class Work:
         ours: by setting, each gives the output. peers: the same, by setting of transformers.
         floors: ways to compute the matrix products alone through torch's kernels; the fastest counts.
         flops: of these products. nbytes: of the weights and the cache, each read once.
+        chain: the products in their order, each as (FLOPs, bytes of its largest operand).
     """
 
     name: str
@@ -37,6 +39,41 @@ class Work:
     floors: dict[str, Call]
     flops: int
     nbytes: int
+    chain: list[tuple[int, int]]
+
+    def limit(self, bandwidth: float, rate: float) -> float:
+        """Seconds below which no machine of this bandwidth and rate can go: as if it read and multiplied all at once."""
+        return max(self.nbytes / bandwidth, self.flops / rate)
+
+    def limit_in_turn(self, bandwidth: float, rate: float) -> float:
+        """The same where a product starts when the one before it has ended, as it must: each needs the last one's result.
+
+        Then the matrices of one are not read while another is computed, as they would have to be to reach `limit`.
+        """
+        return sum(max(nbytes / bandwidth, flops / rate) for flops, nbytes in self.chain)
+
+
+class _Chain(TorchDispatchMode):
+    """Notes every product that is computed while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            operands = [x for x in args if isinstance(x, Tensor)]
+            self.products.append(
+                (int(count(*args, **(kwargs or {}), out_val=out)), max(_nbytes([x]) for x in operands))
+            )
+        return out
+
+
+def _chain(products: Call) -> list[tuple[int, int]]:
+    with _Chain() as chain:
+        products()
+    return chain.products
 
 
 def _flops(products: Call) -> int:
@@ -138,6 +175,7 @@ def attention_decode(dtype: torch.dtype, kv_seq: int = 8192) -> Work:
         {"products": products},
         _flops(products),
         _nbytes([*attention_weights(ours), keys]),
+        _chain(products),
     )
 
 
@@ -184,6 +222,7 @@ def attention_prefill(dtype: torch.dtype, seq: int = 2048) -> Work:
         {"products by blocks of 512 queries": by_blocks, "fused attention": by_fused},
         _flops(project) + heads * seq * (seq + 1) * (ours.qk_head_dim + value_width),
         _nbytes(attention_weights(ours)),
+        _chain(by_blocks),
     )
 
 
@@ -237,6 +276,7 @@ def experts(dtype: torch.dtype, seq: int) -> Work:
         {"products by expert": by_expert, "grouped products": by_group},
         _flops(by_expert),
         _nbytes([gate_up[0], down[0]]) * used + _nbytes([*shared.parameters(), ours.gate.weight]),
+        _chain(by_expert),
     )
 
 
