@@ -39,8 +39,9 @@ class Visibility:
         alone: bool True keeps, floating is added to the scores.
 
         Raises:
-            ValueError: for another shape, dtype or device, and for a floating mask that nowhere goes below zero: it
-                would mask nothing (ones and zeros meant as keep and drop must be given as bool).
+            ValueError: for another shape, dtype or device, for a floating mask with infinity or NaN (minus infinity is
+                welcome), and for one that nowhere goes below zero: it would mask nothing (ones and zeros meant as keep
+                and drop must be given as bool).
         """
         if attention_mask is None:
             return cls(seq, kv_seq, device)
@@ -76,10 +77,13 @@ class Visibility:
             "bool (True keeps) or floating point (added to the scores)",
         )
         if dtype.is_floating_point:
-            lowest = attention_mask.amin()
+            lowest, highest = attention_mask.aminmax()
+            require_values(
+                highest < float("inf"), "attention_mask", "infinite or NaN somewhere", "numbers below infinity"
+            )
             masks_something = lowest < 0
             if seq == 1:
-                masks_something |= (lowest == 0) & (attention_mask.amax() == 0)
+                masks_something |= (lowest == 0) & (highest == 0)
             require_values(
                 masks_something,
                 "attention_mask",

@@ -88,7 +88,12 @@ MASKS = {
     "device": (torch.ones(BATCH, KV_SEQ, dtype=torch.bool, device="meta"), "on meta", "on cpu"),
     "tril of ones": (torch.ones(1, 1, SEQ, KV_SEQ).tril(3), "masks nothing", "must be bool"),
     "zeros": (torch.zeros(1, 1, SEQ, KV_SEQ), "masks nothing", "None is causal"),
-    "NaN": (torch.full((1, 1, SEQ, KV_SEQ), float("nan")), "without a negative entry", "negative entries"),
+    "NaN": (torch.full((1, 1, SEQ, KV_SEQ), float("nan")), "infinite or NaN", "below infinity"),
+    "one infinity": (
+        torch.tensor([float("-inf")] * (KV_SEQ - 1) + [float("inf")]).expand(1, 1, SEQ, -1),
+        "infinite",
+        "below",
+    ),
 }
 POSITIONS = {
     "list": ([[3, 4]], "a list of 1", "a tensor"),
