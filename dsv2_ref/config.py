@@ -103,12 +103,15 @@ class DeepseekV2Config:
     ``num_key_value_heads=None`` means one per attention head. ``q_lora_rank=None`` drops query compression,
     ``n_routed_experts=None`` makes every layer dense, ``n_shared_experts=None`` drops the shared experts.
     ``_attn_implementation`` is ``eager``, ``sdpa`` or ``flash_attention_2``; ``mla_form`` is ``expanded``, ``absorbed``
-    or ``auto`` (the one with fewer operations for the call at hand). `dataclasses.replace` derives a variant.
+    or ``auto`` (the one with fewer operations for the call at hand). ``device_aux_loss_alpha`` and
+    ``communication_aux_loss_alpha`` weigh the paper's two losses that no published code has, over ``n_group`` devices.
+    `dataclasses.replace` derives a variant.
 
     Raises:
         ValueError: for a value no layer can be built from, naming the field, the value and what was wanted.
 
-    Source: ``DeepseekV2Config`` of the published code; ``_attn_implementation`` and ``mla_form`` are not stored there.
+    Source: ``DeepseekV2Config`` of the published code; ``_attn_implementation``, ``mla_form`` and the two weights of
+    losses are not stored there.
     """
 
     vocab_size: int = 102400
@@ -135,6 +138,8 @@ class DeepseekV2Config:
     norm_topk_prob: bool = False
     scoring_func: str = "softmax"
     aux_loss_alpha: float = 0.001
+    device_aux_loss_alpha: float = 0.0
+    communication_aux_loss_alpha: float = 0.0
     seq_aux: bool = True
     hidden_act: str = "silu"
     max_position_embeddings: int = 163840
@@ -165,6 +170,7 @@ class DeepseekV2Config:
         _require_ints(self, "first_k_dense_replace", 0)
         _require_ints(self, "num_key_value_heads n_shared_experts n_routed_experts q_lora_rank", 1, optional=True)
         _require_numbers(self, "routed_scaling_factor aux_loss_alpha initializer_range", 0)
+        _require_numbers(self, "device_aux_loss_alpha communication_aux_loss_alpha", 0)
         _require_numbers(self, "attention_dropout", 0, below=1)
         _require_numbers(self, "rms_norm_eps", 2**-84)  # eps**-1.5, in the gradient, is below 2**128
         _require_numbers(self, "rope_theta", math.nextafter(1, 2))
@@ -200,6 +206,11 @@ class DeepseekV2Config:
         _require_ints(self, "moe_intermediate_size num_experts_per_tok", 1)
         _require(self.scoring_func == "softmax", "scoring_func", self.scoring_func, "softmax")
         _require(method in ("greedy", "group_limited_greedy"), "topk_method", method, "greedy or group_limited_greedy")
+        for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha"):
+            alone = getattr(self, name) > 0 and method == "greedy"
+            _require(
+                not alone, name, getattr(self, name), "0 without group_limited_greedy, whose groups are the devices"
+            )
         allowed, wanted = experts, f"at most n_routed_experts={experts}"
         if method == "group_limited_greedy":
             _require_ints(self, "n_group topk_group", 1)

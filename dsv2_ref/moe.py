@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv2_ref.balance import expert_balance_loss, inject_loss
+from dsv2_ref.balance import (
+    communication_balance_loss,
+    device_balance_loss,
+    expert_balance_loss,
+    inject_loss,
+)
 from dsv2_ref.checks import require, require_tensor
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.experts import RoutedExperts
@@ -41,6 +46,8 @@ class MoEGate(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.routed_scaling_factor = config.routed_scaling_factor
         self.alpha = config.aux_loss_alpha
+        self.device_alpha = config.device_aux_loss_alpha
+        self.communication_alpha = config.communication_aux_loss_alpha
         self.seq_aux = config.seq_aux
         self.weight = nn.Parameter(torch.empty(self.n_routed_experts, config.hidden_size))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -52,7 +59,8 @@ class MoEGate(nn.Module):
 
         Returns:
             ``(topk_idx, topk_weight, aux_loss)``: the chosen experts, best first, with tokens = batch · seq; what each
-            counts, float32 (float64 for float64); and in training the balance loss, unless its α is 0 (else None).
+            counts, float32 (float64 for float64); and in training the sum of the balance losses whose α is not 0 (else
+            None).
         """
         require_tensor(hidden_states, "hidden_states")
         fits = hidden_states.ndim == 3 and hidden_states.is_floating_point() and hidden_states.numel() > 0
@@ -68,10 +76,23 @@ class MoEGate(nn.Module):
         topk_weight = topk_weight * self.routed_scaling_factor
 
         aux_loss = None
-        if self.training and self.alpha > 0:
-            per_token = scores.view(batch, seq, -1), topk_idx.view(batch, seq, -1)
-            aux_loss = expert_balance_loss(*per_token, self.alpha, self.seq_aux)
+        if self.training:
+            aux_loss = self._balance_loss(scores.view(batch, seq, -1), topk_idx.view(batch, seq, -1))
         return topk_idx, topk_weight, aux_loss
+
+    def _balance_loss(
+        self, scores: Float[Tensor, "batch seq experts"], topk_idx: Int[Tensor, "batch seq top_k"]
+    ) -> Float[Tensor, ""] | None:
+        """The sum of the balance losses whose α is above 0, or None."""
+        losses = []
+        if self.alpha > 0:
+            losses.append(expert_balance_loss(scores, topk_idx, self.alpha, self.seq_aux))
+        if self.device_alpha > 0:
+            losses.append(device_balance_loss(scores, topk_idx, self.device_alpha, self.n_group, self.seq_aux))
+        if self.communication_alpha > 0:
+            groups = self.n_group, self.topk_group
+            losses.append(communication_balance_loss(scores, topk_idx, self.communication_alpha, *groups, self.seq_aux))
+        return sum(losses[1:], start=losses[0]) if losses else None
 
     def _scores(self, hidden_states: Tensor) -> Float[Tensor, "tokens experts"]:
         dtype = torch.promote_types(torch.promote_types(hidden_states.dtype, self.weight.dtype), torch.float32)

@@ -1,0 +1,203 @@
+"""The paper's three balance losses, the devices a token reaches, and dropping: by hand, against a slow reading, by property."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsv2_ref import DeepseekV2Config, MoEGate
+from dsv2_ref.balance import (
+    choices_within_budget,
+    communication_balance_loss,
+    device_balance_loss,
+    devices_reached,
+    expert_balance_loss,
+)
+
+# Four experts on two devices, {0, 1} and {2, 3}; two tokens choose two experts each.
+SCORES = torch.tensor([[[0.5, 0.2, 0.2, 0.1], [0.4, 0.3, 0.1, 0.2]]], dtype=torch.float64)
+CHOSEN = torch.tensor([[[0, 1], [0, 3]]])
+
+
+def test_the_three_losses_by_hand() -> None:
+    # f = 4 / (2 · 2) · (2, 1, 0, 1), P = (0.45, 0.25, 0.15, 0.15): 0.9 + 0.25 + 0 + 0.15.
+    assert expert_balance_loss(SCORES, CHOSEN, 1.0).item() == pytest.approx(1.3)
+    # f' = (1.5, 0.5), P' = (0.7, 0.3): 1.05 + 0.15.
+    assert device_balance_loss(SCORES, CHOSEN, 1.0, devices=2).item() == pytest.approx(1.2)
+    # Both tokens are sent to device 0, one to device 1: f'' = 2 / (2 · 2) · (2, 1) = (1, 0.5): 0.7 + 0.15.
+    assert communication_balance_loss(SCORES, CHOSEN, 1.0, 2, topk_devices=2).item() == pytest.approx(0.85)
+
+
+def slow_losses(scores: np.ndarray, chosen: np.ndarray, devices: int, most: int) -> tuple[float, float, float]:
+    """Equations 23 to 31 with α = 1, for one sequence, sum by sum."""
+    tokens, experts = scores.shape
+    top_k, group = chosen.shape[1], experts // devices
+    f = [experts / (top_k * tokens) * sum(i in chosen[t] for t in range(tokens)) for i in range(experts)]
+    p = [sum(scores[t, i] for t in range(tokens)) / tokens for i in range(experts)]
+    own = [range(d * group, (d + 1) * group) for d in range(devices)]
+    f_device = [sum(f[j] for j in own[d]) / group for d in range(devices)]
+    p_device = [sum(p[j] for j in own[d]) for d in range(devices)]
+    sent = [sum(any(j in chosen[t] for j in own[d]) for t in range(tokens)) for d in range(devices)]
+    f_sent = [devices / (most * tokens) * sent[d] for d in range(devices)]
+    return tuple(
+        sum(a * b for a, b in zip(*pair, strict=True)) for pair in ((f, p), (f_device, p_device), (f_sent, p_device))
+    )
+
+
+def routed(batch: int, seq: int, groups: int, group: int, top_k: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, seq, groups * group, generator=generator, dtype=torch.float64)
+    scores = (2 * logits).softmax(-1)
+    return scores, scores.topk(top_k, dim=-1).indices
+
+
+SIZES = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+
+
+@given(sizes=SIZES, seq_aux=st.booleans(), data=st.data())
+def test_the_losses_are_the_papers_sums(
+    sizes: tuple[int, int, int, int, int], seq_aux: bool, data: st.DataObject
+) -> None:
+    batch, seq, groups, group, seed = sizes
+    top_k = data.draw(st.integers(1, groups * group))
+    most = data.draw(st.integers(1, groups))
+    scores, chosen = routed(batch, seq, groups, group, top_k, seed)
+    parts = list(zip(scores, chosen, strict=True)) if seq_aux else [(scores.flatten(0, 1), chosen.flatten(0, 1))]
+    expected = np.mean([slow_losses(s.numpy(), c.numpy(), groups, most) for s, c in parts], axis=0)
+    ours = (
+        expert_balance_loss(scores, chosen, 1.0, seq_aux),
+        device_balance_loss(scores, chosen, 1.0, groups, seq_aux),
+        communication_balance_loss(scores, chosen, 1.0, groups, most, seq_aux),
+    )
+    # Sums of at most 18 tokens and 16 experts in float64, in another order.
+    np.testing.assert_allclose([loss.item() for loss in ours], expected, rtol=1e-12)
+
+
+def test_one_device_and_devices_of_one_expert_are_the_extremes() -> None:
+    scores, chosen = routed(2, 8, 4, 2, 3, seed=1)
+    torch.testing.assert_close(device_balance_loss(scores, chosen, 0.7, 8), expert_balance_loss(scores, chosen, 0.7))
+    assert device_balance_loss(scores, chosen, 0.7, 1).item() == pytest.approx(0.7)
+
+
+def test_communication_can_be_even_where_work_is_not() -> None:
+    # Every token is sent to both devices, but does three of its four parts of work on the first.
+    scores = torch.full((1, 4, 8), 1 / 8, dtype=torch.float64)
+    scores[..., :4] *= 1.5
+    scores[..., 4:] *= 0.5
+    chosen = torch.tensor([[[0, 1, 2, 4]] * 4])
+    assert communication_balance_loss(scores, chosen, 1.0, 2, 2).item() == pytest.approx(1.0)
+    assert device_balance_loss(scores, chosen, 1.0, 2).item() == pytest.approx(1.5 * 0.75 + 0.5 * 0.25)
+
+
+def test_gradients_reach_the_scores_and_push_down_what_is_used_most() -> None:
+    for loss in (
+        lambda s: expert_balance_loss(s, CHOSEN, 1.0),
+        lambda s: device_balance_loss(s, CHOSEN, 1.0, 2),
+        lambda s: communication_balance_loss(s, CHOSEN, 1.0, 2, 2),
+    ):
+        scores = SCORES.clone().requires_grad_()
+        loss(scores).backward()
+        gradient = scores.grad[0]
+        assert torch.equal(gradient[0], gradient[1])  # f is a constant: every token is pushed alike
+        assert gradient[0, 0] == gradient[0].max()
+        assert gradient[0, 0] > gradient[0, 2]
+
+
+GROUPED = replace(
+    DeepseekV2Config.tiny(), topk_method="group_limited_greedy", n_group=4, topk_group=2, num_experts_per_tok=3
+)
+
+
+@pytest.mark.parametrize("seq_aux", [True, False])
+def test_the_gate_adds_up_the_losses_that_are_weighted(seq_aux: bool) -> None:
+    weights = {"aux_loss_alpha": 0.003, "device_aux_loss_alpha": 0.05, "communication_aux_loss_alpha": 0.02}
+    torch.manual_seed(0)
+    gate = MoEGate(replace(GROUPED, seq_aux=seq_aux, **weights)).double()
+    x = torch.randn(2, 5, GROUPED.hidden_size, dtype=torch.float64)
+    chosen, _, loss = gate(x)
+    scores = (x @ gate.weight.T).softmax(-1)
+    chosen = chosen.view(2, 5, -1)
+    expected = (
+        expert_balance_loss(scores, chosen, 0.003, seq_aux)
+        + device_balance_loss(scores, chosen, 0.05, 4, seq_aux)
+        + communication_balance_loss(scores, chosen, 0.02, 4, 2, seq_aux)
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert gate.eval()(x)[2] is None
+
+
+def test_losses_over_devices_want_groups() -> None:
+    for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha"):
+        with pytest.raises(ValueError, match=f"{name} is 0.1; wanted 0 without group_limited_greedy"):
+            replace(DeepseekV2Config.tiny(), **{name: 0.1})
+        with pytest.raises(ValueError, match=f"{name} is -1"):
+            replace(GROUPED, **{name: -1})
+
+
+def test_devices_reached_counts_each_device_once() -> None:
+    assert devices_reached(torch.tensor([[0, 1, 4], [0, 2, 5], [3, 2, 3]]), experts=6, devices=3).tolist() == [2, 3, 1]
+
+
+def test_group_limited_routing_reaches_no_more_devices_than_it_may() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 64, GROUPED.hidden_size)
+    limited, _, _ = MoEGate(GROUPED)(x)
+    free, _, _ = MoEGate(replace(GROUPED, topk_method="greedy"))(x)
+    assert devices_reached(limited, 8, 4).max() == 2
+    assert devices_reached(free, 8, 4).max() == 3
+
+
+def slow_kept(
+    chosen: Tensor, affinity: Tensor, group: int, devices: int, factor: float, safe: Tensor
+) -> list[list[bool]]:
+    """Section 2.2.4, device by device: of the choices that arrive, the strongest until the budget is used up."""
+    kept = [[False] * chosen.shape[1] for _ in chosen]
+    budget = int(factor * chosen.numel() / devices)
+    for device in range(devices):
+        here = [
+            (not safe[t], -affinity[t, c].item(), t, c)
+            for t in range(len(chosen))
+            for c in range(chosen.shape[1])
+            if chosen[t, c] // group == device
+        ]
+        for place, (unsafe, _, t, c) in enumerate(sorted(here)):
+            kept[t][c] = place < budget or not unsafe
+    return kept
+
+
+@given(sizes=SIZES, factor=st.sampled_from([0.0, 0.5, 1.0, 1.25, 8.0]), data=st.data())
+def test_what_is_kept_is_what_the_section_says(
+    sizes: tuple[int, int, int, int, int], factor: float, data: st.DataObject
+) -> None:
+    batch, seq, devices, group, seed = sizes
+    top_k = data.draw(st.integers(1, devices * group))
+    scores, chosen = (x.flatten(0, 1) for x in routed(batch, seq, devices, group, top_k, seed))
+    affinity = scores.gather(1, chosen)
+    safe = torch.tensor(data.draw(st.lists(st.booleans(), min_size=batch * seq, max_size=batch * seq)))
+    kept = choices_within_budget(chosen, affinity, devices * group, devices, factor, protected=safe)
+    assert kept.tolist() == slow_kept(chosen, affinity, group, devices, factor, safe)
+    unsafe = choices_within_budget(chosen, affinity, devices * group, devices, factor)
+    assert unsafe.tolist() == slow_kept(chosen, affinity, group, devices, factor, torch.zeros_like(safe))
+
+
+def test_the_budget_is_the_devices_not_the_experts() -> None:
+    # Expert 0 gets four choices and expert 1 none; expert 2 gets three, expert 3 one. Both devices are within budget.
+    chosen = torch.tensor([[0, 2], [0, 2], [0, 2], [0, 3]])
+    assert choices_within_budget(chosen, torch.rand(4, 2), experts=4, devices=2).all()
+    # As four devices of one expert each, two choices of expert 0 and one of expert 2 are dropped.
+    assert (~choices_within_budget(chosen, torch.rand(4, 2), experts=4, devices=4)).sum(0).tolist() == [2, 1]
+
+
+def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
+    with pytest.raises(ValueError, match="devices is 3; wanted a divisor of the 4 experts"):
+        device_balance_loss(SCORES, CHOSEN, 1.0, devices=3)
+    with pytest.raises(ValueError, match="topk_devices is 3; wanted from 1 to the 2 devices"):
+        communication_balance_loss(SCORES, CHOSEN, 1.0, 2, topk_devices=3)
+    with pytest.raises(ValueError, match="devices is 0"):
+        devices_reached(CHOSEN, 4, 0)
+    with pytest.raises(ValueError, match="capacity_factor is -1"):
+        choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, capacity_factor=-1.0)
