@@ -3,6 +3,7 @@
 Nothing else in the package needs matplotlib.
 """
 
+from dsv2_ref.plots.decoding import crossover, memory_growth
 from dsv2_ref.plots.experts import expert_loads, routing_map, sorted_choices
 from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
 from dsv2_ref.plots.overview import layer_flow, layer_kinds, parameter_shares
@@ -15,10 +16,12 @@ __all__ = [
     "angle_errors",
     "cache_growth",
     "clocks",
+    "crossover",
     "expert_loads",
     "growth_through_layers",
     "layer_flow",
     "layer_kinds",
+    "memory_growth",
     "new_axes",
     "numbers_remembered",
     "parameter_shares",
