@@ -28,7 +28,7 @@ CONFIG = DeepseekV2Config(
     q_lora_rank=None, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=None,
     max_position_embeddings=256, initializer_range=WIDTH**-0.5,
 )  # fmt: skip
-PLACES, WARM_UPS, RATES = ("pre", "post"), (0, 80), (1e-3, 3e-3, 1e-2)
+PLACES, WARM_UPS, RATES = ("pre", "post"), (0, 80), (1e-3, 1e-2, 1e-1)
 SEEDS, STEPS, EVERY, SEQ, BATCH = 3, 240, 10, 64, 8
 
 

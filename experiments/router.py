@@ -115,6 +115,14 @@ def train(run: str, steps: int, texts: Mapping[str, Tensor]) -> tuple[DeepseekV2
     return model.eval(), log
 
 
+def sample(folder: Path = DATA) -> dict[str, Tensor]:
+    """The stored sequences that the book shows to trained routers, (16, 128) bytes of each kind, none of them trained on.
+
+    Code and prose are this project's own; the sums were drawn with a seed that training does not use.
+    """
+    return {kind: tokens.long() for kind, tokens in load_file(folder / "router_sample.safetensors").items()}
+
+
 def load(run: str, folder: Path = DATA) -> DeepseekV2ForCausalLM:
     """The trained model of a run, in float32 and eval."""
     model = tiny_model(run)

@@ -3,6 +3,7 @@
 Nothing else in the package needs matplotlib.
 """
 
+from dsv2_ref.plots.balance import co_activation, load_maps, load_over_steps
 from dsv2_ref.plots.decoding import crossover, memory_growth
 from dsv2_ref.plots.experts import expert_loads, routing_map, sorted_choices
 from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
@@ -16,11 +17,14 @@ __all__ = [
     "angle_errors",
     "cache_growth",
     "clocks",
+    "co_activation",
     "crossover",
     "expert_loads",
     "growth_through_layers",
     "layer_flow",
     "layer_kinds",
+    "load_maps",
+    "load_over_steps",
     "memory_growth",
     "new_axes",
     "numbers_remembered",

@@ -1,0 +1,97 @@
+"""The trainings behind two chapters: their scripts run, repeat themselves, and made what is stored."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments import norms, router
+from experiments.corpus import KINDS, corpus, split_source, sums, to_bytes, windows
+
+
+def test_the_corpus_has_every_kind_and_keeps_code_and_prose_apart() -> None:
+    texts = corpus()
+    assert tuple(texts) == KINDS
+    assert min(len(text) for text in texts.values()) > 100_000
+    code, prose = split_source(__import__("ast").parse('def f():\n    """Say it."""\n    return 1  # aside\n'))
+    assert "Say it." in prose
+    assert "Say it." not in code
+    assert "aside" not in code
+    for line in sums(50, seed=3).splitlines():
+        left, value = line.split("=")
+        assert eval(left) == int(value)
+
+
+def test_a_short_training_of_the_router_repeats_itself(tmp_path: Path) -> None:
+    for folder in ("once", "again"):
+        router.main(["--steps", "4", "--runs", "all", "--out", str(tmp_path / folder)])
+    first, second = (load_file(tmp_path / folder / "router_all.safetensors") for folder in ("once", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    log = json.loads((tmp_path / "once" / "router_log.json").read_text())["all"]
+    assert log["step"] == [4]
+    tokens = 4 * len(KINDS) * router.PER_KIND * router.SEQ
+    assert [sum(layer) for layer in log["counts"][-1]] == [tokens * router.CONFIG.num_experts_per_tok] * 3
+    untrained = router.tiny_model("all").state_dict()
+    assert any(not torch.equal(untrained[name].bfloat16(), first[name]) for name in first)
+
+
+@pytest.mark.parametrize("run", router.RUNS)
+def test_stored_checkpoints_load_and_have_learned(run: str) -> None:
+    text = to_bytes(sums(500, seed=7))
+    unseen = windows(text, 8, 128, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        trained, fresh = router.loss_of(router.load(run), unseen), router.loss_of(router.tiny_model(run).eval(), unseen)
+    assert trained < 2.5 < 6 < fresh  # bits a byte; 8 is what random bytes take
+
+
+def test_the_stored_log_has_every_run_to_its_end_and_counts_every_choice() -> None:
+    log = json.loads((router.DATA / "router_log.json").read_text())
+    assert list(log) == list(router.RUNS)
+    choices = router.EVERY * len(KINDS) * router.PER_KIND * router.SEQ * router.CONFIG.num_experts_per_tok
+    for run in log.values():
+        assert run["step"] == list(range(router.EVERY, router.STEPS + 1, router.EVERY))
+        assert {sum(layer) for counts in run["counts"] for layer in counts} == {choices}
+
+
+def test_the_sample_is_bytes_of_every_kind() -> None:
+    sample = router.sample()
+    assert sorted(sample) == sorted(KINDS)
+    assert {tokens.shape for tokens in sample.values()} == {(16, 128)}
+    assert set(bytes(sample["sums"].flatten().tolist())) <= set(b"0123456789+-*=\n")
+
+
+def test_checkpoints_and_logs_stay_small() -> None:
+    assert sum(path.stat().st_size for path in router.DATA.iterdir()) < 5e6
+
+
+def test_post_norm_is_the_same_parts_in_another_order() -> None:
+    pre, post = (norms.stack(place, 2, seed=0) for place in norms.PLACES)
+    assert all(torch.equal(a, b) for a, b in zip(pre.parameters(), post.parameters(), strict=True))
+    layer, x = post.double().model.layers[0], torch.randn(1, 5, norms.WIDTH, dtype=torch.float64)
+    attended, _, _ = layer.self_attn(x)
+    h = layer.input_layernorm(x + attended)
+    assert torch.equal(layer(x)[0], layer.post_attention_layernorm(h + layer.mlp(h)))
+
+
+def test_a_short_training_with_norms_before_and_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "RATES", (1e-3,))
+    norms.main(["--steps", "10", "--seeds", "1", "--out", str(tmp_path)])
+    log = json.loads((tmp_path / "norms_log.json").read_text())
+    assert [(run["place"], run["warm_up"]) for run in log["runs"]] == [
+        ("pre", 0),
+        ("pre", 80),
+        ("post", 0),
+        ("post", 80),
+    ]
+    assert all(len(run["bits"]) == 1 for run in log["runs"])
+
+
+def test_the_stored_log_of_the_norms_has_every_run() -> None:
+    log = json.loads((norms.DATA / "norms_log.json").read_text())
+    wanted = len(norms.PLACES) * len(norms.WARM_UPS) * len(norms.RATES) * norms.SEEDS
+    assert len(log["runs"]) == wanted
+    assert {len(run["bits"]) for run in log["runs"]} == {norms.STEPS // norms.EVERY}
+    text = to_bytes(sums(20_000, seed=1))
+    assert log["bits_by_frequency"] == pytest.approx(norms.bits_by_frequency(text))
