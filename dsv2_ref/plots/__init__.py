@@ -8,6 +8,7 @@ from dsv2_ref.plots.decoding import crossover, memory_growth
 from dsv2_ref.plots.experts import expert_loads, routing_map, sorted_choices
 from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
 from dsv2_ref.plots.overview import layer_flow, layer_kinds, parameter_shares
+from dsv2_ref.plots.prenorm import by_layer, training_curves
 from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
 from dsv2_ref.plots.rope import angle_errors, clocks, scores_by_distance, stretch_by_pair, turns_by_pair
 from dsv2_ref.plots.style import add_curves, new_axes
@@ -15,6 +16,7 @@ from dsv2_ref.plots.style import add_curves, new_axes
 __all__ = [
     "add_curves",
     "angle_errors",
+    "by_layer",
     "cache_growth",
     "clocks",
     "co_activation",
@@ -34,6 +36,7 @@ __all__ = [
     "scores_by_distance",
     "sorted_choices",
     "stretch_by_pair",
+    "training_curves",
     "truncation_errors",
     "turns_by_pair",
 ]

@@ -1,0 +1,44 @@
+"""Figures of the chapter on the pre-norm layer."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+
+from dsv2_ref.plots.style import INK, STYLES, new_axes
+
+
+def by_layer(curves: Mapping[str, Sequence[float]], ylabel: str) -> Axes:
+    """A quantity of every layer, from the first to the last, on a logarithmic scale.
+
+    Args:
+        curves: for each label, a value for each layer; up to four. ylabel: what the values are.
+    """
+    axes = new_axes("layer", ylabel, height=3.4)
+    for (label, values), (colour, line) in zip(curves.items(), STYLES, strict=False):
+        axes.plot(range(len(values)), values, line, color=colour, linewidth=2.2, label=label)
+    axes.set_yscale("log")
+    axes.set_xlim(0, None)
+    axes.legend(frameon=False, labelcolor=INK)
+    return axes
+
+
+def training_curves(runs: Mapping[str, Mapping[int, Sequence[float]]], guessing: float) -> Axes:
+    """Loss over training steps: the median of the seeds as a line, their range as a band.
+
+    Args:
+        runs: for each label, the seeds' bits a byte by step; up to four. guessing: bits without any context, a line.
+    """
+    axes = new_axes("training step", "bits a byte", height=3.8)
+    for (label, curve), (colour, line) in zip(runs.items(), STYLES, strict=False):
+        steps = list(curve)
+        ordered = [sorted(seeds) for seeds in curve.values()]
+        middle = [seeds[len(seeds) // 2] for seeds in ordered]
+        axes.fill_between(
+            steps, [s[0] for s in ordered], [s[-1] for s in ordered], color=colour, alpha=0.2, linewidth=0
+        )
+        axes.plot(steps, middle, line, color=colour, linewidth=2.2, label=label)
+    axes.axhline(guessing, color=INK, linewidth=0.9)
+    axes.annotate("no context", (0, guessing), (4, 3), textcoords="offset points", fontsize=11, color=INK)
+    axes.set_xlim(0, None)
+    axes.legend(frameon=False, labelcolor=INK)
+    return axes
