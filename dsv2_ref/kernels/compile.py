@@ -99,7 +99,7 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
     fixed, options = dict(fixed), dict(options)
     if kernel == "mla_partial":
         fixed["KEYS"] = module.keys_at_once(itemsize)
-        options["num_stages"] = 2 if itemsize == 2 else 1
+        options["num_stages"] = 3 if itemsize == 2 else 1
     if kernel == "grouped_product":
         fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize), strict=True)
     fixed |= constants
@@ -113,7 +113,7 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(jitted.arg_names)
-        if signature[name] == "i32" and name not in unaligned or signature[name].startswith("*")
+        if (signature[name] == "i32" and name not in unaligned) or signature[name].startswith("*")
     }
     source = ASTSource(jitted, signature, fixed, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -203,7 +203,7 @@ def mla_decode_launch(
             LATENT=max(16, power_of_two(latent)),
             ROPE=max(16, power_of_two(width - latent)),
             num_warps=4,
-            num_stages=2 if query.element_size() == 2 else 1,
+            num_stages=3 if query.element_size() == 2 else 1,
         )
         mla_combine_kernel[(batch * rows,)](
             sums,
