@@ -4,16 +4,20 @@ Inputs lie between bands of NaN, so that a read past an edge shows in the result
 terms in another order, 1e-5; float16 rounds at 2**-11 and a few roundings differ, 4e-3.
 """
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dsv2_ref import DeepseekV2DecoderLayer, kernels
 from dsv2_ref.kernels import add_rmsnorm as norm
 from dsv2_ref.kernels import grouped_product as grouped
 from dsv2_ref.kernels import mla_decode as mla
-from dsv2_ref.kernels import rotate
+from dsv2_ref.kernels import ops, rotate
+from tests.peers import SMALL, randomised, tokens
 
 DTYPES = [torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -111,6 +115,43 @@ def test_grouped_product(sizes: list[int], transposed: bool, dtype: torch.dtype)
     assert_near([grouped.grouped_product_launch(rows, weights, ends)], [expected])
 
 
+@pytest.mark.parametrize("form", ["absorbed", "auto"])
+def test_the_whole_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place where the layer calls a kernel, as if its CPU tensors were on a GPU: prompt, steps, and gradients."""
+    layer = randomised(DeepseekV2DecoderLayer(replace(SMALL, mla_form=form), layer_idx=1)).float()
+    x = tokens(2, 6, torch.float32)
+    padding = torch.arange(6) >= torch.tensor([[0], [2]])
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            out, cache = layer(x[:, :4], attention_mask=padding[:, :4], use_cache=True)
+            parts = [out]
+            for end in (5, 6):
+                out, cache = layer(
+                    x[:, end - 1 : end], attention_mask=padding[:, :end], past_key_value=cache, use_cache=True
+                )
+                parts.append(out)
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        layer(leaf)[0].square().mean().backward()
+        return [*parts, cache.tokens, leaf.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+    called: list[str] = []
+
+    def launches(*_: Tensor) -> bool:
+        called.append(inspect.stack()[1].function)
+        return True
+
+    expected = run()
+    monkeypatch.setattr(kernels, "serve", lambda *tensors: tensors[0].dtype == torch.float32)
+    monkeypatch.setattr(ops, "_launches", launches)
+    monkeypatch.setattr("dsv2_ref.grouped._triton_should", launches)
+    assert_near(run(), expected)
+    assert {"_rms_norm", "_add_rms_norm", "_rms_norm_backward", "_rotate", "_mla_decode", "_grouped_product"} <= set(
+        called
+    )
+
+
 def test_a_lost_mask_shows_in_the_guard_bands(tmp_path: Any) -> None:
     """The planted fault: the norm without the mask of its loads reads NaN behind the row, and is not near any more."""
     import importlib.util
@@ -121,7 +162,8 @@ def test_a_lost_mask_shows_in_the_guard_bands(tmp_path: Any) -> None:
     assert faulty != source
     (tmp_path / "faulty.py").write_text(faulty)
     spec = importlib.util.spec_from_file_location("faulty", tmp_path / "faulty.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     x, weight = guarded(1, 7, dtype=torch.float32), guarded(7, dtype=torch.float32)

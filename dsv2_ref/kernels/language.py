@@ -5,6 +5,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+__all__ = ["jit", "power_of_two", "tl"]
+
 try:
     import triton
     import triton.language as tl

@@ -173,7 +173,8 @@ def mla_decode_launch(
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count if cuda else 1
         splits, split_size = split_keys(kv_seq, batch * row_blocks, processors, block)
     else:
-        split_size = max(block, -(-(-(-kv_seq // splits)) // block) * block)
+        share = -(-kv_seq // splits)
+        split_size = max(1, -(-share // block)) * block
     out = torch.empty(batch, heads, seq, latent, dtype=query.dtype, device=query.device)
     sums = torch.empty(batch, rows, splits, latent, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(batch, rows, splits, dtype=torch.float32, device=query.device)
