@@ -39,7 +39,7 @@ def _groups(group_ends: Tensor) -> list[slice]:
 @torch.library.custom_op("dsv2_ref::grouped_product", mutates_args=())
 def _grouped_product(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tensor:
     if _triton_should(rows, weights):
-        from dsv2_ref.kernels.grouped_product import grouped_product_launch
+        from dsv2_ref.kernels.grouped_experts import grouped_product_launch
 
         return grouped_product_launch(rows, weights, group_ends)
     if _torch_can(rows, weights):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv2_ref import DeepseekV2DecoderLayer, kernels
 from dsv2_ref.kernels import add_rmsnorm as norm
-from dsv2_ref.kernels import grouped_product as grouped
+from dsv2_ref.kernels import grouped_experts as grouped
 from dsv2_ref.kernels import mla_decode as mla
 from dsv2_ref.kernels import ops, rotate
 from tests.peers import SMALL, randomised, tokens

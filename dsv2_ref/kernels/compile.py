@@ -64,7 +64,7 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, in
         {"sums": "*fp32", "log_sums": "*fp32", "out": "*x"}, {"LATENT": 512, "SPLITS": 64}, {"num_warps": 4},
     ),
     "grouped_product": (
-        "grouped_product", "grouped_product_kernel",
+        "grouped_experts", "grouped_product_kernel",
         {"rows": "*x", "weights": "*x", "group_ends": "*i32", "out": "*x"},
         {"GROUPS": 256}, {"num_warps": 4, "num_stages": 3},
     ),

@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv2_ref.kernels.language import jit, power_of_two, tl
 
 BLOCK_ROWS = 16
-"""Rows of a block (a head's query is a row): the smallest that tensor cores take."""
+"""Rows of a block, each the query of a head; tensor cores take no fewer."""
 
 MAX_SPLITS = 64
 """Shares of the keys at most, so that adding them stays cheap."""

@@ -12,7 +12,7 @@ from dsv2_ref import DeepseekV2RMSNorm, kernels
 from dsv2_ref.grouped import grouped_product
 from dsv2_ref.kernels import ops
 from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
-from dsv2_ref.kernels.grouped_product import grouped_product_definition
+from dsv2_ref.kernels.grouped_experts import grouped_product_definition
 from dsv2_ref.kernels.mla_decode import mla_decode_definition
 from dsv2_ref.kernels.rotate import rotate_definition
 from dsv2_ref.rope import rotate_interleaved
