@@ -57,7 +57,7 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, in
     "mla_partial": (
         "mla_decode", "mla_partial_kernel",
         {"query": "*x", "keys": "*x", "padding": "*u8", "sums": "*fp32", "log_sums": "*fp32", "scale": "fp32"},
-        _MLA, {"num_warps": 4},
+        _MLA | {"p_token": 1}, {"num_warps": 4},
     ),
     "mla_combine": (
         "mla_decode", "mla_combine_kernel",
@@ -66,7 +66,7 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, in
     "grouped_product": (
         "grouped_experts", "grouped_product_kernel",
         {"rows": "*x", "weights": "*x", "group_ends": "*i32", "out": "*x"},
-        {"GROUPS": 256}, {"num_warps": 4, "num_stages": 3},
+        {"GROUPS": 256, "weight_input": 1}, {"num_warps": 4, "num_stages": 3},
     ),
 }  # fmt: skip
 
@@ -108,7 +108,7 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
         name: "constexpr" if name in fixed else types.get(name, "i32").replace("*x", f"*{dtype}")
         for name in jitted.arg_names
     }
-    # As at a launch: pointers and most sizes are multiples of 16, from which follows how wide loads can be.
+    # As at a launch: a stride of 1 is a constant, pointers and most sizes are multiples of 16, from which follows how wide loads can be.
     unaligned = {"splits", "seq", "kv_seq", "p_batch", "weight_input"}
     aligned = {
         (place,): [["tt.divisibility", 16]]
