@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv2_ref import kernels
 from dsv2_ref.attend_cpu import attend_blocks, suits_cpu_products
+from dsv2_ref.kernels import ops
 from dsv2_ref.masks import Visibility, additive
+
+DECODED_AT_ONCE = 8
+"""Queries of a sequence up to which the decoding kernel is used on a GPU; more of them suit plain products."""
 
 SCORES_AT_ONCE = 2**24
 """Scores of a block of queries that may be in memory together, over all sequences and heads."""
@@ -138,6 +143,10 @@ def attend_latent(
     may follow the remembered tokens (`LayerCache.rounded_up`); it does not see them.
     """
     batch, heads, seq, width = query.shape
+    wants_gradients = torch.is_grad_enabled() and (query.requires_grad or remembered.requires_grad)
+    plain = visible.mask is None and not (dropout or want_weights or wants_gradients)
+    if plain and seq <= DECODED_AT_ONCE and kernels.serve(query, remembered):
+        return ops.mla_decode(query, remembered[:, : visible.kv_seq], latent, scale, visible.padding), None
     unseen = remembered.shape[1] - visible.kv_seq
     parts, all_weights = [], []
     for start, stop in _blocks(seq, batch * heads * visible.kv_seq):

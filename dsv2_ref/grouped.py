@@ -13,12 +13,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv2_ref import kernels
+
 
 def _torch_can(*matrices: Tensor) -> bool:
     known = all(matrix.dtype in (torch.float32, torch.float16, torch.bfloat16) for matrix in matrices)
     return known and all(
         stride * matrix.element_size() % 16 == 0 for matrix in matrices for stride in sorted(matrix.stride())[1:]
     )
+
+
+def _triton_should(rows: Tensor, weights: Tensor) -> bool:
+    """On GPUs where torch would loop over the groups and wait for their sizes: all but bfloat16 from Hopper on."""
+    if not kernels.serve(rows, weights):
+        return False
+    generation = torch.cuda.get_device_capability(rows.device)[0]
+    return generation == 8 or (generation > 8 and not (rows.dtype == torch.bfloat16 and _torch_can(rows, weights)))
 
 
 def _groups(group_ends: Tensor) -> list[slice]:
@@ -28,6 +38,10 @@ def _groups(group_ends: Tensor) -> list[slice]:
 
 @torch.library.custom_op("dsv2_ref::grouped_product", mutates_args=())
 def _grouped_product(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tensor:
+    if _triton_should(rows, weights):
+        from dsv2_ref.kernels.grouped_experts import grouped_product_launch
+
+        return grouped_product_launch(rows, weights, group_ends)
     if _torch_can(rows, weights):
         return F.grouped_mm(rows, weights.mT, offs=group_ends)
     out = rows.new_empty(rows.shape[0], weights.shape[1])

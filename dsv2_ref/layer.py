@@ -84,8 +84,8 @@ class DeepseekV2DecoderLayer(nn.Module):
             use_cache=bool(use_cache),
             **kwargs,
         )
-        hidden_states = residual + hidden_states
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states, normed = self.post_attention_layernorm.after_adding(hidden_states, residual)
+        hidden_states = hidden_states + self.mlp(normed)
 
         outputs: tuple[Any, ...] = (hidden_states,)
         if output_attentions:

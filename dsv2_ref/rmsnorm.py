@@ -4,7 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv2_ref import kernels
 from dsv2_ref.checks import require, require_tensor
+from dsv2_ref.kernels import ops
 
 
 class DeepseekV2RMSNorm(nn.Module):
@@ -46,9 +48,22 @@ class DeepseekV2RMSNorm(nn.Module):
             self.weight.numel(),
             self.weight.device,
         )
+        if kernels.serve(hidden_states, self.weight):
+            return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
         x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
+
+    def after_adding(
+        self, update: Float[Tensor, "*batch hidden"], residual: Float[Tensor, "*batch hidden"]
+    ) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch hidden"]]:
+        """``residual + update`` and the norm of it; in one kernel where there is one and no hook waits for the norm."""
+        alike = update.shape == residual.shape and update.shape[-1:] == self.weight.shape
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        if alike and kernels.serve(update, residual, self.weight) and not any(hooks):
+            return ops.add_rms_norm(update, residual, self.weight, self.variance_epsilon)
+        total = residual + update
+        return total, self(total)
 
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""

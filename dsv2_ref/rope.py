@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv2_ref import kernels
 from dsv2_ref.config import RopeScaling
+from dsv2_ref.kernels import ops
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -111,6 +113,8 @@ def rotate_interleaved(
     ``cos`` and ``sin`` broadcast against the pairs of ``x``. The published code permutes the features to (0, 2, …, 1,
     3, …) and turns halves instead, which gives the same scores and a cache permuted alike.
     """
+    if x.ndim <= 4 and cos.dtype == torch.float32 and kernels.serve(x) and kernels.serve(cos, sin):
+        return ops.rotate(x, cos, sin)
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 

@@ -42,12 +42,12 @@ def imports_of(path: Path) -> set[str]:
     return {name if name.startswith("dsv2_ref") else name.split(".")[0] for name in names}
 
 
-OPTIONAL = {"matplotlib": "plots", "numpy": "plots", "flash_attn": "attend_flash"}
+OPTIONAL = {"matplotlib": "plots", "numpy": "plots", "flash_attn": "attend_flash", "triton": "kernels"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=MODULES)
 def test_modules_import_only_what_the_package_requires(path: Path) -> None:
-    """torch and jaxtyping; plots also NumPy and matplotlib; flash-attn where it is asked for."""
+    """torch and jaxtyping; plots also NumPy and matplotlib; flash-attn where it is asked for; kernels also Triton."""
     others = {name for name in imports_of(path) if not name.startswith("dsv2_ref")} - sys.stdlib_module_names
     allowed = {"torch", "jaxtyping"} | {
         name for name, place in OPTIONAL.items() if place in (path.stem, path.parent.name)
@@ -80,7 +80,15 @@ def test_modules_know_only_those_that_come_before_them() -> None:
     assert placed.keys() == {path.stem for path in reference}
     for path in reference:
         ours = {name.removeprefix("dsv2_ref.") for name in imports_of(path) if name.startswith("dsv2_ref.")}
+        ours = {name for name in ours if name.split(".")[0] != "kernels"}
         assert {name for name in ours if placed[name] >= placed[path.stem]} == set(), path.name
+
+
+def test_kernels_know_nothing_of_the_reference_but_its_checks() -> None:
+    for path in SOURCES:
+        if path.parent.name == "kernels":
+            ours = {name for name in imports_of(path) if name.startswith("dsv2_ref")} - {"dsv2_ref.checks"}
+            assert all(name.startswith("dsv2_ref.kernels") for name in ours), path.name
 
 
 def test_plots_know_nothing_of_the_reference() -> None:
@@ -125,7 +133,7 @@ print(*(name for name in ("numpy", "matplotlib", "triton", "flash_attn", "transf
 
 
 def pinned() -> dict[str, Version]:
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [line.split("#")[0].split(";")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     pins: dict[str, Version] = {}
     for line in filter(None, lines):
         name, version = re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups()  # type: ignore[union-attr]

@@ -1,0 +1,192 @@
+"""Residual addition and RMSNorm in one pass over memory, forward and backward.
+
+Apart, the addition reads two streams and writes one, and the norm's plain form reads and writes several times more.
+Fused, each of the N · D numbers is read twice (update, residual) and written twice (sum, normalised): 4·N·D numbers move
+instead of at least 5·N·D for one addition and one fused norm, and about 12·N·D in separate operations of PyTorch.
+
+Source: Zhang and Sennrich (2019), equation 4, with the rounding of ``DeepseekV2RMSNorm`` of the published code.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv2_ref.kernels.language import jit, power_of_two, tl
+
+BACKWARD_PROGRAMS = 256
+"""Programs of the backward kernel; each sums the weight's gradient over its share of the rows."""
+
+
+def add_rmsnorm_definition(
+    update: Float[Tensor, "*batch hidden"],
+    residual: Float[Tensor, "*batch hidden"] | None,
+    weight: Float[Tensor, "hidden"],
+    eps: float,
+) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch hidden"], Float[Tensor, "*batch"]]:
+    """``total = residual + update``, the norm of it, and 1 / rms of each row, in PyTorch."""
+    total = update.clone() if residual is None else residual + update
+    x = total.to(torch.promote_types(total.dtype, torch.float32))
+    inverse_rms = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return total, weight * (x * inverse_rms).to(total.dtype), inverse_rms.squeeze(-1)
+
+
+def add_rmsnorm_backward_definition(
+    grad: Float[Tensor, "*batch hidden"],
+    total: Float[Tensor, "*batch hidden"],
+    weight: Float[Tensor, "hidden"],
+    inverse_rms: Float[Tensor, "*batch"],
+) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "hidden"]]:
+    """Gradients of the norm by its input and by its weight.
+
+    With x̂ = x / rms and g = w · grad: (g - x̂ · mean(g · x̂)) / rms, and Σ grad · x̂ over the rows.
+    """
+    r = inverse_rms[..., None]
+    unit = total.to(r.dtype) * r
+    g = (grad * weight).to(r.dtype)
+    by_input = r * (g - unit * (g * unit).mean(-1, keepdim=True))
+    by_weight = (grad.to(r.dtype) * unit.to(total.dtype)).flatten(0, -2).sum(0)
+    return by_input.to(total.dtype), by_weight.to(weight.dtype)
+
+
+@jit
+def add_rmsnorm_kernel(
+    update,  # pointers to the first number of each tensor
+    residual,
+    weight,
+    total,
+    normed,
+    inverse_rms,
+    update_stride,  # numbers from one row to the next
+    residual_stride,
+    features,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: the row stays in registers from the addition to the end."""
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, BLOCK)
+    inside = feature < features
+
+    h = tl.load(update + row * update_stride + feature, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        r = tl.load(residual + row * residual_stride + feature, mask=inside, other=0.0)
+        h = (r.to(tl.float32) + h.to(tl.float32)).to(h.dtype)  # rounded as PyTorch rounds a sum
+        tl.store(total + row * features + feature, h, mask=inside)
+
+    x = h.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x) / features + eps)
+    unit = (x * inverse).to(h.dtype)  # rounded before the weight, as in the published code
+
+    w = tl.load(weight + feature, mask=inside, other=0.0)
+    y = (w.to(tl.float32) * unit.to(tl.float32)).to(h.dtype)
+    tl.store(normed + row * features + feature, y, mask=inside)
+    tl.store(inverse_rms + row, inverse)
+
+
+@jit
+def add_rmsnorm_backward_kernel(
+    grad,
+    total,
+    weight,
+    inverse_rms,
+    by_input,
+    by_weight,
+    grad_stride,
+    total_stride,
+    rows,
+    features,
+    BLOCK: tl.constexpr,
+):
+    """Each program takes every ``programs``-th row, and keeps its share of the weight's gradient in registers."""
+    program = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, BLOCK)
+    inside = feature < features
+    w = tl.load(weight + feature, mask=inside, other=0.0)
+    share = tl.zeros((BLOCK,), tl.float32)
+
+    for row in range(program, rows, tl.num_programs(0)):
+        dy = tl.load(grad + row * grad_stride + feature, mask=inside, other=0.0)
+        x = tl.load(total + row * total_stride + feature, mask=inside, other=0.0)
+        inverse = tl.load(inverse_rms + row)
+        unit = x.to(tl.float32) * inverse
+        g = (dy.to(tl.float32) * w.to(tl.float32)).to(x.dtype).to(tl.float32)
+        dx = inverse * (g - unit * (tl.sum(g * unit) / features))
+        tl.store(by_input + row * features + feature, dx.to(x.dtype), mask=inside)
+        share += dy.to(tl.float32) * unit.to(x.dtype).to(tl.float32)
+    tl.store(by_weight + program * features + feature, share, mask=inside)
+
+
+def warps(features: int) -> int:
+    """Warps of a program: about sixteen numbers a thread."""
+    return min(16, max(1, power_of_two(features) // 512))
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def add_rmsnorm_launch(
+    update: Float[Tensor, "*batch hidden"],
+    residual: Float[Tensor, "*batch hidden"] | None,
+    weight: Float[Tensor, "hidden"],
+    eps: float,
+) -> tuple[Float[Tensor, "*batch hidden"] | None, Float[Tensor, "*batch hidden"], Float[Tensor, "*batch"]]:
+    """`add_rmsnorm_definition` in the kernel; the sum is None without a residual."""
+    shape, features = update.shape, update.shape[-1]
+    x = _rows(update)
+    r = x if residual is None else _rows(residual)
+    normed = torch.empty(shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(normed)
+    inverse_rms = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
+    if normed.numel():
+        with torch.cuda.device_of(x):
+            add_rmsnorm_kernel[(len(x),)](
+                x,
+                r,
+                weight.contiguous(),
+                normed if total is None else total,
+                normed,
+                inverse_rms,
+                x.stride(0),
+                r.stride(0),
+                features,
+                eps,
+                HAS_RESIDUAL=residual is not None,
+                BLOCK=power_of_two(features),
+                num_warps=warps(features),
+            )
+    return total, normed, inverse_rms
+
+
+def add_rmsnorm_backward_launch(
+    grad: Float[Tensor, "*batch hidden"],
+    total: Float[Tensor, "*batch hidden"],
+    weight: Float[Tensor, "hidden"],
+    inverse_rms: Float[Tensor, "*batch"],
+) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "hidden"]]:
+    """`add_rmsnorm_backward_definition` in the kernel; the same sums in the same order on every run."""
+    features = total.shape[-1]
+    dy, x = _rows(grad), _rows(total)
+    programs = min(max(len(x), 1), BACKWARD_PROGRAMS)
+    by_input = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+    by_weight = torch.empty(programs, features, dtype=torch.float32, device=total.device)
+    if not len(x):
+        return by_input, torch.zeros_like(weight)
+    with torch.cuda.device_of(x):
+        add_rmsnorm_backward_kernel[(programs,)](
+            dy,
+            x,
+            weight.contiguous(),
+            inverse_rms.contiguous(),
+            by_input,
+            by_weight,
+            dy.stride(0),
+            x.stride(0),
+            len(x),
+            features,
+            BLOCK=power_of_two(features),
+            num_warps=warps(features),
+        )
+    return by_input, by_weight.sum(0).to(weight.dtype)

@@ -1,0 +1,127 @@
+"""What Triton's compiler makes of the kernels for a GPU generation, without a GPU: registers, shared memory, spills."""
+
+import importlib
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv2_ref.checks import require
+
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler reports of one kernel for one GPU generation.
+
+    Attributes:
+        kernel: its name. capability: 10 · major + minor, as 90 for sm_90. dtype: fp16, bf16 or fp32.
+        registers: of a thread. shared: bytes of a block. stack: bytes of a thread in memory, where registers spill.
+    """
+
+    kernel: str
+    capability: int
+    dtype: str
+    registers: int
+    shared: int
+    stack: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether a block may use so much shared memory there."""
+        return self.shared <= SHARED_BYTES[self.capability]
+
+
+_MLA = {"HAS_PADDING": True, "ROWS": 16, "LATENT": 512, "ROPE": 64}
+_KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]] = {
+    # name: module, function, types of its arguments ("x" stands for the dtype), constants, options
+    "add_rmsnorm": (
+        "add_rmsnorm", "add_rmsnorm_kernel",
+        {"inverse_rms": "*fp32", "eps": "fp32"} | dict.fromkeys(("update", "residual", "weight", "total", "normed"), "*x"),
+        {"HAS_RESIDUAL": True, "BLOCK": 8192}, {"num_warps": 16},
+    ),
+    "add_rmsnorm_backward": (
+        "add_rmsnorm", "add_rmsnorm_backward_kernel",
+        {"inverse_rms": "*fp32", "by_weight": "*fp32"} | dict.fromkeys(("grad", "total", "weight", "by_input"), "*x"),
+        {"BLOCK": 8192}, {"num_warps": 16},
+    ),
+    "rotate": (
+        "rotate", "rotate_kernel",
+        {"x": "*x", "out": "*x", "cos": "*fp32", "sin": "*fp32", "sign": "fp32"},
+        {"BLOCK": 16, "PAIRS": 32}, {"num_warps": 4},
+    ),
+    "mla_partial": (
+        "mla_decode", "mla_partial_kernel",
+        {"query": "*x", "keys": "*x", "padding": "*u8", "sums": "*fp32", "log_sums": "*fp32", "scale": "fp32"},
+        _MLA | {"p_token": 1}, {"num_warps": 4},
+    ),
+    "mla_combine": (
+        "mla_decode", "mla_combine_kernel",
+        {"sums": "*fp32", "log_sums": "*fp32", "out": "*x"}, {"LATENT": 512, "SPLITS": 64}, {"num_warps": 4},
+    ),
+    "grouped_product": (
+        "grouped_experts", "grouped_product_kernel",
+        {"rows": "*x", "weights": "*x", "group_ends": "*i32", "out": "*x"},
+        {"GROUPS": 256, "weight_input": 1}, {"num_warps": 4, "num_stages": 3},
+    ),
+}  # fmt: skip
+
+KERNELS = tuple(_KERNELS)
+"""Names that `resources` knows; sizes are those of DeepSeek-V2 (D up to 8192, C = 512, R = 64, up to 256 experts)."""
+
+
+def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: int) -> Resources:
+    """Compile a kernel to machine code and read what the compiler says of it.
+
+    Args:
+        kernel: one of `KERNELS`.
+        capability: 80, 89, 90 or 100.
+        dtype: fp16, bf16 or fp32.
+        **constants: block sizes in place of the shipped ones.
+
+    Raises:
+        ValueError: for a kernel or capability that is not known.
+        ImportError: without Triton.
+    """
+    require(kernel in _KERNELS, "kernel", kernel, "one of {}", KERNELS)
+    require(capability in SHARED_BYTES, "capability", capability, "one of {}", tuple(SHARED_BYTES))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    place, function, types, fixed, options = _KERNELS[kernel]
+    module = importlib.import_module(f"dsv2_ref.kernels.{place}")
+    itemsize = 4 if dtype == "fp32" else 2
+    fixed, options = dict(fixed), dict(options)
+    if kernel == "mla_partial":
+        fixed["KEYS"] = module.keys_at_once(itemsize)
+        options["num_stages"] = 3 if itemsize == 2 else 1
+    if kernel == "grouped_product":
+        fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize), strict=True)
+    fixed |= constants
+    jitted = getattr(module, function)
+    signature = {
+        name: "constexpr" if name in fixed else types.get(name, "i32").replace("*x", f"*{dtype}")
+        for name in jitted.arg_names
+    }
+    # As at a launch: a stride of 1 is a constant, pointers and most sizes are multiples of 16, from which follows how wide loads can be.
+    unaligned = {"splits", "seq", "kv_seq", "p_batch", "weight_input"}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(jitted.arg_names)
+        if (signature[name] == "i32" and name not in unaligned) or signature[name].startswith("*")
+    }
+    source = ASTSource(jitted, signature, fixed, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout)
+    require(found is not None, "report", report.stdout, "registers and stack of a kernel", error=RuntimeError)
+    assert found is not None
+    return Resources(kernel, capability, dtype, int(found[1]), compiled.metadata.shared, int(found[2]))

@@ -1,0 +1,122 @@
+"""Products of consecutive groups of rows, each with a matrix of its own, in one launch that never asks for the sizes.
+
+A program finds its group and rows from ``group_ends`` on the device. As many programs start as the groups could need at
+most, ⌈rows / ROWS⌉ + groups times the column blocks; those left over end at once. Only matrices of groups with rows are
+read. A loop in PyTorch needs the sizes on the host first, which makes the host wait for the device.
+
+Source: the mapping from programs to groups of MegaBlocks (Gale et al., 2022), with tiles instead of padding.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv2_ref.kernels.language import jit, power_of_two, tl
+
+
+def grouped_product_definition(
+    rows: Float[Tensor, "rows inputs"],
+    weights: Float[Tensor, "groups outputs inputs"],
+    group_ends: Int[Tensor, "groups"],
+) -> Float[Tensor, "rows outputs"]:
+    """``rows[i] @ weights[g].T`` for row i of group g, group by group, in PyTorch."""
+    ends = group_ends.tolist()
+    out = rows.new_empty(rows.shape[0], weights.shape[1])
+    for weight, start, end in zip(weights, [0, *ends], ends, strict=False):
+        out[start:end] = rows[start:end] @ weight.T
+    return out
+
+
+@jit
+def grouped_product_kernel(
+    rows,
+    weights,
+    group_ends,
+    out,
+    groups,
+    outputs,
+    inputs,
+    row_stride,
+    weight_group,  # strides, in numbers
+    weight_output,
+    weight_input,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """A program: ROWS rows of one group by COLUMNS outputs."""
+    tile = tl.program_id(1)
+    group = tl.arange(0, GROUPS)
+    ends = tl.load(group_ends + group, mask=group < groups, other=0)
+    starts = tl.load(group_ends + group - 1, mask=(group > 0) & (group < groups), other=0)
+    tiles = (ends - starts + ROWS - 1) // ROWS
+    tiles = tl.where(group < groups, tiles, 0)
+    tile_ends = tl.cumsum(tiles, 0)
+    if tile < tl.sum(tiles, 0):
+        mine = tl.sum((tile_ends <= tile).to(tl.int32), 0)
+        chosen = group == mine
+        start = tl.sum(tl.where(chosen, starts, 0), 0)
+        end = tl.sum(tl.where(chosen, ends, 0), 0)
+        first_tile = tl.sum(tl.where(chosen, tile_ends - tiles, 0), 0)
+
+        row = (start + (tile - first_tile) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        weight = weights + mine.to(tl.int64) * weight_group
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, inputs, INPUTS):
+            k = first + tl.arange(0, INPUTS)
+            x = tl.load(
+                rows + row[:, None] * row_stride + k[None, :],
+                mask=(row < end)[:, None] & (k < inputs)[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                weight + column[None, :].to(tl.int64) * weight_output + k[:, None].to(tl.int64) * weight_input,
+                mask=(column < outputs)[None, :] & (k < inputs)[:, None],
+                other=0.0,
+            )
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+        tl.store(
+            out + row[:, None] * outputs + column[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=(row < end)[:, None] & (column < outputs)[None, :],
+        )
+
+
+def tile_sizes(rows: int, groups: int, itemsize: int) -> tuple[int, int, int]:
+    """ROWS, COLUMNS and INPUTS of a tile: few rows where a group has few, so that decoding wastes little."""
+    tall = 64 if rows > 32 * groups else 16
+    return (tall, 128, 64) if itemsize == 2 else (tall, 64, 32)
+
+
+def grouped_product_launch(
+    rows: Float[Tensor, "rows inputs"],
+    weights: Float[Tensor, "groups outputs inputs"],
+    group_ends: Int[Tensor, "groups"],
+) -> Float[Tensor, "rows outputs"]:
+    """`grouped_product_definition` in the kernel; any strides of the weights, and no waiting for the device."""
+    groups, outputs, inputs = weights.shape
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    out = torch.empty(len(rows), outputs, dtype=rows.dtype, device=rows.device)
+    if out.numel():
+        tall, wide, deep = tile_sizes(len(rows), groups, rows.element_size())
+        with torch.cuda.device_of(rows):
+            grouped_product_kernel[(-(-outputs // wide), -(-len(rows) // tall) + groups)](
+                rows,
+                weights,
+                group_ends.contiguous(),
+                out,
+                groups,
+                outputs,
+                inputs,
+                rows.stride(0),
+                *weights.stride(),
+                GROUPS=power_of_two(groups),
+                ROWS=tall,
+                COLUMNS=wide,
+                INPUTS=deep,
+                num_warps=4,
+                num_stages=3,
+            )
+    return out

@@ -1,0 +1,28 @@
+"""Triton where it is installed, and stand-ins by which the kernels' modules can still be imported and read without it."""
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+__all__ = ["jit", "power_of_two", "tl"]
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+    tl = SimpleNamespace(constexpr=int)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """``triton.jit``; the function itself without Triton.
+
+    Triton compiles the source of a function and looks names up in its module, so wrappers around it are taken off.
+    """
+    return function if triton is None else triton.jit(inspect.unwrap(function))
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size``: the only sizes that Triton's blocks have."""
+    return 1 << max(0, size - 1).bit_length()

@@ -1,0 +1,172 @@
+"""The kernels as operators of torch (``dsv2_ref::…``): with shapes for the compiler, and gradients.
+
+An operator runs its kernel for CUDA tensors, and the definition for all others and on GPUs older than Ampere. The
+kernels' modules are imported when one first runs, so that importing the package never imports Triton.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def _launches(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *_, weight, _ = inputs
+    total, inverse_rms = (output[0], output[2]) if len(inputs) == 4 else (inputs[0], output[1])
+    ctx.save_for_backward(total, weight, inverse_rms)
+    ctx.mark_non_differentiable(inverse_rms)
+
+
+@torch.library.custom_op("dsv2_ref::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
+
+    return (add_rmsnorm_launch if _launches(x) else add_rmsnorm_definition)(x, None, weight, eps)[1:]
+
+
+@torch.library.custom_op("dsv2_ref::add_rms_norm", mutates_args=())
+def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
+
+    if not _launches(update):
+        return add_rmsnorm_definition(update, residual, weight, eps)
+    total, normed, inverse_rms = add_rmsnorm_launch(update, residual, weight, eps)
+    assert total is not None
+    return total, normed, inverse_rms
+
+
+@torch.library.custom_op("dsv2_ref::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+    from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_backward_definition, add_rmsnorm_backward_launch
+
+    backward = add_rmsnorm_backward_launch if _launches(grad) else add_rmsnorm_backward_definition
+    return backward(grad, total, weight, inverse_rms)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _statistics(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@_rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _dense(x), _statistics(x)
+
+
+@_add_rms_norm.register_fake
+def _(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense(update), _dense(update), _statistics(update)
+
+
+@_rms_norm_backward.register_fake
+def _(grad: Tensor, total: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+    return _dense(total), _dense(weight)
+
+
+def _backward_of_norm(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
+    by_input, by_weight = _rms_norm_backward(grad, *ctx.saved_tensors)
+    return by_input, by_weight, None
+
+
+def _backward_of_add_norm(ctx: Any, grad_total: Tensor, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    by_input, by_weight = _rms_norm_backward(grad, *ctx.saved_tensors)
+    by_input = by_input + grad_total
+    return by_input, by_input, by_weight, None
+
+
+_rms_norm.register_autograd(_backward_of_norm, setup_context=_save)
+_add_rms_norm.register_autograd(_backward_of_add_norm, setup_context=_save)
+
+
+@torch.library.custom_op("dsv2_ref::rotate", mutates_args=())
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    from dsv2_ref.kernels.rotate import rotate_definition, rotate_launch
+
+    if _launches(x):
+        return rotate_launch(x, cos, sin, backward)
+    return rotate_definition(x, cos, -sin if backward else sin).contiguous()
+
+
+@_rotate.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    return _dense(x)
+
+
+def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.was_backward = inputs[3]
+
+
+def _backward_of_rotation(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _rotate(grad, *ctx.saved_tensors, not ctx.was_backward), None, None, None
+
+
+_rotate.register_autograd(_backward_of_rotation, setup_context=_save_tables)
+
+
+@torch.library.custom_op("dsv2_ref::mla_decode", mutates_args=())
+def _mla_decode(query: Tensor, remembered: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
+    from dsv2_ref.kernels.mla_decode import mla_decode_definition, mla_decode_launch
+
+    decode = mla_decode_launch if _launches(query) else mla_decode_definition
+    return decode(query, remembered, latent, scale, padding)
+
+
+@_mla_decode.register_fake
+def _(query: Tensor, remembered: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
+    return query.new_empty(*query.shape[:3], latent)
+
+
+def _no_gradients(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError("mla_decode gives no gradients; run under torch.no_grad, or within kernels.enabled(False)")
+
+
+_mla_decode.register_autograd(_no_gradients)
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch hidden"], weight: Float[Tensor, "hidden"], eps: float
+) -> Float[Tensor, "*batch hidden"]:
+    """``weight * round(x / rms(x))``, as `DeepseekV2RMSNorm`; differentiable by ``x`` and ``weight``."""
+    return _rms_norm(x, weight, eps)[0]
+
+
+def add_rms_norm(
+    update: Float[Tensor, "*batch hidden"],
+    residual: Float[Tensor, "*batch hidden"],
+    weight: Float[Tensor, "hidden"],
+    eps: float,
+) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch hidden"]]:
+    """``total = residual + update`` and ``rms_norm(total)``; differentiable by all three tensors."""
+    total, normed, _ = _add_rms_norm(update, residual, weight, eps)
+    return total, normed
+
+
+def rotate(
+    x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*table pairs"], sin: Float[Tensor, "*table pairs"]
+) -> Float[Tensor, "*batch dim"]:
+    """Turn the pairs (0, 1), (2, 3), … of at most four axes; differentiable by ``x``, not by the tables."""
+    return _rotate(x, cos, sin, False)
+
+
+def mla_decode(
+    query: Float[Tensor, "batch heads seq width"],
+    remembered: Float[Tensor, "batch kv_seq width"],
+    latent: int,
+    scale: float,
+    padding: Bool[Tensor, "batch kv_seq"] | None = None,
+) -> Float[Tensor, "batch heads seq latent"]:
+    """Attention to one key for all heads, causal from the bottom right; a query that sees no key gives zeros.
+
+    Raises:
+        RuntimeError: when a gradient is asked for.
+    """
+    return _mla_decode(query, remembered, latent, scale, padding)

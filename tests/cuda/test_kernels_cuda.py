@@ -1,0 +1,114 @@
+"""The fused kernels on a GPU, at real sizes, against float64 on the CPU.
+
+Tolerances are relative to the largest number expected: float32 sums of some thousand terms, 2e-5; float16 and bfloat16
+round at 2**-11 and 2**-8, a few times over.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_ref import DeepseekV2RMSNorm, kernels
+from dsv2_ref.grouped import grouped_product
+from dsv2_ref.kernels import ops
+from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
+from dsv2_ref.kernels.grouped_experts import grouped_product_definition
+from dsv2_ref.kernels.mla_decode import mla_decode_definition
+from dsv2_ref.kernels.rotate import rotate_definition
+from dsv2_ref.rope import rotate_interleaved
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not kernels._installed, reason="Triton is not installed"),
+    pytest.mark.usefixtures("as_shipped"),
+]
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    assert actual.is_cuda
+    wrong = (actual.cpu().double() - expected.double()).abs().max()
+    assert wrong <= TOLERANCE[actual.dtype] * expected.abs().max(), float(wrong)
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 700])
+@pytest.mark.parametrize("features", [1, 512, 1536, 5120, 8192])
+def test_add_rms_norm_and_its_gradients(rows: int, features: int, dtype: torch.dtype) -> None:
+    given = [normal(rows, features, dtype=dtype, seed=s) for s in (1, 2)] + [normal(features, dtype=dtype, seed=3)]
+    exact = [t.double().requires_grad_() for t in given]
+    total, normed, _ = add_rmsnorm_definition(*exact, 1e-6)
+    upstream = [normal(rows, features, dtype=dtype, seed=s) for s in (4, 5)]
+    torch.autograd.backward((total, normed), [g.double() for g in upstream])
+
+    there = [t.cuda().requires_grad_() for t in given]
+    results = ops.add_rms_norm(*there, 1e-6)
+    torch.autograd.backward(results, [g.cuda() for g in upstream])
+    for actual, expected in zip(results, (total, normed), strict=True):
+        assert_near(actual.detach(), expected.detach())
+    for mine, theirs in zip(there, exact, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert_near(mine.grad, theirs.grad)
+
+
+@every_dtype
+def test_norm_of_a_module_is_the_one_without_kernels(dtype: torch.dtype) -> None:
+    norm, x = DeepseekV2RMSNorm(5120).to("cuda", dtype), normal(9, 5120, dtype=dtype).cuda()
+    with kernels.enabled(False):
+        expected = norm(x)
+    assert_near(norm(x).detach(), expected.detach().cpu())
+
+
+@every_dtype
+@pytest.mark.parametrize(("heads", "seq"), [(128, 1), (16, 333)])
+def test_rotation(heads: int, seq: int, dtype: torch.dtype) -> None:
+    x = normal(2, seq, heads, 192, dtype=dtype)
+    cos, sin = (normal(2, 1, seq, 32, dtype=torch.float32, seed=s) for s in (1, 2))
+    there = x.cuda().transpose(1, 2)[..., 128:].requires_grad_()
+    actual = rotate_interleaved(there, cos.cuda(), sin.cuda())
+    assert_near(actual.detach(), rotate_definition(x.transpose(1, 2)[..., 128:].double(), cos.double(), sin.double()))
+    actual.backward(actual.detach())
+    back = rotate_definition(actual.detach().cpu().double(), cos.double(), -sin.double())
+    assert there.grad is not None
+    assert_near(there.grad, back)
+
+
+@every_dtype
+@pytest.mark.parametrize("seq", [1, 4])
+@pytest.mark.parametrize(("batch", "heads", "kv_seq"), [(1, 128, 8191), (3, 16, 70), (1, 16, 40000)])
+def test_mla_decode(batch: int, heads: int, kv_seq: int, seq: int, dtype: torch.dtype) -> None:
+    query = normal(batch, heads, seq, 576, dtype=dtype)
+    cache = normal(batch, kv_seq + 50, 576, dtype=dtype, seed=1)
+    padding = torch.arange(kv_seq).expand(batch, -1) >= 7
+    for mask in (None, padding):
+        expected = mla_decode_definition(query.double(), cache[:, :kv_seq].double(), 512, 192**-0.5, mask)
+        mask = None if mask is None else mask.cuda()
+        with torch.no_grad():
+            actual = ops.mla_decode(query.cuda(), cache.cuda()[:, :kv_seq], 512, 192**-0.5, mask)
+        assert_near(actual, expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [6, 3000])
+def test_grouped_product_and_its_gradients(rows: int, dtype: torch.dtype) -> None:
+    groups = torch.randint(0, 64, (rows,), generator=torch.Generator().manual_seed(0))
+    ends = torch.bincount(groups, minlength=64).cumsum(0).to(torch.int32)
+    x, weights = normal(rows, 512, dtype=dtype), normal(64, 384, 512, dtype=dtype, seed=1)
+    exact = [t.double().requires_grad_() for t in (x, weights)]
+    there = [t.cuda().requires_grad_() for t in (x, weights)]
+    expected, actual = grouped_product_definition(*exact, ends), grouped_product(*there, ends.cuda())
+    assert_near(actual.detach(), expected.detach())
+    upstream = normal(rows, 384, dtype=dtype, seed=2)
+    expected.backward(upstream.double())
+    actual.backward(upstream.cuda())
+    for mine, theirs in zip(there, exact, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert_near(mine.grad, theirs.grad)

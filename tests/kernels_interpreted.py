@@ -1,0 +1,173 @@
+"""The kernels in Triton's interpreter, beside their definitions; `test_kernels` runs these with TRITON_INTERPRET=1.
+
+Inputs lie between bands of NaN, so that a read past an edge shows in the result. Tolerances: float32 sums of up to 1,300
+terms in another order, 1e-5; float16 rounds at 2**-11 and a few roundings differ, 4e-3.
+"""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_ref import DeepseekV2DecoderLayer, kernels
+from dsv2_ref.kernels import add_rmsnorm as norm
+from dsv2_ref.kernels import grouped_experts as grouped
+from dsv2_ref.kernels import mla_decode as mla
+from dsv2_ref.kernels import ops, rotate
+from tests.peers import SMALL, randomised, tokens
+
+DTYPES = [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+both = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
+
+
+def guarded(*shape: int, dtype: torch.dtype, seed: int = 0, band: int = 4096) -> Tensor:
+    """Normal numbers with NaN before and after them in memory."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    memory = torch.full((values.numel() + 2 * band,), float("nan"), dtype=dtype)
+    memory[band : band + values.numel()] = values.flatten()
+    return memory[band : band + values.numel()].view(shape)
+
+
+def assert_near(actual: Any, expected: Any) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert a.shape == e.shape
+        bound = TOLERANCE[a.dtype] * max(1.0, float(e.abs().max())) if e.numel() else 0
+        assert torch.allclose(a.double(), e.double(), rtol=0, atol=bound), float((a - e).abs().max())
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("features", [1, 7, 64, 1280])
+def test_add_rmsnorm(rows: int, features: int, dtype: torch.dtype) -> None:
+    update, residual = (guarded(rows, features, dtype=dtype, seed=s) for s in (1, 2))
+    weight, grad = guarded(features, dtype=dtype, seed=3), guarded(rows, features, dtype=dtype, seed=4)
+    expected = norm.add_rmsnorm_definition(update, residual, weight, 1e-6)
+    actual = norm.add_rmsnorm_launch(update, residual, weight, 1e-6)
+    assert torch.equal(actual[0], expected[0])
+    assert_near(actual, expected)
+    alone = norm.add_rmsnorm_launch(update, None, weight, 1e-6)
+    assert alone[0] is None
+    assert_near(alone[1:], norm.add_rmsnorm_definition(update, None, weight, 1e-6)[1:])
+    total, _, inverse = expected
+    assert_near(
+        norm.add_rmsnorm_backward_launch(grad, total, weight, inverse),
+        norm.add_rmsnorm_backward_definition(grad, total, weight, inverse),
+    )
+
+
+def test_rows_may_lie_apart_and_be_many_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "BACKWARD_PROGRAMS", 2)
+    x, weight = guarded(5, 24, dtype=torch.float32)[:, :20], guarded(20, dtype=torch.float32)
+    _, normed, inverse = norm.add_rmsnorm_definition(x, None, weight, 1e-6)
+    assert_near(norm.add_rmsnorm_launch(x, None, weight, 1e-6)[1:], (normed, inverse))
+    assert_near(
+        norm.add_rmsnorm_backward_launch(x, x, weight, inverse),
+        norm.add_rmsnorm_backward_definition(x, x, weight, inverse),
+    )
+
+
+@both
+@pytest.mark.parametrize(("batch", "heads", "seq", "dim"), [(1, 1, 1, 2), (2, 3, 5, 64), (1, 2, 17, 6)])
+def test_rotation(batch: int, heads: int, seq: int, dim: int, dtype: torch.dtype) -> None:
+    """The queries' part of a wider tensor, with the axes as attention has them."""
+    x = guarded(batch, seq, heads, dim + 8, dtype=dtype).transpose(1, 2)[..., 8:]
+    cos, sin = (guarded(batch, 1, seq, dim // 2, dtype=torch.float32, seed=s) for s in (1, 2))
+    expected = rotate.rotate_definition(x, cos, sin)
+    assert torch.equal(rotate.rotate_launch(x, cos, sin), expected)
+    assert torch.equal(rotate.rotate_launch(x, cos, sin, backward=True), rotate.rotate_definition(x, cos, -sin))
+    assert torch.equal(rotate.rotate_launch(x[:, 0], cos[:, 0], sin[:, 0]), expected[:, 0])
+
+
+@both
+@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize(("heads", "seq", "kv_seq"), [(1, 1, 1), (3, 1, 37), (16, 1, 96), (5, 4, 70)])
+def test_mla_decode(heads: int, seq: int, kv_seq: int, splits: int | None, dtype: torch.dtype) -> None:
+    """Over a view of a roomier cache, whose free places hold NaN here."""
+    latent, rope = 40, 16
+    query = guarded(2, seq, heads, latent + rope, dtype=dtype).transpose(1, 2)
+    cache = torch.full((2, kv_seq + 11, latent + rope), float("nan"), dtype=dtype)
+    cache[:, :kv_seq] = guarded(2, kv_seq, latent + rope, dtype=dtype, seed=1)
+    keys = cache[:, :kv_seq]
+    expected = mla.mla_decode_definition(query, keys, latent, 0.2)
+    assert_near([mla.mla_decode_launch(query, keys, latent, 0.2, splits=splits)], [expected])
+    padding = torch.arange(kv_seq) >= torch.tensor([[0], [kv_seq]])  # the second sequence sees nothing
+    padding[0, kv_seq // 2] = kv_seq == 1
+    expected = mla.mla_decode_definition(query, keys, latent, 0.2, padding)
+    actual = mla.mla_decode_launch(query, keys, latent, 0.2, padding, splits=splits)
+    assert not actual[1].any()
+    assert_near([actual], [expected])
+
+
+@both
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [[1], [0, 3, 0, 18], [70, 0, 1]])
+def test_grouped_product(sizes: list[int], transposed: bool, dtype: torch.dtype) -> None:
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    rows = guarded(sum(sizes), 37, dtype=dtype)
+    weights = guarded(len(sizes), *((37, 67) if transposed else (67, 37)), dtype=dtype, seed=1)
+    weights = weights.mT if transposed else weights
+    expected = grouped.grouped_product_definition(rows, weights, ends)
+    assert_near([grouped.grouped_product_launch(rows, weights, ends)], [expected])
+
+
+@pytest.mark.parametrize("form", ["absorbed", "auto"])
+def test_the_whole_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place where the layer calls a kernel, as if its CPU tensors were on a GPU: prompt, steps, and gradients."""
+    layer = randomised(DeepseekV2DecoderLayer(replace(SMALL, mla_form=form), layer_idx=1)).float()
+    x = tokens(2, 6, torch.float32)
+    padding = torch.arange(6) >= torch.tensor([[0], [2]])
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            out, cache = layer(x[:, :4], attention_mask=padding[:, :4], use_cache=True)
+            parts = [out]
+            for end in (5, 6):
+                out, cache = layer(
+                    x[:, end - 1 : end], attention_mask=padding[:, :end], past_key_value=cache, use_cache=True
+                )
+                parts.append(out)
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        layer(leaf)[0].square().mean().backward()
+        return [*parts, cache.tokens, leaf.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+    called: list[str] = []
+
+    def launches(*_: Tensor) -> bool:
+        called.append(inspect.stack()[1].function)
+        return True
+
+    expected = run()
+    monkeypatch.setattr(kernels, "serve", lambda *tensors: tensors[0].dtype == torch.float32)
+    monkeypatch.setattr(ops, "_launches", launches)
+    monkeypatch.setattr("dsv2_ref.grouped._triton_should", launches)
+    assert_near(run(), expected)
+    assert {"_rms_norm", "_add_rms_norm", "_rms_norm_backward", "_rotate", "_mla_decode", "_grouped_product"} <= set(
+        called
+    )
+
+
+def test_a_lost_mask_shows_in_the_guard_bands(tmp_path: Any) -> None:
+    """The planted fault: the norm without the mask of its loads reads NaN behind the row, and is not near any more."""
+    import importlib.util
+    from pathlib import Path
+
+    source = Path(norm.__file__).read_text()
+    faulty = source.replace("+ feature, mask=inside, other=0.0)", "+ feature)")
+    assert faulty != source
+    (tmp_path / "faulty.py").write_text(faulty)
+    spec = importlib.util.spec_from_file_location("faulty", tmp_path / "faulty.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    x, weight = guarded(1, 7, dtype=torch.float32), guarded(7, dtype=torch.float32)
+    with pytest.raises(AssertionError):
+        assert_near(
+            module.add_rmsnorm_launch(x, None, weight, 1e-6)[1:], norm.add_rmsnorm_definition(x, None, weight, 1e-6)[1:]
+        )

@@ -1,0 +1,180 @@
+"""The fused kernels without a GPU: their numbers in Triton's interpreter, their machine code, and how torch sees them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsv2_ref import kernels, rope
+from dsv2_ref.grouped import grouped_product
+from dsv2_ref.kernels import ops
+from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
+from dsv2_ref.kernels.compile import KERNELS, SHARED_BYTES, resources
+from dsv2_ref.kernels.mla_decode import mla_decode_definition, split_keys
+from dsv2_ref.kernels.rotate import rotate_definition
+from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
+
+needs_triton = pytest.mark.skipif(
+    not kernels._installed, reason="Triton, which is published for Linux alone, is not here"
+)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@needs_triton
+def test_kernels_in_the_interpreter() -> None:
+    """In a process of its own: Triton reads the variable when it is imported."""
+    file = Path(__file__).with_name("kernels_interpreted.py")
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "--color=no"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(file)],
+        cwd=file.parent.parent,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Machine code
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_machine_code_fits_the_gpu_and_spills_nothing(kernel: str, capability: int, dtype: str) -> None:
+    found = resources(kernel, capability, dtype)
+    assert found.fits, found
+    assert found.stack == 0, found
+    assert 0 < found.registers <= 255
+
+
+@needs_triton
+def test_a_tile_too_large_is_caught() -> None:
+    """The planted fault: 128 keys a tile."""
+    assert not resources("mla_partial", 89, "bf16", KEYS=128).fits
+
+
+@needs_triton
+def test_spills_are_caught() -> None:
+    """The planted fault: rows so many that the sum of a program does not fit the registers of four warps."""
+    assert resources("mla_partial", 80, "bf16", ROWS=128).stack > 0
+
+
+# Operators
+
+
+def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    x, weight = normal(2, 3, 8).requires_grad_(), normal(8, seed=1).requires_grad_()
+    cos, sin = normal(2, 1, 3, 4), normal(2, 1, 3, 4, seed=1)
+    padding = torch.tensor([[False, True, True], [True, True, True]])
+    named = torch.ops.dsv2_ref
+    return {
+        "rms_norm": (named.rms_norm.default, (x, weight, 1e-6)),
+        "add_rms_norm": (
+            named.add_rms_norm.default,
+            (x, normal(2, 3, 8, seed=2).requires_grad_(), weight, 1e-6),
+        ),
+        "rms_norm_backward": (
+            named.rms_norm_backward.default,
+            (x.detach(), normal(2, 3, 8, seed=2), weight.detach(), normal(2, 3).abs()),
+        ),
+        "rotate": (named.rotate.default, (normal(2, 2, 3, 8).requires_grad_(), cos, sin, False)),
+        "mla_decode": (named.mla_decode.default, (normal(2, 2, 1, 8), normal(2, 3, 8), 6, 0.3, padding)),
+    }
+
+
+@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.parametrize("name", samples())
+def test_operators_keep_their_word(name: str) -> None:
+    torch.library.opcheck(*samples()[name])
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_operators_are_their_definitions_and_their_gradients_true() -> None:
+    x, residual, weight = (normal(*shape).requires_grad_() for shape in ((2, 3, 8), (2, 3, 8), (8,)))
+    total, normed = ops.add_rms_norm(x, residual, weight, 1e-6)
+    expected = add_rmsnorm_definition(x, residual, weight, 1e-6)
+    assert torch.equal(total, expected[0])
+    assert torch.equal(normed, expected[1])
+    assert torch.autograd.gradcheck(lambda *a: ops.add_rms_norm(*a, 1e-6), (x, residual, weight))
+    assert torch.autograd.gradcheck(lambda *a: ops.rms_norm(*a, 1e-6), (x, weight))
+    cos, sin = normal(3, 4), normal(3, 4, seed=1)
+    assert torch.autograd.gradcheck(lambda x: ops.rotate(x, cos, sin), (x,))
+
+
+def test_definitions_are_the_reference() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        norm, x = DeepseekV2RMSNorm(8).to(dtype), normal(2, 3, 8, dtype=torch.float32).to(dtype)
+        torch.nn.init.normal_(norm.weight)
+        assert torch.equal(norm(x), add_rmsnorm_definition(x, None, norm.weight, 1e-6)[1])
+        total, normed = norm.after_adding(x, x)
+        assert torch.equal(total, x + x)
+        assert torch.equal(normed, norm(x + x))
+        cos, sin = (normal(3, 4, dtype=torch.float32, seed=s) for s in (1, 2))
+        assert torch.equal(rope.rotate_interleaved(x, cos, sin), rotate_definition(x, cos, sin))
+
+
+def test_decoding_is_softmax_attention() -> None:
+    query, keys = normal(1, 2, 2, 6), normal(1, 5, 6, seed=1)
+    out = mla_decode_definition(query, keys, 4, 0.5)
+    for head in range(2):
+        for i, seen in enumerate((4, 5)):
+            weights = (keys[0, :seen] @ query[0, head, i] * 0.5).softmax(0)
+            torch.testing.assert_close(out[0, head, i], weights @ keys[0, :seen, :4], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_decoding_refuses_gradients() -> None:
+    out = ops.mla_decode(normal(1, 2, 1, 6).requires_grad_(), normal(1, 5, 6), 4, 0.5)
+    with pytest.raises(RuntimeError, match="gives no gradients"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kv_seq", [0, 1, 31, 33, 4096, 131072])
+@pytest.mark.parametrize("programs", [1, 8, 1000])
+def test_shares_of_the_keys_cover_them_once(kv_seq: int, programs: int) -> None:
+    splits, size = split_keys(kv_seq, programs, 132, 32)
+    assert size % 32 == 0
+    assert splits * size >= kv_seq
+    assert kv_seq == 0 or (splits - 1) * size < kv_seq
+    assert 1 <= splits <= 64
+
+
+# When they are used
+
+
+@needs_triton
+def test_only_cuda_tensors_of_one_known_dtype_are_served() -> None:
+    assert not kernels.serve(torch.ones(2))
+    with FakeTensorMode():
+        half, double = (torch.empty(2, device="cuda", dtype=d) for d in (torch.float16, torch.float64))
+        single = torch.empty(2, device="cuda")
+        assert kernels.serve(half, half)
+        assert not kernels.serve(half, single)
+        assert not kernels.serve(double)
+        with kernels.enabled(False):
+            assert not kernels.serve(half)
+        assert kernels.serve(half)
+
+
+@needs_triton
+@pytest.mark.usefixtures("as_shipped")
+def test_fake_cuda_tensors_go_through_the_operators() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 3, 8, device="cuda"), torch.empty(8, device="cuda")
+        total, normed = ops.add_rms_norm(x, x, weight, 1e-6)
+        out = ops.mla_decode(torch.empty(2, 4, 1, 24, device="cuda"), torch.empty(2, 9, 24, device="cuda"), 16, 1.0)
+        ends = torch.empty(2, dtype=torch.int32, device="cuda")
+        product = grouped_product(torch.empty(3, 8, device="cuda"), torch.empty(2, 5, 8, device="cuda"), ends)
+        assert [t.shape for t in (total, normed, out, product)] == [(2, 3, 8), (2, 3, 8), (2, 4, 1, 16), (3, 5)]
+        assert all(t.device.type == "cuda" for t in (total, normed, out, product))
