@@ -18,8 +18,11 @@ def closed_figures() -> Iterator[None]:
     plt.close("all")
 
 
-def test_by_layer_draws_every_layer_on_a_logarithmic_scale() -> None:
-    axes = plots.by_layer({"pre-norm": [1.0, 2.0, 3.0], "post-norm": [1.0, 0.1, 0.01]}, "size of the stream")
+def test_by_layer_draws_every_layer() -> None:
+    curves = {"pre-norm": [1.0, 2.0, 3.0], "post-norm": [1.0, 0.1, 0.01]}
+    plain = plots.by_layer(curves, "size of the stream")
+    assert (plain.get_yscale(), plain.get_ylim()[0]) == ("linear", 0)
+    axes = plots.by_layer(curves, "size of the stream", logarithmic=True)
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[1.0, 2.0, 3.0], [1.0, 0.1, 0.01]]
     assert list(axes.get_lines()[0].get_xdata()) == [0, 1, 2]
     assert axes.get_yscale() == "log"
@@ -34,6 +37,7 @@ def test_training_curves_draw_the_median_and_the_range_of_the_seeds() -> None:
     assert list(median.get_xdata()) == [10, 20]
     assert list(median.get_ydata()) == [4.5, 2.5]
     assert set(line.get_ydata()) == {3.8}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["pre-norm", "frequencies alone"]
     (band,) = axes.collections
     corners = {tuple(point) for point in band.get_paths()[0].vertices}
     assert {(10.0, 4.0), (10.0, 5.0), (20.0, 2.0), (20.0, 3.0)} <= corners

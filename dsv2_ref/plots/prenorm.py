@@ -7,16 +7,20 @@ from matplotlib.axes import Axes
 from dsv2_ref.plots.style import INK, STYLES, new_axes
 
 
-def by_layer(curves: Mapping[str, Sequence[float]], ylabel: str) -> Axes:
-    """A quantity of every layer, from the first to the last, on a logarithmic scale.
+def by_layer(curves: Mapping[str, Sequence[float]], ylabel: str, logarithmic: bool = False) -> Axes:
+    """A quantity of every layer, from the first to the last.
 
     Args:
         curves: for each label, a value for each layer; up to four. ylabel: what the values are.
+        logarithmic: the scale of the values; otherwise it starts at 0.
     """
     axes = new_axes("layer", ylabel, height=3.4)
     for (label, values), (colour, line) in zip(curves.items(), STYLES, strict=False):
         axes.plot(range(len(values)), values, line, color=colour, linewidth=2.2, label=label)
-    axes.set_yscale("log")
+    if logarithmic:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, None)
     axes.set_xlim(0, None)
     axes.legend(frameon=False, labelcolor=INK)
     return axes
@@ -37,8 +41,7 @@ def training_curves(runs: Mapping[str, Mapping[int, Sequence[float]]], guessing:
             steps, [s[0] for s in ordered], [s[-1] for s in ordered], color=colour, alpha=0.2, linewidth=0
         )
         axes.plot(steps, middle, line, color=colour, linewidth=2.2, label=label)
-    axes.axhline(guessing, color=INK, linewidth=0.9)
-    axes.annotate("no context", (0, guessing), (4, 3), textcoords="offset points", fontsize=11, color=INK)
+    axes.axhline(guessing, color=INK, linewidth=0.9, label="frequencies alone")
     axes.set_xlim(0, None)
     axes.legend(frameon=False, labelcolor=INK)
     return axes
