@@ -70,6 +70,8 @@ ORDER = [
     {"attention"},
     {"layer", "packed"},
     {"model"},
+    {"accounting"},
+    {"__main__"},
 ]
 """Arrows point up only: a module may import those of the rows above its own."""
 
