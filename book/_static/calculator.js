@@ -1,0 +1,390 @@
+// Parameters, cache and FLOPs of a DeepSeek-V2 model, by the rules of dsv2_ref.accounting. Integers are exact (BigInt).
+"use strict";
+
+(() => {
+  // A model's dimensions: name, least value, whether it may be left empty (no such part), and which models have it.
+  const always = () => true;
+  const latent = (config) => config.use_mla;
+  const mixed = (config) => config.n_routed_experts !== null;
+  const DIMENSIONS = [
+    ["hidden_size", 1n, false, always],
+    ["num_hidden_layers", 1n, false, always],
+    ["vocab_size", 1n, false, always],
+    ["intermediate_size", 1n, false, always],
+    ["num_attention_heads", 1n, false, always],
+    ["num_key_value_heads", 1n, true, (config) => !config.use_mla],
+    ["q_lora_rank", 1n, true, latent],
+    ["kv_lora_rank", 1n, false, latent],
+    ["qk_nope_head_dim", 1n, false, latent],
+    ["qk_rope_head_dim", 1n, false, latent],
+    ["v_head_dim", 1n, false, latent],
+    ["n_routed_experts", 1n, true, always],
+    ["num_experts_per_tok", 1n, false, mixed],
+    ["n_shared_experts", 1n, true, mixed],
+    ["moe_intermediate_size", 1n, false, mixed],
+    ["first_k_dense_replace", 0n, false, mixed],
+    ["moe_layer_freq", 1n, false, mixed],
+  ];
+  const CALL = [
+    ["batch", "sequences", 1n],
+    ["seq", "new tokens of each", 1n],
+    ["kv", "tokens attended to, new ones included", 8192n],
+  ];
+  const MOST = 10n ** 9n;
+  const BYTES = { bfloat16: 2n, float16: 2n, float32: 4n };
+  const FORMS = { auto: "the cheaper one", absorbed: "absorbed", expanded: "expanded" };
+
+  // The presets of DeepseekV2Config, as far as the dimensions above say; a test compares them.
+  const SHARED = {
+    use_mla: true, tie_word_embeddings: false, vocab_size: 102400n, num_key_value_heads: null, q_lora_rank: 1536n,
+    kv_lora_rank: 512n, qk_nope_head_dim: 128n, qk_rope_head_dim: 64n, v_head_dim: 128n, n_shared_experts: 2n,
+    moe_intermediate_size: 1408n, first_k_dense_replace: 1n, moe_layer_freq: 1n, num_experts_per_tok: 6n,
+  };
+  const PRESETS = {
+    deepseek_v2: {
+      ...SHARED, hidden_size: 5120n, num_hidden_layers: 60n, intermediate_size: 12288n, num_attention_heads: 128n,
+      n_routed_experts: 160n, moe_intermediate_size: 1536n,
+    },
+    deepseek_v2_lite: {
+      ...SHARED, hidden_size: 2048n, num_hidden_layers: 27n, intermediate_size: 10944n, num_attention_heads: 16n,
+      q_lora_rank: null, n_routed_experts: 64n,
+    },
+    deepseek_ocr: {
+      ...SHARED, use_mla: false, hidden_size: 1280n, num_hidden_layers: 12n, vocab_size: 129280n,
+      intermediate_size: 6848n, num_attention_heads: 10n, q_lora_rank: null, kv_lora_rank: null, qk_nope_head_dim: 0n,
+      qk_rope_head_dim: 0n, v_head_dim: 0n, n_routed_experts: 64n, moe_intermediate_size: 896n,
+    },
+    card: {
+      ...SHARED, hidden_size: 1280n, num_hidden_layers: 40n, intermediate_size: 3584n, num_attention_heads: 128n,
+      n_routed_experts: 160n, num_experts_per_tok: 2n,
+    },
+    tiny: {
+      ...SHARED, hidden_size: 64n, num_hidden_layers: 4n, vocab_size: 256n, intermediate_size: 128n,
+      num_attention_heads: 4n, q_lora_rank: 48n, kv_lora_rank: 32n, qk_nope_head_dim: 16n, qk_rope_head_dim: 8n,
+      v_head_dim: 16n, n_routed_experts: 8n, num_experts_per_tok: 2n, moe_intermediate_size: 32n,
+    },
+  };
+  const NAMES = {
+    deepseek_v2: "DeepSeek-V2", deepseek_v2_lite: "DeepSeek-V2-Lite", deepseek_ocr: "DeepSeek-OCR, decoder",
+    card: "the worked example (the card)", tiny: "tiny",
+  };
+
+  // What is wrong with a configuration or a call: pairs of a field's name and a sentence.
+  function refusals(config, call) {
+    const found = [];
+    const refuse = (name, value, wanted) => found.push([name, `${name} is ${value}; wanted ${wanted}`]);
+    const { num_attention_heads: heads, n_routed_experts: experts } = config;
+    if (config.use_mla) {
+      if (config.qk_rope_head_dim % 2n) refuse("qk_rope_head_dim", config.qk_rope_head_dim, "an even number");
+    } else {
+      if (config.hidden_size % (2n * heads))
+        refuse("hidden_size", config.hidden_size, `a multiple of twice num_attention_heads=${heads}`);
+      const shared = config.num_key_value_heads;
+      if (shared !== null && heads % shared) refuse("num_key_value_heads", shared, `a divisor of ${heads}`);
+    }
+    if (experts !== null && config.num_experts_per_tok > experts)
+      refuse("num_experts_per_tok", config.num_experts_per_tok, `at most n_routed_experts=${experts}`);
+    if (call.kv < call.seq) refuse("kv", call.kv, `at least the ${call.seq} new tokens`);
+    return found;
+  }
+
+  const total = (counts) => Object.values(counts).reduce((sum, count) => sum + count, 0n);
+
+  // Layers of each kind, dense and with experts.
+  function layersByKind(config) {
+    const layers = config.num_hidden_layers;
+    if (config.n_routed_experts === null) return { dense: layers, mixed: 0n };
+    const multiplesBelow = (end) => (end + config.moe_layer_freq - 1n) / config.moe_layer_freq;
+    const first = config.first_k_dense_replace < layers ? config.first_k_dense_replace : layers;
+    const withExperts = multiplesBelow(layers) - multiplesBelow(first);
+    return { dense: layers - withExperts, mixed: withExperts };
+  }
+
+  function attention(config) {
+    const { hidden_size: D, num_attention_heads: H, q_lora_rank: Q, kv_lora_rank: C } = config;
+    const { qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
+    if (!config.use_mla) {
+      const kv = (config.num_key_value_heads ?? H) * (D / H);
+      return { matrices: { q_proj: D * D, k_proj: D * kv, v_proj: D * kv, o_proj: D * D }, norms: 0n };
+    }
+    const query = Q === null ? { q_proj: D * H * (N + R) } : { q_a_proj: D * Q, q_b_proj: Q * H * (N + R) };
+    const rest = { kv_a_proj_with_mqa: D * (C + R), kv_b_proj: C * H * (N + V), o_proj: H * V * D };
+    return { matrices: { ...query, ...rest }, norms: (Q ?? 0n) + C };
+  }
+
+  // Weights of the feed-forward part of one layer with experts, of which a token passes through `chosen` routed ones.
+  function experts(config, chosen) {
+    const one = 3n * config.hidden_size * config.moe_intermediate_size;
+    const gate = config.n_routed_experts * config.hidden_size;
+    return gate + (chosen + (config.n_shared_experts ?? 0n)) * one;
+  }
+
+  function parameters(config, active) {
+    const D = config.hidden_size;
+    const { dense, mixed: withExperts } = layersByKind(config);
+    const { matrices, norms } = attention(config);
+    const chosen = active ? config.num_experts_per_tok : config.n_routed_experts;
+    const head = config.tie_word_embeddings && !active ? 0n : D * config.vocab_size;
+    return {
+      embedding: D * (active ? 1n : config.vocab_size),
+      attention: config.num_hidden_layers * (total(matrices) + norms),
+      "dense networks": dense * 3n * D * config.intermediate_size,
+      "gates and experts": withExperts ? withExperts * experts(config, chosen) : 0n,
+      norms: config.num_hidden_layers * 2n * D + D,
+      head,
+    };
+  }
+
+  function pairs(call) {
+    return call.seq * call.kv - (call.causal ? (call.seq * (call.seq - 1n)) / 2n : 0n);
+  }
+
+  function formOf(config, call) {
+    if (!config.use_mla) return null;
+    if (call.form !== "auto") return call.form;
+    const { kv_lora_rank: C, qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
+    const expanded = call.kv * C * (N + V) + pairs(call) * (N + R + V);
+    return call.seq * C * (N + V) + pairs(call) * (2n * C + R) < expanded ? "absorbed" : "expanded";
+  }
+
+  // FLOPs of all matrix products of the model, by part.
+  function products(config, call) {
+    const { hidden_size: D, num_attention_heads: H, num_hidden_layers: L } = config;
+    const { kv_lora_rank: C, qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
+    const tokens = call.batch * call.seq;
+    const seen = call.batch * H * pairs(call);
+    const { matrices } = attention(config);
+    const form = formOf(config, call);
+    let projections = tokens * total(matrices);
+    let attending = seen * 2n * (config.use_mla ? 0n : D / H);
+    if (form === "expanded") {
+      projections += (call.batch * call.kv - tokens) * matrices.kv_b_proj;
+      attending = seen * (N + R + V);
+    } else if (form === "absorbed") attending = seen * (2n * C + R);
+    const { dense, mixed: withExperts } = layersByKind(config);
+    const counts = {
+      "projections of attention": L * projections,
+      "scores and values": L * attending,
+      "dense networks": dense * tokens * 3n * D * config.intermediate_size,
+      "gates and experts": withExperts ? withExperts * tokens * experts(config, config.num_experts_per_tok) : 0n,
+      head: tokens * D * config.vocab_size,
+    };
+    return Object.fromEntries(Object.entries(counts).map(([name, count]) => [name, 2n * count]));
+  }
+
+  // Numbers a layer remembers of a token: its own cache, and keys and values of all heads.
+  function remembered(config) {
+    const { num_attention_heads: H, kv_lora_rank: C } = config;
+    const { qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
+    if (config.use_mla) return { own: C + R, expanded: H * (N + R + V) };
+    const width = config.hidden_size / H;
+    return { own: 2n * (config.num_key_value_heads ?? H) * width, expanded: 2n * H * width };
+  }
+
+  function account(config, call) {
+    const [stored, active] = [parameters(config, false), parameters(config, true)];
+    const perToken = config.num_hidden_layers * BYTES[call.dtype];
+    const { own, expanded } = remembered(config);
+    return {
+      parameters: { total: total(stored), active_per_token: total(active), by_part: stored, active_by_part: active },
+      flops: { products: total(products(config, call)), by_part: products(config, call) },
+      bytes: {
+        weights: total(stored) * BYTES[call.dtype],
+        kv_cache: call.batch * call.kv * perToken * own,
+        kv_cache_expanded: call.batch * call.kv * perToken * expanded,
+        a_token: perToken * own,
+      },
+      form: formOf(config, call),
+    };
+  }
+
+  // ---- The page
+
+  const element = (tag, attributes = {}, ...children) => {
+    const space = ["svg", "path", "line", "text", "circle", "title"].includes(tag) && attributes.svg !== false;
+    const made = space ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) if (name !== "svg") made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  };
+  const grouped = (count) => count.toLocaleString("en-US");
+
+  function inUnits(count, units) {
+    let value = Number(count);
+    let unit = 0;
+    while (value >= 1000 && unit < units.length - 1) [value, unit] = [value / 1000, unit + 1];
+    return `${value >= 100 ? value.toFixed(0) : value.toPrecision(3)} ${units[unit]}`;
+  }
+  const inBytes = (count) => inUnits(count, ["B", "kB", "MB", "GB", "TB", "PB"]);
+  const inFlops = (count) => inUnits(count, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"]);
+
+  function field(name, label, value) {
+    const input = element("input", {
+      id: `calculator-${name}`, name, inputmode: "numeric", autocomplete: "off", value: value ?? "",
+      "aria-describedby": `calculator-${name}-refusal`,
+    });
+    const refusal = element("span", { id: `calculator-${name}-refusal`, class: "refusal" });
+    return element("div", { "data-field": name }, element("label", { for: input.id }, label), input, refusal);
+  }
+
+  function choice(name, label, options) {
+    const made = Object.entries(options).map(([value, text]) => element("option", { value }, text));
+    const select = element("select", { id: `calculator-${name}`, name }, ...made);
+    return element("div", { "data-field": name }, element("label", { for: select.id }, label), select);
+  }
+
+  function checkbox(name, label) {
+    const input = element("input", { id: `calculator-${name}`, name, type: "checkbox" });
+    return element("div", { "data-field": name }, element("label", { for: input.id }, input, ` ${label}`));
+  }
+
+  const group = (legend, ...fields) =>
+    element("fieldset", {}, element("legend", {}, legend), element("div", { class: "fields" }, ...fields));
+
+  function table(caption, head, rows) {
+    const header = element("tr", {}, ...head.map((text) => element("th", { scope: "col" }, text)));
+    const body = rows.map(([name, ...cells]) =>
+      element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell))));
+    return element("table", {}, element("caption", {}, caption), element("thead", {}, header),
+      element("tbody", {}, ...body));
+  }
+
+  // Bytes of the cache over the context, both logarithmic.
+  function plot(config, call, found) {
+    const [left, right, top, bottom, width, height] = [70, 40, 14, 46, 640, 340];
+    const contexts = Array.from({ length: 13 }, (_, power) => 256 * 2 ** power);
+    const { own, expanded } = remembered(config);
+    const perNumber = Number(call.batch * config.num_hidden_layers * BYTES[call.dtype]);
+    const curves = { cache: Number(own) * perNumber };
+    if (expanded !== own) curves.expanded = Number(expanded) * perNumber;
+    const weights = Number(found.bytes.weights);
+    const values = [...Object.values(curves).flatMap((each) => [each * contexts[0], each * contexts[12]]), weights];
+    const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log10);
+    const x = (context) => left + (Math.log2(context / 256) / 12) * (width - left - right);
+    const y = (bytes) => height - bottom - ((Math.log10(bytes) - low) / (high - low)) * (height - top - bottom);
+    const named = { cache: "the cache", expanded: "keys and values of all heads", weights: "all weights" };
+    const said = `Cache over context: ${inBytes(found.bytes.kv_cache)} at ${grouped(call.kv)} tokens, `
+      + `${inBytes(Math.round(curves.cache * contexts[12]))} at ${grouped(contexts[12])}; the weights take ${inBytes(weights)}.`;
+    const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": said });
+    const ink = { stroke: "currentColor", "stroke-width": 1, opacity: 0.35 };
+    for (let power = Math.ceil(low); power <= high; power += Math.max(1, Math.round((high - low) / 6))) {
+      svg.append(element("line", { x1: left, x2: width - right, y1: y(10 ** power), y2: y(10 ** power), ...ink }));
+      svg.append(element("text", { x: left - 6, y: y(10 ** power) + 4, "text-anchor": "end" }, inBytes(10 ** power)));
+    }
+    for (const context of contexts.filter((_, i) => i % 3 === 0)) {
+      svg.append(element("line", { x1: x(context), x2: x(context), y1: top, y2: height - bottom, ...ink }));
+      const place = { x: x(context), y: height - bottom + 18, "text-anchor": "middle" };
+      svg.append(element("text", place, grouped(context)));
+    }
+    svg.append(element("text", { x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, "tokens of context"));
+    const draw = (name, path, dashes) => svg.append(element("path", {
+      d: path, fill: "none", "stroke-width": 2.5, "stroke-dasharray": dashes, style: `stroke: var(--curve-${name})`,
+    }));
+    const dashes = { cache: "none", expanded: "9 5" };
+    for (const [name, each] of Object.entries(curves))
+      draw(name, `M${x(256)},${y(each * 256)}L${x(contexts[12])},${y(each * contexts[12])}`, dashes[name]);
+    draw("weights", `M${left},${y(weights)}L${width - right},${y(weights)}`, "2 4");
+    const here = Number(call.kv);
+    if (here >= 256 && here <= contexts[12])
+      svg.append(element("circle", {
+        cx: x(here), cy: y(curves.cache * here), r: 6, style: "fill: var(--curve-cache)",
+      }));
+    const legend = [...Object.keys(curves), "weights"].map((name) =>
+      element("li", { style: `border-color: var(--curve-${name})`, class: `key-${name}` }, named[name]));
+    return element("figure", {}, svg, element("ul", { class: "legend" }, ...legend));
+  }
+
+  function show(output, config, call) {
+    const found = account(config, call);
+    const share = Number((found.parameters.active_per_token * 1000n) / found.parameters.total) / 10;
+    const { by_part: stored, active_by_part: active } = found.parameters;
+    const formText = found.form ? `, ${found.form}` : "";
+    output.replaceChildren(
+      table("In short", ["of the model", "amount"], [
+        ["parameters", inUnits(found.parameters.total, ["", "thousand", "million", "billion", "trillion"])],
+        ["active for a token", `${inUnits(found.parameters.active_per_token, ["", "thousand", "million", "billion", "trillion"])} (${share} %)`],
+        ["weights", inBytes(found.bytes.weights)],
+        [`cache of ${grouped(call.batch * call.kv)} tokens`, inBytes(found.bytes.kv_cache)],
+        ["cache, expanded", inBytes(found.bytes.kv_cache_expanded)],
+        ["cache, a token", `${grouped(found.bytes.a_token)} B`],
+        [`products of the call${formText}`, inFlops(found.flops.products)],
+      ]),
+      plot(config, call, found),
+      table("Parameters", ["part", "stored", "active"], [
+        ...Object.keys(stored).map((part) => [part, grouped(stored[part]), grouped(active[part])]),
+        ["total", grouped(found.parameters.total), grouped(found.parameters.active_per_token)],
+      ]),
+      table("FLOPs of the call", ["part", "FLOPs"], [
+        ...Object.entries(found.flops.by_part).map(([part, count]) => [part, grouped(count)]),
+        ["total", grouped(found.flops.products)],
+      ]),
+    );
+  }
+
+  function start(root) {
+    const modelFields = DIMENSIONS.map(([name]) => field(name, name, ""));
+    const form = element("form", { novalidate: "" },
+      group("Model", choice("preset", "start from", { ...NAMES, own: "my own" }), checkbox("use_mla", "use_mla (latent attention)"),
+        checkbox("tie_word_embeddings", "tie_word_embeddings"), ...modelFields),
+      group("Call", ...CALL.map(([name, label, value]) => field(name, label, value)),
+        choice("dtype", "numbers are", { bfloat16: "bfloat16", float16: "float16", float32: "float32" }),
+        choice("form", "form of MLA", FORMS), checkbox("causal", "count causal pairs only")));
+    const output = element("div", { "aria-live": "polite", class: "results" });
+    root.replaceChildren(form, output);
+    const control = (name) => form.elements.namedItem(name);
+    const fieldOf = (name) => form.querySelector(`[data-field="${name}"]`);
+
+    function refuse(name, sentence) {
+      control(name).setAttribute("aria-invalid", String(Boolean(sentence)));
+      fieldOf(name).querySelector(".refusal").textContent = sentence;
+    }
+
+    function read(name, least, optional) {
+      const text = control(name).value.trim().replaceAll(",", "").replaceAll("_", "");
+      if (text === "" && optional) return null;
+      const good = /^\d{1,10}$/.test(text) && BigInt(text) >= least && BigInt(text) <= MOST;
+      if (good) return BigInt(text);
+      refuse(name, `${name} is '${text}'; wanted a whole number from ${least} to ${grouped(MOST)}${optional ? ", or nothing" : ""}`);
+      return undefined;
+    }
+
+    function fill(preset) {
+      for (const name of ["use_mla", "tie_word_embeddings"]) control(name).checked = preset[name];
+      for (const [name] of DIMENSIONS) control(name).value = preset[name] || name === "first_k_dense_replace" ? preset[name] : "";
+    }
+
+    function update() {
+      const config = { use_mla: control("use_mla").checked, tie_word_embeddings: control("tie_word_embeddings").checked };
+      const call = { dtype: control("dtype").value, form: control("form").value, causal: control("causal").checked };
+      for (const name of [...DIMENSIONS, ...CALL].map(([each]) => each)) refuse(name, "");
+      config.n_routed_experts = read("n_routed_experts", 1n, true);
+      for (const [name, least, optional, wanted] of DIMENSIONS) {
+        fieldOf(name).hidden = !wanted(config);
+        if (name !== "n_routed_experts") config[name] = wanted(config) ? read(name, least, optional) : null;
+      }
+      fieldOf("form").hidden = !config.use_mla;
+      for (const [name] of CALL) call[name] = read(name, 1n, false);
+      const unread = [...Object.values(config), ...Object.values(call)].includes(undefined);
+      const refused = unread ? [] : refusals(config, call);
+      for (const [name, sentence] of refused) refuse(name, sentence);
+      output.classList.toggle("stale", unread || refused.length > 0);
+      if (!unread && refused.length === 0) show(output, config, call);
+    }
+
+    form.addEventListener("input", (event) => {
+      if (event.target.name === "preset" && event.target.value !== "own") fill(PRESETS[event.target.value]);
+      else if (fieldOf(event.target.name).closest("fieldset") === form.firstElementChild) control("preset").value = "own";
+      update();
+    });
+    form.addEventListener("submit", (event) => event.preventDefault());
+    control("causal").checked = true;
+    fill(PRESETS.deepseek_v2);
+    update();
+  }
+
+  window.dsv2 = { PRESETS, account, refusals };
+  document.addEventListener("DOMContentLoaded", () => {
+    const root = document.getElementById("cost-calculator");
+    if (root) start(root);
+  });
+})();
