@@ -1,0 +1,89 @@
+"""A small book, built with this book's settings: its buttons and commands lead to the repository, or are not there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bs4 import BeautifulSoup
+
+from tests.site.conftest import ROOT
+from tools import repository
+
+GITHUB = "https://github.com/someone/fork"
+PAGES = ("running.md", "notation.ipynb")
+
+
+def build(folder: Path, address: str) -> dict[str, BeautifulSoup]:
+    """The pages of a book of two, built where there is no Git repository."""
+    (folder / "book").mkdir(parents=True)
+    shutil.copy(ROOT / "_config.yml", folder)
+    for part in ("tools", "dsv2_ref", "book/_static", "book/_templates"):
+        shutil.copytree(ROOT / part, folder / part)
+    for file in ("references.bib", *PAGES):
+        shutil.copy(ROOT / "book" / file, folder / "book")
+    (folder / "book" / "index.md").write_text("# A small book\n")
+    chapters = "".join(f"  - file: book/{Path(page).stem}\n" for page in PAGES)
+    (folder / "_toc.yml").write_text(f"format: jb-book\nroot: book/index\nchapters:\n{chapters}")
+    environment = {**os.environ, "BOOK_REPOSITORY": address, "BOOK_BRANCH": "trunk"}
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--all"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    built = folder / "_build" / "html" / "book"
+    return {page: BeautifulSoup((built / page).with_suffix(".html").read_text(), "html.parser") for page in PAGES}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BeautifulSoup]:
+    return build(tmp_path_factory.mktemp("published") / "book", GITHUB)
+
+
+@pytest.fixture(scope="module")
+def unpublished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BeautifulSoup]:
+    return build(tmp_path_factory.mktemp("unpublished") / "book", "")
+
+
+def links(page: BeautifulSoup) -> set[str]:
+    return {tag["href"] for tag in page.find_all("a", href=True)}
+
+
+def test_a_chapter_opens_in_colab(published: dict[str, BeautifulSoup]) -> None:
+    place = "/github/someone/fork/blob/trunk/book/notation.ipynb"
+    assert f"https://colab.research.google.com{place}" in links(published["notation.ipynb"])
+    assert not any(repository.COLAB in link for link in links(published["running.md"]))  # it is no notebook
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_leads_to_its_source(published: dict[str, BeautifulSoup], page: str) -> None:
+    found = links(published[page])
+    assert {GITHUB, f"{GITHUB}/blob/trunk/book/{page}?plain=1", f"{GITHUB}/edit/trunk/book/{page}"} <= found
+    assert any(link.startswith(f"{GITHUB}/issues/new") for link in found)
+
+
+def test_the_commands_can_be_copied_as_they_are(published: dict[str, BeautifulSoup]) -> None:
+    shown = [block.get_text() for block in published["running.md"].find_all("pre")]
+    assert f"git clone {GITHUB}\ncd fork\n" in shown
+    colab = f'!git clone --quiet --depth 1 --branch trunk {GITHUB}\n!pip install --quiet "./fork[plots]"\n'
+    assert colab in shown
+
+
+def test_pictures_of_buttons_are_described(published: dict[str, BeautifulSoup]) -> None:
+    for picture in published["notation.ipynb"].find_all("img"):
+        assert picture.get("alt", "").strip(), picture
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_without_an_address_no_button_leads_nowhere(unpublished: dict[str, BeautifulSoup], page: str) -> None:
+    header = unpublished[page].find(class_="article-header-buttons")
+    assert header.find(class_="dropdown-download-buttons")
+    assert not header.find(class_="dropdown-launch-buttons")
+    assert not header.find(class_="dropdown-source-buttons")
+    assert not any("github.com" in link for link in links(header))
+
+
+def test_without_an_address_the_page_says_what_to_fill_in(unpublished: dict[str, BeautifulSoup]) -> None:
+    page = unpublished["running.md"]
+    assert "git clone ADDRESS\ncd FOLDER\n" in [block.get_text() for block in page.find_all("pre")]
+    assert "in place of ADDRESS" in page.get_text()

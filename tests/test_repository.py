@@ -1,0 +1,124 @@
+"""The address of the repository comes from one place, and what is made of it fits the address."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from sphinx.errors import ConfigError
+
+from tools import repository
+
+GITHUB = "https://github.com/owner/name"
+
+
+@pytest.fixture(autouse=True)
+def not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BOOK_REPOSITORY", raising=False)
+    monkeypatch.delenv("BOOK_BRANCH", raising=False)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    return tmp_path
+
+
+def add_origin(clone: Path, address: str) -> None:
+    subprocess.run(["git", "-C", clone, "remote", "add", "origin", address], check=True)
+
+
+@pytest.mark.parametrize(
+    "remote",
+    [
+        GITHUB,
+        f"{GITHUB}/",
+        f"{GITHUB}.git",
+        "http://github.com/owner/name",
+        "ssh://git@github.com/owner/name.git",
+        "ssh://git@github.com:22/owner/name.git",
+        "git@github.com:owner/name.git",
+        "github.com:owner/name",
+        "https://someone:secret@github.com/owner/name.git",
+    ],
+)
+def test_every_form_of_an_address_is_the_same_page(remote: str) -> None:
+    """And what somebody signs in with is not printed on it."""
+    assert repository.web_address(remote) == GITHUB
+
+
+def test_groups_of_gitlab() -> None:
+    assert repository.web_address("git@gitlab.com:a/b/name.git") == "https://gitlab.com/a/b/name"
+
+
+@pytest.mark.parametrize(
+    "remote",
+    [
+        "",
+        "/srv/git/owner/name.git",
+        "../name",
+        "file:///srv/owner/name",
+        "C:\\owner\\name",
+        "https://git.example.org/owner/name",
+        "https://github.com.example.org/owner/name",
+        "https://github.com/owner",
+        "https://github.com/owner/name/tree/main",
+        "https://github.com/owner/na me",
+    ],
+)
+def test_what_no_button_can_lead_to_is_no_address(remote: str) -> None:
+    assert repository.web_address(remote) is None
+
+
+def test_a_fork_changes_nothing(clone: Path) -> None:
+    assert repository.find(clone, "") is None
+    add_origin(clone, "git@github.com:someone/fork.git")
+    assert repository.find(clone, "") == "https://github.com/someone/fork"
+
+
+def test_the_configuration_goes_before_the_remote_and_the_environment_before_both(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_origin(clone, "git@github.com:someone/fork.git")
+    assert repository.find(clone, GITHUB) == GITHUB
+    monkeypatch.setenv("BOOK_REPOSITORY", "https://github.com/from/environment")
+    assert repository.find(clone, GITHUB) == "https://github.com/from/environment"
+    monkeypatch.setenv("BOOK_REPOSITORY", "")
+    assert repository.find(clone, GITHUB) is None
+
+
+def test_a_folder_inside_another_repository_does_not_take_its_address(clone: Path) -> None:
+    """An archive of the book, unpacked in somebody's project, is not in that project's repository."""
+    add_origin(clone, f"{GITHUB}.git")
+    (clone / "unpacked").mkdir()
+    assert repository.find(clone / "unpacked", "") is None
+
+
+def test_without_git_there_is_no_address(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_origin(clone, f"{GITHUB}.git")
+    monkeypatch.setenv("PATH", "")
+    assert repository.find(clone, "") is None
+
+
+def test_an_address_that_was_given_and_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is 'https://example.org/x'; wanted https://github.com/OWNER/NAME"):
+        repository.find(tmp_path, "https://example.org/x")
+
+
+def test_no_button_without_an_address() -> None:
+    assert repository.theme_options(None, "main") == {"repository_url": ""}
+
+
+def test_colab_opens_notebooks_from_github_only() -> None:
+    assert repository.theme_options(GITHUB, "main")["launch_buttons"] == {"colab_url": repository.COLAB}
+    assert "launch_buttons" not in repository.theme_options("https://gitlab.com/owner/name", "main")
+
+
+def test_the_commands_name_the_repository_or_say_what_to_fill_in() -> None:
+    known = repository.commands(GITHUB, "dev")
+    assert "git clone https://github.com/owner/name\ncd name\n" in known["fetch"]
+    assert f"!git clone --quiet --depth 1 --branch dev {GITHUB}\n" in known["fetch_in_colab"]
+    assert '"./name[plots]"' in known["fetch_in_colab"]
+    unknown = repository.commands(None, "main")
+    assert "git clone ADDRESS\ncd FOLDER\n" in unknown["fetch"]
+    assert "`ADDRESS`" in unknown["repository"]
+    assert "github.com" not in "".join(unknown.values())

@@ -1,0 +1,115 @@
+"""Sphinx extension: where this copy of the book has its repository, and all that follows from it.
+
+The address is looked up in one place, so that a fork changes nothing: ``$BOOK_REPOSITORY`` if it is set, else
+``repository.url`` of ``_config.yml``, else the Git remote ``origin`` if that is on GitHub or GitLab. From it come the
+buttons of every page (repository, source, edit, issue, and Colab for notebooks on GitHub) and, as substitutions in the
+text, the commands that fetch the repository. Without an address there are no buttons, and the commands say what to
+fill in. ``$BOOK_BRANCH``, else ``repository.branch``, is the branch that links lead to.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.errors import ConfigError
+
+HOSTS = ("github.com", "gitlab.com")
+COLAB = "https://colab.research.google.com"
+
+
+def web_address(remote: str) -> str | None:
+    """The https address of a Git remote, without credentials and ``.git``; None if a browser could not open it.
+
+    Understood are ``https://host/owner/name.git``, ``ssh://git@host/owner/name`` and ``git@host:owner/name.git``, on
+    the hosts that the theme has buttons for.
+    """
+    short = re.fullmatch(r"(?:[^@/]+@)?([^:/@]+):(?!/)(.+)", remote)  # git@host:owner/name
+    host, path = short.groups() if short else (urlsplit(remote).hostname or "", urlsplit(remote).path)
+    path = path.strip("/").removesuffix(".git")
+    parts = path.split("/")
+    # GitLab has groups within groups, GitHub owner and name alone.
+    fits = len(parts) == 2 or (host == "gitlab.com" and len(parts) > 2)
+    fits = fits and all(re.fullmatch(r"[\w.-]+", part) for part in parts)
+    return f"https://{host}/{path}" if host in HOSTS and fits else None
+
+
+def origin(folder: Path) -> str | None:
+    """The web address of the Git remote ``origin`` of the repository whose root is ``folder``, or None."""
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "config", "--get", "remote.origin.url"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no Git here
+        return None
+    return web_address(found)
+
+
+def find(folder: Path, configured: str) -> str | None:
+    """The web address of the book's repository, or None where it has none.
+
+    Args:
+        folder: the root of the repository. configured: ``repository.url`` of ``_config.yml``, or an empty string.
+
+    Raises:
+        ConfigError: for an address that was given and that no buttons can be made of.
+    """
+    given = os.environ.get("BOOK_REPOSITORY")
+    if given is None and not configured:
+        return origin(folder)
+    given = configured if given is None else given
+    if given and web_address(given) is None:
+        raise ConfigError(
+            f"the address of the repository is {given!r}; wanted https://github.com/OWNER/NAME, the like on "
+            "gitlab.com, or an empty one for a book without buttons ($BOOK_REPOSITORY, or repository.url in _config.yml)"
+        )
+    return web_address(given)
+
+
+def theme_options(address: str | None, branch: str) -> dict[str, Any]:
+    """What the theme needs for its buttons: all of them, or none that leads nowhere."""
+    if address is None:
+        return {"repository_url": ""}
+    buttons = dict.fromkeys(
+        ("use_repository_button", "use_source_button", "use_edit_page_button", "use_issues_button"), True
+    )
+    colab = {"launch_buttons": {"colab_url": COLAB}} if address.startswith("https://github.com/") else {}
+    return {"repository_url": address, "repository_branch": branch, **buttons, **colab}
+
+
+def commands(address: str | None, branch: str) -> dict[str, str]:
+    """Substitutions for the pages: the commands that fetch the repository, here and in Colab."""
+    name = address.rsplit("/", 1)[1] if address else "FOLDER"
+    where = address or "ADDRESS"
+    known = f"The repository is [{address}]({address})." if address else (
+        "These pages were built without the address of their repository: put it in place of `ADDRESS`, and the name "
+        "of the folder that it makes in place of `FOLDER`."
+    )  # fmt: skip
+    chosen = f" --branch {branch}" if address else ""
+    return {
+        "repository": known,
+        "fetch": f"```bash\ngit clone {where}\ncd {name}\n```",
+        "fetch_in_colab": (
+            f'```\n!git clone --quiet --depth 1{chosen} {where}\n!pip install --quiet "./{name}[plots]"\n```'
+        ),
+    }
+
+
+def configure(app: Sphinx, config: Config) -> None:
+    """Give the address to the theme and to the text, before either reads its settings."""
+    options = config.html_theme_options
+    address = find(Path(app.srcdir), options.get("repository_url", ""))
+    branch = os.environ.get("BOOK_BRANCH") or options.get("repository_branch") or "main"
+    options.update(theme_options(address, branch))
+    config.myst_substitutions = {**config.myst_substitutions, **commands(address, branch)}
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("config-inited", configure)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
