@@ -1,0 +1,149 @@
+"""The card's numeric claims, computed and judged: `book/data/card_claims.toml` says what was claimed, this says whether it holds.
+
+A claim's text decides how exactly it must be met (`tolerance`). What is computed is an expression over the names in `NAMES`, most of them functions of `dsv2_ref.accounting`.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv2_ref import accounting
+from dsv2_ref.accounting import Call
+from dsv2_ref.config import DeepseekV2Config
+
+CLAIMS = Path(__file__).resolve().parent.parent / "book" / "data" / "card_claims.toml"
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+ABOUT = 0.01
+CARD, OCR = DeepseekV2Config.card(), DeepseekV2Config.deepseek_ocr()
+DECODE = Call(seq=1, kv=8192)
+PREFILL = Call(seq=8192, kv=8192)
+
+
+def attention(call: Call, form: str, causal: bool = True) -> int:
+    """FLOPs of the products of one attention."""
+    call = Call(batch=call.batch, seq=call.seq, kv=call.kv, form=form, causal=causal)
+    return sum(n for name, n in accounting.products(CARD, 0, call).items() if name.startswith("self_attn"))
+
+
+def feed_forward(layer_idx: int, call: Call) -> int:
+    """FLOPs of the products of a dense network (layer 0) or of a mixture of experts."""
+    return sum(n for name, n in accounting.products(CARD, layer_idx, call).items() if name.startswith("mlp"))
+
+
+def weights(layer_idx: int, part: str = "") -> int:
+    """Parameters of the card's layer, or of a part of it."""
+    return sum(n for name, n in accounting.parameters(CARD, layer_idx).items() if name.startswith(part))
+
+
+def layer(layer_idx: int, call: Call, form: str = "auto") -> int:
+    """FLOPs of all products of a layer."""
+    call = Call(batch=call.batch, seq=call.seq, kv=call.kv, form=form)
+    return sum(accounting.products(CARD, layer_idx, call).values())
+
+
+NAMES: dict[str, Any] = {
+    "card": CARD,
+    "ocr": OCR,
+    "decode": DECODE,
+    "prefill": PREFILL,
+    "attention": attention,
+    "feed_forward": feed_forward,
+    "weights": weights,
+    "layer": layer,
+    "cache_bytes": accounting.cache_bytes,
+    "cache_numbers": accounting.cache_numbers,
+    "active": lambda layer_idx: sum(accounting.parameters(CARD, layer_idx, active=True).values()),
+    "dense_layers": lambda config: sum(not config.is_moe_layer(i) for i in range(config.num_hidden_layers)),
+    "D": CARD.hidden_size,
+    "H": CARD.num_attention_heads,
+    "C": CARD.kv_lora_rank,
+    "R": CARD.qk_rope_head_dim,
+    "N": CARD.qk_nope_head_dim,
+    "V": CARD.v_head_dim,
+    "width": CARD.moe_intermediate_size,
+    "K": 8192,
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim, judged.
+
+    Attributes:
+        section: of the card. quote: its words. value: the number claimed. computed: what it is.
+        verdict: ``holds``, ``holds if`` (with ``assumption``), ``off`` or ``experiment`` (see ``note``).
+        explained: whether a slip is known that gives the card's number; ``note`` then says which.
+    """
+
+    id: str
+    section: str
+    quote: str
+    value: float
+    computed: float
+    verdict: str
+    assumption: str
+    explained: bool
+    note: str
+
+    @property
+    def factor(self) -> float:
+        """Claimed over computed."""
+        return self.value / self.computed
+
+
+def compute(expression: str) -> float:
+    """The value of an expression of the data file."""
+    return float(eval(expression, {"__builtins__": {"round": round, "sum": sum, "range": range}}, NAMES))
+
+
+def tolerance(printed: str, about: bool) -> float:
+    """By how much a printed number may miss: half a unit of its last digit.
+
+    Where it is given as "about", zeros at the end of a whole number are no digits, and 1 % is always allowed.
+    """
+    if "." in printed:
+        unit = 10.0 ** -len(printed.partition(".")[2])
+    else:
+        unit = 10.0 ** (len(printed) - len(printed.rstrip("0"))) if about else 1.0
+    return max(unit / 2, ABOUT * float(printed)) if about else unit / 2
+
+
+def judge(entry: dict[str, Any]) -> Claim:
+    """Compute a claim and compare."""
+    scale = UNITS[entry.get("unit", "")]
+    printed = entry["value"]
+    allowed = tolerance(printed, entry.get("about", False)) * scale
+    value = float(printed) * scale
+
+    def meets(expression: str | None) -> bool:
+        return expression is not None and abs(compute(expression) - value) <= allowed * (1 + 1e-9)
+
+    explained = meets(entry.get("slip"))
+    if "experiment" in entry:
+        verdict = "experiment"
+    elif meets(entry["computed"]):
+        verdict = "holds"
+    else:
+        verdict = "holds if" if meets(entry.get("under")) else "off"
+    return Claim(
+        id=entry["id"],
+        section=entry["section"],
+        quote=entry["quote"],
+        value=value,
+        computed=compute(entry["computed"]),
+        verdict=verdict,
+        assumption=entry.get("assumption", "") if verdict == "holds if" else "",
+        explained=explained,
+        note=entry.get("experiment", entry.get("note", "")),
+    )
+
+
+def entries() -> list[dict[str, Any]]:
+    """What the data file says, in the card's order."""
+    return list(tomllib.loads(CLAIMS.read_text(encoding="utf-8"))["claim"])
+
+
+def claims() -> list[Claim]:
+    """All claims, judged, in the card's order."""
+    return [judge(entry) for entry in entries()]
