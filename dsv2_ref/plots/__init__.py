@@ -4,6 +4,7 @@ Nothing else in the package needs matplotlib.
 """
 
 from dsv2_ref.plots.balance import co_activation, load_maps, load_over_steps
+from dsv2_ref.plots.card import claimed_over_computed
 from dsv2_ref.plots.decoding import crossover, memory_growth
 from dsv2_ref.plots.experts import expert_loads, routing_map, sorted_choices
 from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
@@ -18,6 +19,7 @@ __all__ = [
     "angle_errors",
     "by_layer",
     "cache_growth",
+    "claimed_over_computed",
     "clocks",
     "co_activation",
     "crossover",
