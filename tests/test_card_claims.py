@@ -15,10 +15,11 @@ import torch
 from dsv2_ref import DeepseekV2DecoderLayer, plots
 from tools import card_claims as cc
 
-HOLD = set(
-    "layer-range dense-layers moe-layers hidden-default moe-parameters norm-parameters norms-parameters experts-active "
-    "dense-width input-decode input-prefill cache-rope cache-latent cache-layer cache-16k cache-32k cache-ratio".split()
-)
+HOLD = {
+    "layer-range", "dense-layers", "moe-layers", "hidden-default", "moe-parameters", "norm-parameters",
+    "norms-parameters", "experts-active", "dense-width", "input-decode", "input-prefill", "cache-rope",
+    "cache-latent", "cache-layer", "cache-16k", "cache-32k", "cache-ratio",
+}  # fmt: skip
 HOLD_IF = {"ocr-layers", "norm-decode", "norm-prefill", "attention-memory-decode", "expert-ratio"}
 EXPERIMENTS = {"deep", "warm-up"}
 UNEXPLAINED = {"moe-memory-decode", "attention-memory-prefill"}

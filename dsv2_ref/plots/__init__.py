@@ -5,6 +5,7 @@ Nothing else in the package needs matplotlib.
 
 from dsv2_ref.plots.balance import co_activation, load_maps, load_over_steps
 from dsv2_ref.plots.card import claimed_over_computed
+from dsv2_ref.plots.counting import shares
 from dsv2_ref.plots.decoding import crossover, memory_growth
 from dsv2_ref.plots.experts import expert_loads, routing_map, sorted_choices
 from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
@@ -36,6 +37,7 @@ __all__ = [
     "routing_map",
     "running_sums",
     "scores_by_distance",
+    "shares",
     "sorted_choices",
     "stretch_by_pair",
     "training_curves",
