@@ -29,10 +29,10 @@ def shares(rows: Mapping[str, Mapping[str, float]]) -> Axes:
             list(rows), list(widths.values()), 0.66, left=list(left.values()), color=colour, edgecolor=INK, hatch=hatch,
             linewidth=0.6, label=part,
         )  # fmt: skip
-        for row, width in widths.items():
+        for place, (row, width) in enumerate(widths.items()):
             if width >= 6:
                 box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0}
-                axes.text(left[row] + width / 2, row, f"{width:.0f}", ha="center", va="center", color=ink, bbox=box)
+                axes.text(left[row] + width / 2, place, f"{width:.0f}", ha="center", va="center", color=ink, bbox=box)
             left[row] += width
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
