@@ -12,6 +12,7 @@ from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_erro
 from dsv2_ref.plots.overview import layer_flow, layer_kinds, parameter_shares
 from dsv2_ref.plots.prenorm import by_layer, training_curves
 from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
+from dsv2_ref.plots.rooflines import intensity_over_batch, roofline
 from dsv2_ref.plots.rope import angle_errors, clocks, scores_by_distance, stretch_by_pair, turns_by_pair
 from dsv2_ref.plots.style import add_curves, new_axes
 
@@ -26,6 +27,7 @@ __all__ = [
     "crossover",
     "expert_loads",
     "growth_through_layers",
+    "intensity_over_batch",
     "layer_flow",
     "layer_kinds",
     "load_maps",
@@ -34,6 +36,7 @@ __all__ = [
     "new_axes",
     "numbers_remembered",
     "parameter_shares",
+    "roofline",
     "routing_map",
     "running_sums",
     "scores_by_distance",

@@ -1,0 +1,54 @@
+"""Figures of the chapter on rooflines."""
+
+from collections.abc import Mapping
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+
+from dsv2_ref.plots.style import INK, STYLES, new_axes
+
+
+def roofline(machines: Mapping[str, tuple[float, float]], operations: Mapping[str, float]) -> Axes:
+    """What a machine can compute at most for each byte it reads: a roof for each machine, and where operations stand.
+
+    Args:
+        machines: for each name, FLOPs a second and bytes a second; up to four.
+        operations: for each name, FLOPs for each byte read; marked by a labelled line.
+    """
+    axes = new_axes("FLOP for each byte read", "attainable FLOP/s", height=4.0)
+    left, right = 0.3, 3000.0
+    for (name, (peak, bandwidth)), (colour, line) in zip(machines.items(), STYLES, strict=False):
+        corner = peak / bandwidth
+        axes.plot([left, corner, right], [left * bandwidth, peak, peak], line, color=colour, linewidth=2.2, label=name)
+    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top * 30)
+    for name, intensity in operations.items():
+        axes.axvline(intensity, color=INK, linewidth=0.9, linestyle=":")
+        axes.text(intensity * 1.07, top * 25, name, rotation=90, va="top", fontsize=10, color=INK)
+    axes.yaxis.set_major_formatter(EngFormatter())
+    axes.legend(frameon=True, framealpha=1, edgecolor="white", labelcolor=INK, loc="lower right", fontsize=11)
+    return axes
+
+
+def intensity_over_batch(curves: Mapping[str, Mapping[int, float]], balances: Mapping[str, float]) -> Axes:
+    """FLOPs for each byte over the batch, both logarithmic, and the balance of machines as labelled lines.
+
+    Args:
+        curves: for each part of a layer, intensity by batch; up to four.
+        balances: for each machine, FLOPs it does in the time in which it reads a byte.
+    """
+    axes = new_axes("sequences in the batch", "FLOP for each byte read", height=4.4)
+    for (name, curve), (colour, line) in zip(curves.items(), STYLES, strict=False):
+        axes.plot(list(curve), list(curve.values()), line, color=colour, linewidth=2.2, label=name)
+    batches = list(next(iter(curves.values())))
+    for name, balance in balances.items():
+        axes.axhline(balance, color=INK, linewidth=0.9, linestyle=":")
+        axes.text(batches[0], balance * 1.08, name, fontsize=10, color=INK)
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_locator(FixedLocator(batches[::2]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.5g}")
+    axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), fontsize=11)
+    return axes
