@@ -9,10 +9,10 @@ NBVAL := $(BIN)/python -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbv
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit site notebooks serve bench clean
+.PHONY: help book test lint unit site notebooks serve bench test-cuda clean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 20
 
 book: $(INSTALLED) ## build the book in _build/html
 	@rm -rf _build/html _build/.doctrees  # pages of what is gone, and warnings already given, must not be kept
@@ -41,6 +41,11 @@ serve: book ## build the book and serve it on http://localhost:8000
 
 bench: $(INSTALLED) ## time the layer against transformers and the machine
 	@$(BIN)/python -m bench
+
+test-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: the fused kernels against float64, and every notebook on CUDA
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-cuda: torch sees no CUDA GPU here")'
+	@$(BIN)/python -m pytest tests/cuda
+	@$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env book
 
 clean: ## remove what was built, the environment included
 	rm -rf .venv _build

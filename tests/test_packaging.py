@@ -259,3 +259,12 @@ MODULE_CLASSES = [
 def test_forward_says_the_shape_of_what_it_takes(module: type[torch.nn.Module]) -> None:
     taken = "input_ids" if "input_ids" in module.forward.__annotations__ else "hidden_states"
     assert issubclass(module.forward.__annotations__[taken], jaxtyping.AbstractArray)
+
+
+def test_the_command_for_a_gpu_says_at_once_where_there_is_none() -> None:
+    if torch.cuda.is_available() or not (ROOT / ".venv" / "installed").exists():
+        pytest.skip("there is a GPU, or these tests run outside the environment that make sets up")
+    done = subprocess.run(["make", "-s", "test-cuda"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "make test-cuda: torch sees no CUDA GPU here" in done.stderr
+    assert done.stdout == ""
