@@ -3,18 +3,20 @@
 A claim's text decides how exactly it must be met (`tolerance`). What is computed is an expression over the names in `NAMES`, most of them functions of `dsv2_ref.accounting`.
 """
 
+import math
+import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dsv2_ref import accounting
 from dsv2_ref.accounting import Call
-from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.config import PUBLISHED_DEFAULTS, DeepseekV2Config
 
 CLAIMS = Path(__file__).resolve().parent.parent / "book" / "data" / "card_claims.toml"
-UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-ABOUT = 0.01
+UNITS = {"µ": 1e-6, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+ABOUT, LOOSE = 0.01, 0.1  # of a number given as "about": what it may always miss, and at most
 CARD, OCR = DeepseekV2Config.card(), DeepseekV2Config.deepseek_ocr()
 DECODE = Call(seq=1, kv=8192)
 PREFILL = Call(seq=8192, kv=8192)
@@ -42,6 +44,16 @@ def layer(layer_idx: int, call: Call, form: str = "auto") -> int:
     return sum(accounting.products(CARD, layer_idx, call).values())
 
 
+def published(field: str) -> Any:
+    """What the published configuration class assumes for a field that a file leaves out."""
+    return PUBLISHED_DEFAULTS.get(field, {f.name: f.default for f in fields(DeepseekV2Config)}[field])
+
+
+def norms(layer_idx: int) -> int:
+    """RMSNorms of the card's layer, those inside its attention included."""
+    return sum("layernorm" in name for name in accounting.parameters(CARD, layer_idx))
+
+
 NAMES: dict[str, Any] = {
     "card": CARD,
     "ocr": OCR,
@@ -51,6 +63,8 @@ NAMES: dict[str, Any] = {
     "feed_forward": feed_forward,
     "weights": weights,
     "layer": layer,
+    "published": published,
+    "norms": norms,
     "cache_bytes": accounting.cache_bytes,
     "cache_numbers": accounting.cache_numbers,
     "active": lambda layer_idx: sum(accounting.parameters(CARD, layer_idx, active=True).values()),
@@ -88,36 +102,48 @@ class Claim:
 
     @property
     def factor(self) -> float:
-        """Claimed over computed."""
-        return self.value / self.computed
+        """Claimed over computed; infinite where nothing is computed as 0."""
+        return self.value / self.computed if self.computed else math.inf
 
 
 def compute(expression: str) -> float:
     """The value of an expression of the data file."""
-    return float(eval(expression, {"__builtins__": {"round": round, "sum": sum, "range": range}}, NAMES))
+    return float(eval(expression, {"__builtins__": {"round": round, "max": max}}, NAMES))
+
+
+def amount(number: float) -> str:
+    """A number with four digits and a unit, as the page prints it."""
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'k' else size):.4g} {unit}"
+    return f"{number:,.0f}" if number == round(number) else f"{number:.4g}"
 
 
 def tolerance(printed: str, about: bool) -> float:
     """By how much a printed number may miss: half a unit of its last digit.
 
-    Where it is given as "about", zeros at the end of a whole number are no digits, and 1 % is always allowed.
+    Where it is given as "about", zeros at the end of a whole number are no digits: then it may miss by at least 1 % and at
+    most 10 %.
     """
     if "." in printed:
         unit = 10.0 ** -len(printed.partition(".")[2])
     else:
         unit = 10.0 ** (len(printed) - len(printed.rstrip("0"))) if about else 1.0
-    return max(unit / 2, ABOUT * float(printed)) if about else unit / 2
+    if not about:
+        return unit / 2
+    return min(max(unit / 2, ABOUT * float(printed)), LOOSE * float(printed))
 
 
 def judge(entry: dict[str, Any]) -> Claim:
     """Compute a claim and compare."""
     scale = UNITS[entry.get("unit", "")]
     printed = entry["value"]
-    allowed = tolerance(printed, entry.get("about", False)) * scale
-    value = float(printed) * scale
+    about = "~" in entry["quote"] or "≈" in entry["quote"]
+    value, least = float(printed) * scale, float(entry.get("from", printed)) * scale
+    above, below = (tolerance(end, about) * scale * (1 + 1e-9) for end in (printed, entry.get("from", printed)))
 
     def meets(expression: str | None) -> bool:
-        return expression is not None and abs(compute(expression) - value) <= allowed * (1 + 1e-9)
+        return expression is not None and least - below <= compute(expression) <= value + above
 
     explained = meets(entry.get("slip"))
     if "experiment" in entry:
@@ -135,7 +161,9 @@ def judge(entry: dict[str, Any]) -> Claim:
         verdict=verdict,
         assumption=entry.get("assumption", "") if verdict == "holds if" else "",
         explained=explained,
-        note=entry.get("experiment", entry.get("note", "")),
+        note=re.sub(
+            r"\{(.+?)\}", lambda found: amount(compute(found[1])), entry.get("experiment", entry.get("note", ""))
+        ),
     )
 
 
