@@ -33,6 +33,9 @@ class DeepseekV2Attention(AttentionBase):
     ``expanded``, ``absorbed`` or ``auto``, which picks by the count of operations (`cheaper_form`). The absorbed form
     reads ``kv_b_proj.weight`` itself, without calling the module.
 
+    ``torch.export`` takes a prompt of any length as ``expanded`` and ``auto``. As ``absorbed``, of one length only: torch
+    2.13 cannot order seq and seq² while it flattens the scores' heads and queries, and refuses the range.
+
     Args:
         config: hyperparameters; ``_attn_implementation`` chooses ``eager``, ``sdpa`` or ``flash_attention_2``. The
             absorbed form runs as plain products in all three: no fused kernel takes keys of width C + R.
