@@ -128,7 +128,7 @@ class DeepseekV2Attention(AttentionBase):
         form = self.cheaper_form(visible.seq, visible.kv_seq) if self.form == "auto" else self.form
         require(form in ("expanded", "absorbed"), "form", form, "expanded, absorbed or auto")
         if form == "expanded":
-            self._check_kernel(q_nope, visible)
+            self._check_kernel(q_nope, max(self.qk_head_dim, self.v_head_dim), visible)
         present = self._remember(self._compress(hidden_states, cos, sin), past_key_value, use_cache)
 
         if form == "absorbed":

@@ -203,7 +203,7 @@ def test_a_planted_fault_is_named_by_file_and_line(
         layer(x)
     place, told = str(caught.value).split("\n")
     line = fault.__code__.co_firstlineno
-    assert place.startswith(f"tests/test_device_clean.py:{line}: ")
+    assert place.startswith(f"tests/test_on_fake_cuda.py:{line}: ")
     assert said in told
 
 
