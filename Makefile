@@ -56,3 +56,16 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(INSTALLED)
+
+# flash-attn's Python half, for tests that put a double in the place of its compiled half: off every path, as an install
+# without CUDA can be imported by nobody else. Where it is not to be had, these tests say so and are skipped.
+FLASH_ATTN := flash-attn==2.8.3.post2
+FLASH_ATTN_FRONT_END := .venv/flash-attn/installed
+
+unit: $(FLASH_ATTN_FRONT_END)
+
+$(FLASH_ATTN_FRONT_END): $(INSTALLED)
+	@mkdir -p $(@D)
+	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet \
+		--disable-pip-version-check --retries 1 --no-deps --no-build-isolation --upgrade --target $(@D) $(FLASH_ATTN) && \
+		touch $@ || echo "$(FLASH_ATTN) was not installed for its tests: they will be skipped"

@@ -33,6 +33,9 @@ class DeepseekV2Attention(AttentionBase):
     ``expanded``, ``absorbed`` or ``auto``, which picks by the count of operations (`cheaper_form`). The absorbed form
     reads ``kv_b_proj.weight`` itself, without calling the module.
 
+    ``torch.export`` takes a prompt of any length as ``expanded`` and ``auto``. As ``absorbed``, of one length only: torch
+    2.13 cannot order seq and seq² while it flattens the scores' heads and queries, and refuses the range.
+
     Args:
         config: hyperparameters; ``_attn_implementation`` chooses ``eager``, ``sdpa`` or ``flash_attention_2``. The
             absorbed form runs as plain products in all three: no fused kernel takes keys of width C + R.
@@ -77,14 +80,16 @@ class DeepseekV2Attention(AttentionBase):
         """The form with fewer multiplications for ``seq`` causal queries over ``kv_seq`` keys.
 
         A head costs K·C(N+V) + P(N+R+V) expanded and S·C(N+V) + P(2C+R) absorbed, where P is the number of
-        query-key pairs; what both share (compression, queries, output) is left out.
+        query-key pairs; what both share (compression, queries, output) is left out. Where nothing is remembered, S = K,
+        the pairs alone decide, whatever their number: a prompt of any length is exported as one form.
         """
         latent, rope, value = self.kv_lora_rank, self.rotary_dim, self.v_head_dim
+        more_for_a_pair = 2 * latent + rope - self.qk_head_dim - value
+        if seq == kv_seq:
+            return "absorbed" if more_for_a_pair < 0 else "expanded"
         pairs = seq * kv_seq - seq * (seq - 1) // 2
-        expand = latent * (self.qk_nope_head_dim + value)
-        expanded = kv_seq * expand + pairs * (self.qk_head_dim + value)
-        absorbed = seq * expand + pairs * (2 * latent + rope)
-        return "absorbed" if absorbed < expanded else "expanded"
+        saved = (kv_seq - seq) * latent * (self.qk_nope_head_dim + value)
+        return "absorbed" if pairs * more_for_a_pair < saved else "expanded"
 
     def up_matrices(self) -> tuple[Float[Tensor, "heads nope latent"], Float[Tensor, "heads v latent"]]:
         """Every head's W_UK and W_UV, the parts of ``kv_b_proj``."""
@@ -123,7 +128,7 @@ class DeepseekV2Attention(AttentionBase):
         form = self.cheaper_form(visible.seq, visible.kv_seq) if self.form == "auto" else self.form
         require(form in ("expanded", "absorbed"), "form", form, "expanded, absorbed or auto")
         if form == "expanded":
-            self._check_kernel(q_nope, visible)
+            self._check_kernel(q_nope, max(self.qk_head_dim, self.v_head_dim), visible)
         present = self._remember(self._compress(hidden_states, cos, sin), past_key_value, use_cache)
 
         if form == "absorbed":

@@ -111,10 +111,10 @@ class AttentionBase(nn.Module):
         )
         return visible, cos, sin
 
-    def _check_kernel(self, query: Tensor, visible: Visibility) -> None:
+    def _check_kernel(self, query: Tensor, width: int, visible: Visibility) -> None:
         """Refuse what the kernel cannot take, before anything is remembered."""
         if self.implementation == "flash_attention_2":
-            require_flash_input(query, visible)
+            require_flash_input(query, width, visible)
 
     def _remember(self, new: Tensor, past_key_value: Any, use_cache: bool) -> Any:
         """The cache with the new tokens; one that nobody keeps needs no room to grow."""

@@ -57,7 +57,7 @@ class MultiHeadAttention(AttentionBase):
         )
         cos, sin = cos[:, :, None], sin[:, :, None]
         query, key = rotate_half_split(query, cos, sin), rotate_half_split(key, cos, sin)
-        self._check_kernel(query, visible)
+        self._check_kernel(query, self.head_dim, visible)
         present = self._remember(torch.stack((key, value), dim=2), past_key_value, use_cache)
 
         keys, values = present.keys.transpose(1, 2), present.values.transpose(1, 2)

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer
+from tests.fake_cuda import fake_cuda
 from tests.peers import SMALL, assert_close, randomised, tokens
 
 torch.set_num_threads(1)
@@ -105,14 +106,33 @@ def test_compiled_code_refuses_bad_positions(compiler: CompileCounterWithBackend
         run(x, position_ids=torch.tensor([[3, -4]]))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [replace(SMALL, mla_form="expanded"), MHA],
-    ids=KINDS,
-)
+EXPORTED = {"expanded": replace(SMALL, mla_form="expanded"), "auto": SMALL, "mha": MHA}
+
+
+@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_exported_for_any_length(config: DeepseekV2Config) -> None:
     layer = layer_of(config)
     seq = torch.export.Dim("seq", min=2, max=64)
     program = torch.export.export(layer, (tokens(2, 9, torch.float64),), dynamic_shapes={"hidden_states": {1: seq}})
-    x = tokens(2, 13, torch.float64)
-    assert_close(program.module()(x)[0], layer(x)[0], "output")
+    for length in (2, 13, 64):
+        x = tokens(2, length, torch.float64)
+        assert_close(program.module()(x)[0], layer(x)[0], f"{length} tokens")
+
+
+def test_absorbed_is_exported_for_one_length() -> None:
+    """For any length torch 2.13 wants to know which of seq and seq² is smaller: `DeepseekV2Attention` says so."""
+    layer, x = layer_of(replace(SMALL, mla_form="absorbed")), tokens(2, 9, torch.float64)
+    assert_close(torch.export.export(layer, (x,)).module()(x)[0], layer(x)[0], "output")
+
+
+@both_kinds
+def test_exported_for_cuda_names_no_other_device(config: DeepseekV2Config) -> None:
+    with fake_cuda() as watch:
+        layer, x = DeepseekV2DecoderLayer(config, layer_idx=1).eval(), torch.empty(2, 9, config.hidden_size)
+        with watch:
+            program = torch.export.export(layer, (x,))
+    values = [node.meta["val"] for node in program.graph.nodes if "val" in node.meta]
+    named = [node.kwargs["device"] for node in program.graph.nodes if node.kwargs.get("device") is not None]
+    devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}
+    assert devices == {"cuda"}
+    assert {torch.device(device).type for device in named} == {"cuda"}

@@ -1,0 +1,233 @@
+"""Every forward stays on the GPU and never makes the host wait for it; seen on fake CUDA tensors, so without a GPU.
+
+Backward runs on the meta device, as the autograd engine has no stream for CUDA tensors that are fake.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, experts, grouped
+from dsv2_ref.attention import DeepseekV2Attention
+from dsv2_ref.masks import Visibility
+from tests.fake_cuda import DeviceFaultError, Watch, fake_cuda
+from tests.peers import COMMON, SMALL
+
+pytestmark = pytest.mark.usefixtures("as_shipped")
+
+MLA = {
+    f"mla_{form}_{kernel}": replace(SMALL, mla_form=form, _attn_implementation=kernel)
+    for form in ("expanded", "absorbed", "auto")
+    for kernel in ("eager", "sdpa")
+}
+MHA = {
+    f"{name}_{kernel}": replace(SMALL, use_mla=False, num_key_value_heads=heads, _attn_implementation=kernel)
+    for name, heads in (("mha", 4), ("gqa", 2))
+    for kernel in ("eager", "sdpa")
+}
+OTHERS = {
+    "group_limited": COMMON["group_limited"],
+    "yarn": COMMON["yarn"],
+    "dynamic_ntk": replace(SMALL, rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=4),
+    "bias": COMMON["bias"],
+    "no_q_lora": COMMON["no_q_lora"],
+    "normalised_weights": replace(SMALL, norm_topk_prob=True),
+    "no_shared_experts": replace(SMALL, n_shared_experts=None),
+    "dropout": replace(SMALL, attention_dropout=0.1),
+    "pooled_balance": replace(SMALL, seq_aux=False),
+}
+CONFIGS = MLA | MHA | OTHERS
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+BATCH, SEQ = 2, 7
+
+
+def floating_mask(seq: int, kv_seq: int, dtype: torch.dtype) -> Tensor:
+    return torch.cat((-torch.ones(BATCH, 1, seq, 1), torch.zeros(BATCH, 1, seq, kv_seq - 1)), dim=-1).to(dtype)
+
+
+MASKS: dict[str, Callable[[int, int, torch.dtype], Tensor | None]] = {
+    "causal": lambda seq, kv_seq, dtype: None,
+    "padding": lambda seq, kv_seq, dtype: torch.ones(BATCH, kv_seq, dtype=torch.bool),
+    "integer padding": lambda seq, kv_seq, dtype: torch.ones(BATCH, kv_seq, dtype=torch.int64),
+    "bool": lambda seq, kv_seq, dtype: torch.ones(1, 1, seq, kv_seq, dtype=torch.bool),
+    "floating": floating_mask,
+}
+
+
+def layer_of(config: DeepseekV2Config, layer_idx: int, dtype: torch.dtype, train: bool) -> DeepseekV2DecoderLayer:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a fake module cannot be moved to another dtype once it is there
+    try:
+        return DeepseekV2DecoderLayer(config, layer_idx).train(train)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def calls(layer: DeepseekV2DecoderLayer, dtype: torch.dtype, watch: Watch, mask_names: Iterable[str] = MASKS) -> None:
+    """A prompt, a chunk and a decoding step with the masks, and positions given or not, watched."""
+    for name in mask_names:
+        cache: Any = None
+        for seq in (SEQ, 3, 1):
+            kv_seq = seq + (0 if cache is None else len(cache))
+            x, mask = torch.empty(BATCH, seq, layer.hidden_size, dtype=dtype), MASKS[name](seq, kv_seq, dtype)
+            positions = torch.empty(1, seq, dtype=torch.int64) if name == "padding" else None
+            with watch:
+                out, cache = layer(x, mask, positions, past_key_value=cache, use_cache=True)
+            assert (out.device.type, out.shape, out.dtype) == (watch.device, x.shape, dtype)
+            assert cache.tokens.device.type == watch.device
+
+
+@pytest.fixture
+def gpu() -> Iterator[Watch]:
+    with fake_cuda() as watch:
+        yield watch
+
+
+# Forward
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("config", (MLA | MHA).values(), ids=MLA | MHA)
+def test_forward_of_attention_with_every_mask(config: DeepseekV2Config, train: bool, gpu: Watch) -> None:
+    layer = layer_of(config, 1, torch.float32, train)
+    with torch.set_grad_enabled(train):
+        calls(layer, torch.float32, gpu)
+    assert gpu.seen > 500
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@every_config
+def test_forward_in_bfloat16_dense_and_with_experts(config: DeepseekV2Config, train: bool, gpu: Watch) -> None:
+    config = replace(config, first_k_dense_replace=1)
+    for layer_idx in (0, 1):
+        with torch.set_grad_enabled(train):
+            calls(layer_of(config, layer_idx, torch.bfloat16, train), torch.bfloat16, gpu, ["causal", "padding"])
+    assert gpu.seen > 500
+
+
+def test_weights_of_attention_are_returned_without_a_copy(gpu: Watch) -> None:
+    layer = layer_of(replace(SMALL, _attn_implementation="eager"), 1, torch.float32, False)
+    x = torch.empty(BATCH, SEQ, SMALL.hidden_size)
+    with gpu:
+        _, weights, _ = layer(x, output_attentions=True, use_cache=True)
+    assert weights.device.type == "cuda"
+
+
+def test_a_cache_is_grown_and_its_sequences_chosen_on_the_device(gpu: Watch) -> None:
+    layer, x = layer_of(SMALL, 1, torch.float32, False), torch.empty(BATCH, 1, SMALL.hidden_size)
+    chosen = torch.empty(3, dtype=torch.int64)
+    with torch.no_grad(), gpu:
+        cache = layer.self_attn.empty_cache(BATCH, capacity=2)
+        for _ in range(5):
+            cache = layer(x, past_key_value=cache, use_cache=True)[1]
+        assert cache.select(chosen).tokens.device.type == "cuda"
+
+
+def test_blocks_of_queries(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt, which is attended to a block of queries at a time."""
+    monkeypatch.setattr("dsv2_ref.attend.SCORES_AT_ONCE", 8)
+    for form in ("expanded", "absorbed"):
+        calls(layer_of(replace(SMALL, mla_form=form), 0, torch.float32, False), torch.float32, gpu)
+
+
+def test_inside_the_operator_of_grouped_products(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A custom operator only tells its shape to fake tensors: this is what it runs in bfloat16 on a Hopper GPU.
+
+    What torch does with other dtypes, it knows no shapes for: that is left to the tests on a GPU.
+    """
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    rows, weights = (torch.empty(size, dtype=torch.bfloat16) for size in ((24, 16), (4, 32, 16)))
+    ends = torch.empty(4, dtype=torch.int32)
+    with gpu:
+        out = grouped._grouped_product._init_fn(rows, weights, ends)
+        assert out.shape == (24, 32)
+        assert grouped._grouped_outer._init_fn(out, rows, ends).shape == (4, 32, 16)
+
+
+# Backward
+
+
+@every_config
+@pytest.mark.parametrize("layer_idx", [0, 1], ids=["dense", "experts"])
+def test_forward_and_backward_on_meta(config: DeepseekV2Config, layer_idx: int) -> None:
+    with torch.device("meta"):
+        layer = layer_of(replace(config, first_k_dense_replace=1), layer_idx, torch.float32, True)
+        x = torch.empty(BATCH, SEQ, SMALL.hidden_size, requires_grad=True)
+        with Watch("meta") as watch:
+            layer(x)[0].sum().backward()
+    assert watch.seen > 100
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in [x, *layer.parameters()])
+
+
+# Planted faults: each must be found, with its place
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
+    """After the queries are made, ``fault`` happens to them."""
+    queries = DeepseekV2Attention._queries
+
+    def faulty(self: Any, *args: Any) -> Any:
+        q_nope, q_pe = queries(self, *args)
+        return fault(q_nope), q_pe
+
+    monkeypatch.setattr(DeepseekV2Attention, "_queries", faulty)
+
+
+FAULTS = {
+    "item": (lambda q: q * q.sum().item(), "_local_scalar_dense: the host reads a number"),
+    "condition": (lambda q: q if q.sum() > 0 else -q, "_local_scalar_dense: the host reads a number"),
+    "list": (lambda q: q * len(q.flatten()[:2].tolist()), "_local_scalar_dense: the host reads a number"),
+    "cpu tensor": (lambda q: q * torch.ones(10 + 2, device="cpu"), "ones: a tensor is made on cpu: (12,)"),
+    "cpu index": (lambda q: q[torch.arange(BATCH, device="cpu")], "arange: a tensor is made on cpu"),
+    "cpu number": (lambda q: q * torch.tensor(2.0, device="cpu"), "cpu"),
+    "to the cpu and back": (lambda q: q.cpu().cuda(), "_to_copy: a copy leaves the device for cpu"),
+    "mask index": (lambda q: q + q[q > 0].sum(), "index.Tensor: the host must learn how many the mask selects"),
+    "nonzero": (lambda q: q + q.nonzero().sum(), "nonzero: the host must learn how many are not zero"),
+    "masked_select": (lambda q: q + q.masked_select(q > 0).sum(), "masked_select: the host must learn"),
+    "bincount": (lambda q: q + q.flatten().long().bincount().sum(), "bincount: the host must learn"),
+}
+
+
+@pytest.mark.parametrize(("fault", "said"), FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_named_by_file_and_line(
+    fault: Any, said: str, gpu: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = layer_of(SMALL, 0, torch.float32, False), torch.empty(BATCH, SEQ, SMALL.hidden_size)
+    planted(monkeypatch, fault)
+    with pytest.raises(DeviceFaultError) as caught, gpu:
+        layer(x)
+    place, told = str(caught.value).split("\n")
+    line = fault.__code__.co_firstlineno
+    assert place.startswith(f"tests/test_on_fake_cuda.py:{line}: ")
+    assert said in told
+
+
+def test_a_fault_in_the_package_is_named_there(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition of the experts finds each expert's tokens with `torch.where`: the host waits for every one."""
+    monkeypatch.setattr("dsv2_ref.experts.grouped_dispatch", experts.loop_dispatch)
+    layer, x = layer_of(SMALL, 1, torch.float32, False), torch.empty(BATCH, SEQ, SMALL.hidden_size)
+    with (
+        pytest.raises(DeviceFaultError, match=r"dsv2_ref/experts\.py:\d+: token, choice = torch\.where") as caught,
+        gpu,
+    ):
+        layer(x)
+    assert "nonzero" in str(caught.value)
+
+
+def test_a_mask_made_on_the_cpu_is_found(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in published code that makes its causal mask with a bare ``torch.ones``."""
+    block = Visibility.block
+
+    def on_cpu(self: Visibility, start: int, stop: int) -> Any:
+        return block(replace(self, device=torch.device("cpu")), start, stop)
+
+    monkeypatch.setattr(Visibility, "block", on_cpu)
+    layer = layer_of(replace(SMALL, _attn_implementation="eager"), 0, torch.float32, False)
+    x = torch.empty(BATCH, SEQ, SMALL.hidden_size)
+    with pytest.raises(DeviceFaultError, match=r"dsv2_ref/masks\.py:\d+: .*arange"), gpu:
+        layer(x)
