@@ -57,7 +57,7 @@ class Ledger:
 
     def __init__(self, recording: bool) -> None:
         self.recording = recording
-        self.alive = self.peak = self._steps = 0
+        self.alive = self.peak = self._peak_when_kept = self._steps = 0
 
     def make(
         self, count: int, width: int, *inputs: Sized, keep: Sequence[Sized] = (), rule: Rule | None = None
@@ -66,11 +66,13 @@ class Ledger:
 
         ``rule`` makes the gradients of the inputs; by default each gets a new one of its own size.
         """
+        if keep:
+            self._peak_when_kept = self.peak
         return self._follow(Sized(_Storage(self, count * width), count, width), inputs, keep, rule)
 
-    def leaf(self, count: int, width: int) -> Sized:
-        """A tensor from outside, whose bytes are not counted; its gradient's are."""
-        x = Sized(None, count, width)
+    def leaf(self, count: int, width: int, counted: bool = False) -> Sized:
+        """A tensor from outside, whose own bytes are not ``counted``; its gradient's are."""
+        x = self.make(count, width) if counted else Sized(None, count, width)
         x.step = self._step((), (), None) if self.recording else None
         return x
 
@@ -130,6 +132,7 @@ class Ledger:
         """The same, whose derivative reads the result as well."""
         if made.step is not None:
             made.step.kept.append(made.storage)
+            self._peak_when_kept = self.peak
         return made
 
     def add(self, x: Sized, y: Sized) -> Sized:
@@ -152,8 +155,9 @@ class Ledger:
         """Every token times the same weights, whose gradient is summed from one of full size."""
 
         def rule(_: Gradients) -> Gradients:
-            full = [self.make(count, width) for _ in range(2)]
-            return full[:1]
+            of_numbers, of_weights = self.make(count, width), self.make(count, width)
+            del of_weights
+            return [of_numbers]
 
         count, width = x.count, x.width
         return self.make(count, width, x, keep=[x], rule=rule)
@@ -190,9 +194,9 @@ class Ledger:
         def rule(gradients: Gradients) -> Gradients:
             again = Sized(storage, count, width)
             again.step = leaf = self._step((), (), None)
-            gradient = gradients[0]
-            assert gradient is not None
-            self.backward(run(again), gradient)
+            out = run(again)
+            self.peak, out.storage = self._peak_when_kept, None  # it stops at the last number that it was for
+            self.backward(out, *gradients)
             return [leaf.received.get(0)]
 
         self.recording, recording = False, self.recording
@@ -200,9 +204,9 @@ class Ledger:
         self.recording = recording
         return self._follow(made, (x,), (), rule)
 
-    def backward(self, out: Sized, gradient: Sized) -> None:
+    def backward(self, out: Sized, gradient: Sized | None) -> None:
         """Go back from ``out``, the latest operation first; what an operation kept is let go when it is done."""
-        if out.step is None:
+        if out.step is None or gradient is None:
             return
         waiting: list[tuple[int, _Step]] = []
         self._receive(waiting, out.step, out.place, gradient)
