@@ -236,11 +236,6 @@ def experts_read(config: DeepseekV2Config, tokens: int) -> float:
     return experts * (1 - (1 - chosen / experts) ** tokens) if experts else 0.0
 
 
-def experts_read_at_most(config: DeepseekV2Config, tokens: int) -> int:
-    """Different routed experts that so many tokens can visit, if no two choose alike: min(E, T · k)."""
-    return min(config.n_routed_experts or 0, tokens * (config.num_experts_per_tok or 0))
-
-
 def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
     """Bytes of a layer's weights that a call reads, each once; of the experts as many as `experts_read` expects."""
     counts = parameters(config, layer_idx)
