@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from dsv2_ref.accounting import DTYPE_BYTES, FORMS, Call, report
@@ -28,11 +29,19 @@ def _parser() -> argparse.ArgumentParser:
     account.add_argument(
         "--causal", action=argparse.BooleanOptionalAction, default=True, help="count pairs that see each other only"
     )
+    account.add_argument("--attention", help="eager, sdpa or flash_attention_2, instead of the configuration's")
+    account.add_argument("--training", action="store_true", help="activations of a training step, gradients included")
+    account.add_argument("--checkpointing", action="store_true", help="keep only the inputs of layers, in --training")
     account.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def _config(args: argparse.Namespace) -> DeepseekV2Config:
+    config = _stored(args)
+    return config if args.attention is None else replace(config, _attn_implementation=args.attention)
+
+
+def _stored(args: argparse.Namespace) -> DeepseekV2Config:
     if args.config is not None:
         return DeepseekV2Config.from_published(args.config)
     if args.preset not in PRESETS:
@@ -53,6 +62,7 @@ def _table(found: dict[str, Any]) -> str:
     call, counts, flops, sizes = found["call"], found["parameters"], found["flops"], found["bytes"]
     what = "model" if call["layer"] is None else f"layer {call['layer']}"
     form = f", {call['form']}" if call["form"] else ""
+    way = ", training" * call["training"] + " with checkpointing" * call["checkpointing"]
     lines = [
         f"{what}: {call['batch']} x {call['seq']} tokens over {call['kv']}, {call['dtype']}{form}",
         "",
@@ -66,6 +76,8 @@ def _table(found: dict[str, Any]) -> str:
         ("weights", "weights"),
         ("weights_read", "weights that this call reads"),
         ("kv_cache", "cache after the call"),
+        ("kv_cache_written", "cache that this call writes"),
+        ("activations_peak", f"activations alive together{way}"),
     ):
         lines.append(f"  {label:44}{sizes[name]:22,}  {_bytes(sizes[name])}")
     return "\n".join([*lines, "", f"intensity: {found['intensity']:,} FLOP for each byte of weights and cache read"])
@@ -83,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             causal=args.causal,
             dtype=args.dtype,
         )
-        found = report(_config(args), call, args.layer)
+        found = report(_config(args), call, args.layer, args.training, args.checkpointing)
     except json.JSONDecodeError as error:
         print(f"{args.config} is no JSON: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ multiplications), a residual sum 1.
 from dataclasses import dataclass
 from typing import Any
 
+from dsv2_ref import memory
 from dsv2_ref.config import DeepseekV2Config
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -244,12 +245,50 @@ def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
     return sum(counts.values()) * call.bytes_each
 
 
-def report(config: DeepseekV2Config, call: Call, layer_idx: int | None = None) -> dict[str, Any]:
+def activation_peak(
+    config: DeepseekV2Config,
+    call: Call,
+    layer_idx: int | None = None,
+    training: bool = False,
+    checkpointing: bool = False,
+) -> int:
+    """The most bytes of activations that are alive together in a call of a layer, or of a model (None).
+
+    ``config._attn_implementation`` decides whether attention is ``eager`` or fused. See `dsv2_ref.memory` for what is counted.
+    The masks of the reference are causal, whatever ``call.causal`` says of the FLOPs.
+
+    Args:
+        training: with what gradients need, and the way back. checkpointing: keep the inputs of layers only, and compute a
+            layer once more when its gradient is due.
+
+    Raises:
+        ValueError: in training, for a call over a cache or in the absorbed form; for checkpointing without training.
+    """
+    absorbed = config.use_mla and _form(config, call) == "absorbed"
+    _require(training or not checkpointing, "checkpointing", checkpointing, "False where nothing is trained")
+    _require(not training or call.kv == call.seq, "kv", call.kv, f"the {call.seq} new tokens: training has no cache")
+    _require(
+        not (training and absorbed), "form", "absorbed", "expanded: the absorbed form is counted in inference only"
+    )
+    sizes = memory.Pass(
+        config=config, batch=call.batch, seq=call.seq, kv=call.kv, width=call.bytes_each, absorbed=absorbed
+    )
+    return memory.peak(sizes, None if layer_idx is None else _layer(config, layer_idx), training, checkpointing)
+
+
+def report(
+    config: DeepseekV2Config,
+    call: Call,
+    layer_idx: int | None = None,
+    training: bool = False,
+    checkpointing: bool = False,
+) -> dict[str, Any]:
     """All of it for one layer, or for the whole model with embedding and head, ready for JSON.
 
     ``parameters`` has ``total``, ``active_per_token`` and ``by_module``; ``flops`` has ``total``, ``products`` and ``by_operation``;
-    ``bytes`` has ``weights``, ``weights_read`` (see `weights_read`) and ``kv_cache`` (all tokens, after the call); ``intensity`` is
-    FLOPs over the bytes of weights and cache that are read.
+    ``bytes`` has ``weights``, ``weights_read`` (see `weights_read`), ``kv_cache`` (all tokens, after the call), ``kv_cache_written`` (the new ones) and
+    ``activations_peak`` (see `activation_peak`, also for ``training`` and ``checkpointing``); ``intensity`` is FLOPs over
+    the bytes of weights and cache that are read. All but the peak of a training are those of the way forward.
     """
     layers = range(config.num_hidden_layers) if layer_idx is None else [_layer(config, layer_idx)]
     if layer_idx is None:
@@ -270,13 +309,24 @@ def report(config: DeepseekV2Config, call: Call, layer_idx: int | None = None) -
     return {
         "config": config.to_dict(),
         "call": {name: getattr(call, name) for name in ("batch", "seq", "kv", "form", "causal", "dtype")}
-        | {"form": _form(config, call) if config.use_mla else None, "layer": layer_idx},
+        | {
+            "form": _form(config, call) if config.use_mla else None,
+            "layer": layer_idx,
+            "training": training,
+            "checkpointing": checkpointing,
+        },
         "parameters": {
             "total": sum(stored.values()),
             "active_per_token": sum(active.values()),
             "by_module": stored,
         },
         "flops": {"total": flops, "products": sum(operations.values()), "by_operation": operations | others},
-        "bytes": {"weights": sum(stored.values()) * call.bytes_each, "weights_read": read, "kv_cache": cache},
+        "bytes": {
+            "weights": sum(stored.values()) * call.bytes_each,
+            "weights_read": read,
+            "kv_cache": cache,
+            "kv_cache_written": cache // call.kv * call.seq,
+            "activations_peak": activation_peak(config, call, layer_idx, training, checkpointing),
+        },
         "intensity": round(flops / (read + cache), 3),
     }

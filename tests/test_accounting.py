@@ -215,7 +215,13 @@ def test_the_command_prints_what_the_functions_say(capsys: pytest.CaptureFixture
     assert one["bytes"]["weights"] == 4 * one["parameters"]["total"]
     assert one["call"] == {
         "batch": 1, "seq": 5, "kv": 5, "form": "expanded", "causal": False, "dtype": "float32", "layer": 3,
+        "training": False, "checkpointing": False,
     }  # fmt: skip
+    eager = ("--attention", "eager", "--seq", "64", "--training", "--checkpointing")
+    found = printed(capsys, "--preset", "tiny", *eager)
+    config, call = replace(preset("tiny"), _attn_implementation="eager"), acc.Call(seq=64, kv=64)
+    assert found["bytes"]["activations_peak"] == acc.activation_peak(config, call, None, True, True)
+    assert found["bytes"]["kv_cache_written"] == found["bytes"]["kv_cache"]
 
 
 def test_the_command_reads_a_published_file_and_prints_a_table(
@@ -226,6 +232,7 @@ def test_the_command_reads_a_published_file_and_prints_a_table(
     table = capsys.readouterr().out
     assert "235,741,434,880" in table
     assert "cache after the call" in table
+    assert "activations alive together" in table
     assert max(map(len, table.splitlines())) < 100
 
 
@@ -239,6 +246,9 @@ def test_the_command_reads_a_published_file_and_prints_a_table(
         (["--layer", "-1"], "layer is -1"),
         (["--dtype", "fp3"], "dtype is 'fp3'; wanted float64"),
         (["--form", "merged"], "form is 'merged'; wanted auto"),
+        (["--attention", "fast"], "_attn_implementation is 'fast'"),
+        (["--checkpointing"], "checkpointing is True; wanted False where nothing is trained"),
+        (["--training", "--kv", "9"], "kv is 9; wanted the 1 new tokens"),
         (["--config", "BROKEN"], "is no JSON"),
         (["--config", "NOWHERE"], "No such file"),
         (["--config", "WRONG"], "num_experts_per_tok"),

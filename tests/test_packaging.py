@@ -93,6 +93,14 @@ def test_kernels_know_nothing_of_the_reference_but_its_checks() -> None:
             assert all(name.startswith("dsv2_ref.kernels") for name in ours), path.name
 
 
+def test_the_memory_of_activations_knows_nothing_but_the_configuration() -> None:
+    for path in SOURCES:
+        if path.parent.name == "memory":
+            ours = {name for name in imports_of(path) if name.startswith("dsv2_ref")} - {"dsv2_ref.config"}
+            assert all(name.startswith("dsv2_ref.memory") for name in ours), path.name
+            assert imports_of(path) <= sys.stdlib_module_names | {"dsv2_ref.config"} | ours, path.name
+
+
 def test_plots_know_nothing_of_the_reference() -> None:
     for path in SOURCES:
         if path.parent.name == "plots":

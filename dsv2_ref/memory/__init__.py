@@ -1,0 +1,59 @@
+"""The memory of activations: a layer's own operations in their order, told in sizes.
+
+Each function here mirrors one of the reference (the plain PyTorch that defines it, not a fused kernel of ours) and holds what
+that holds, as long: the float32 copies inside a norm, the copies of the scores in eager attention, the float32 sum of experts.
+*Fused* attention (``sdpa``, ``flash_attention_2``) holds queries, keys, values, its result and a float32 number for each
+query and head, but no scores. Training goes back through the operations as autograd does.
+
+Not counted: weights and their gradients, the optimizer, the input of a layer, the cache, the loss and its gradient, and what an
+operation uses inside its own kernel. A sum of gradients is a new tensor, as it is where operations are watched; autograd
+itself may add in place, and then needs less. Needs no torch.
+"""
+
+from functools import partial
+
+from dsv2_ref.memory.attention import attend
+from dsv2_ref.memory.experts import moe
+from dsv2_ref.memory.ledger import Ledger, Sized
+from dsv2_ref.memory.parts import Pass, mlp, norm
+
+__all__ = ["Pass", "peak"]
+
+
+def _layer(ledger: Ledger, p: Pass, layer_idx: int, x: Sized) -> Sized:
+    """The residual stream behind a layer."""
+    config, hidden = p.config, p.config.hidden_size
+    out = attend(ledger, p, norm(ledger, x, hidden, p.wide))
+    total = ledger.add(x, out)
+    normed = norm(ledger, total, hidden, p.wide)
+    del out
+    if config.is_moe_layer(layer_idx):
+        return ledger.add(total, moe(ledger, p, normed))
+    return ledger.add(total, mlp(ledger, normed, hidden, config.intermediate_size))
+
+
+def _model(ledger: Ledger, p: Pass, checkpointing: bool = False) -> Sized:
+    """The logits of a model: embedding, layers, last norm and head."""
+    config = p.config
+    x = ledger.leaf(p.tokens * config.hidden_size, p.width, counted=True)
+    for layer_idx in range(config.num_hidden_layers):
+        run = partial(_layer, ledger, p, layer_idx)
+        x = ledger.checkpointed(run, x) if checkpointing else run(x)
+    normed = norm(ledger, x, config.hidden_size, p.wide)
+    del x
+    return ledger.cast(ledger.linear(normed, config.hidden_size, config.vocab_size), p.wide)
+
+
+def peak(p: Pass, layer_idx: int | None = None, training: bool = False, checkpointing: bool = False) -> int:
+    """The most bytes alive in a layer, or a model; in training on the way back as well.
+
+    ``checkpointing`` keeps the inputs of layers and computes the rest once more on the way back.
+    """
+    ledger = Ledger(training)
+    if layer_idx is None:
+        out = _model(ledger, p, checkpointing)
+    else:
+        x, run = ledger.leaf(p.tokens * p.config.hidden_size, p.width), partial(_layer, ledger, p, layer_idx)
+        out = ledger.checkpointed(run, x) if checkpointing else run(x)
+    ledger.backward(out, Sized(None, out.count, out.width))
+    return ledger.peak
