@@ -77,6 +77,8 @@ def _table(found: dict[str, Any]) -> str:
         ("weights_read", "weights that this call reads"),
         ("kv_cache", "cache after the call"),
         ("kv_cache_written", "cache that this call writes"),
+        ("activations_read", "activations read, operation by operation"),
+        ("activations_written", "activations written"),
         ("activations_peak", f"activations alive together{way}"),
     ):
         lines.append(f"  {label:44}{sizes[name]:22,}  {_bytes(sizes[name])}")

@@ -1,9 +1,10 @@
 """The accounting against built layers, PyTorch's FLOP counter, live caches and published totals; its command."""
 
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
 from dsv2_ref import accounting as acc
 from dsv2_ref.__main__ import main
+from dsv2_ref.accounting import weights
 from tests.peers import COMMON, SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,18 +101,24 @@ def grouped(rows: Any, weights: Any, group_ends: Any, *args: Any, out_shape: Any
     return 2 * rows[0] * weights[1] * weights[2]
 
 
+def prepared(layer: DeepseekV2DecoderLayer, config: DeepseekV2Config, call: acc.Call) -> Callable[[], object]:
+    """The call of a layer that ``call`` describes, ready to be made; on the meta device."""
+    if config.use_mla:
+        layer.self_attn.form = call.form
+    cache = layer.self_attn.empty_cache(call.batch, capacity=call.kv)
+    past = call.kv - call.seq
+    if past:
+        cache = cache.append(torch.empty(call.batch, past, *layer.self_attn.cache_features))
+    x = torch.empty(call.batch, call.seq, config.hidden_size)
+    return lambda: layer(x, past_key_value=cache)
+
+
 def counted(config: DeepseekV2Config, layer_idx: int, call: acc.Call) -> int:
     """FLOPs of the products of one call, as PyTorch counts them on the meta device."""
     mapping = {torch.ops.dsv2_ref.grouped_product: grouped}
     with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         layer = DeepseekV2DecoderLayer(config, layer_idx).eval().requires_grad_(False)
-        if config.use_mla:
-            layer.self_attn.form = call.form
-        cache = layer.self_attn.empty_cache(call.batch, capacity=call.kv)
-        past = call.kv - call.seq
-        if past:
-            cache = cache.append(torch.empty(call.batch, past, *layer.self_attn.cache_features))
-        layer(torch.empty(call.batch, call.seq, config.hidden_size), past_key_value=cache)
+        prepared(layer, config, call)()
     return counter.get_total_flops()
 
 
@@ -119,6 +129,71 @@ def test_products_of_any_layer_are_what_pytorch_counts(config: DeepseekV2Config,
     form = data.draw(st.sampled_from(["expanded", "absorbed"])) if config.use_mla else "auto"
     call = acc.Call(batch=batch, seq=seq, kv=seq + past, form=form, causal=False)
     assert sum(acc.products(config, layer_idx, call).values()) == counted(config, layer_idx, call)
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that matrix products read and write, the weights of the layer apart; a repeated number is read once."""
+
+    PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "dsv2_ref::grouped_product")
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.weights = {StorageWeakRef(p.untyped_storage()) for p in layer.parameters()}
+        self.read = self.written = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.name().split(".")[0]
+        if name in self.PRODUCTS:
+            given = args[:2] if "grouped" in name else args[-2:]
+            self.read += sum(self.bytes_of(x) for x in given if StorageWeakRef(x.untyped_storage()) not in self.weights)
+            self.written += self.bytes_of(out)
+        return out
+
+    @staticmethod
+    def bytes_of(x: torch.Tensor) -> int:
+        sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
+        return math.prod(sizes) * x.element_size()
+
+
+@given(config=configs(), data=st.data())
+def test_bytes_of_products_are_those_of_live_ones(config: DeepseekV2Config, data: st.DataObject) -> None:
+    """Eager in float32, in which the gate needs no copies; keys that heads share are copied there, so none are."""
+    config = replace(config, num_key_value_heads=None, attention_bias=False)
+    batch, seq, past = (data.draw(st.integers(low, 5)) for low in (1, 1, 0))
+    layer_idx = data.draw(st.integers(0, 2))
+    form = data.draw(st.sampled_from(["expanded", "absorbed"])) if config.use_mla else "auto"
+    call = acc.Call(batch=batch, seq=seq, kv=seq + past, form=form, dtype="float32")
+    with torch.device("meta"):
+        layer = DeepseekV2DecoderLayer(config, layer_idx).eval().requires_grad_(False)
+        run = prepared(layer, config, call)
+        with Moved(layer) as live:
+            run()
+    moved = acc.activations_moved(config, layer_idx, call)
+    products = [moved[name] for name in acc.products(config, layer_idx, call)]
+    assert (live.read, live.written) == tuple(map(sum, zip(*products, strict=True)))
+
+
+def test_bytes_of_other_operations_and_of_fused_attention() -> None:
+    """By hand: 3 tokens of 64 numbers, 4 heads; three experts of 32 and two shared ones, of which each token takes 2 and all."""
+    config = replace(preset("tiny"), _attn_implementation="eager")
+    heads, top_k, shared = config.num_attention_heads, config.num_experts_per_tok, config.n_shared_experts
+    assert top_k is not None
+    assert shared is not None
+    call = acc.Call(seq=3, kv=3, form="expanded")
+    moved = acc.activations_moved(config, 1, call)
+    assert set(moved) == set(acc.products(config, 1, call)) | set(acc.elementwise(config, 1, call))
+    assert moved["residual"] == (2 * 2 * 2 * 3 * 64, 2 * 2 * 3 * 64)
+    assert moved["softmax"] == (2 * heads * 9, 2 * heads * 9)
+    assert moved["combine"] == (2 * 3 * 64 * (top_k + 1), 2 * 3 * 64)
+    assert moved["swiglu"][0] == 2 * moved["swiglu"][1] == 2 * 2 * 3 * 32 * (top_k + shared)
+    fused = acc.activations_moved(replace(config, _attn_implementation="sdpa"), 1, call)
+    assert fused["softmax"] == (0, 0)
+    assert fused["self_attn.scores"] == (moved["self_attn.scores"][0], 0)
+    assert fused["self_attn.values"][0] == moved["self_attn.values"][0] - 2 * heads * 9
+    assert {n for n in moved if moved[n] != fused[n]} == {"softmax", "self_attn.scores", "self_attn.values"}
+    dense = acc.activations_moved(config, 0, call)
+    assert dense["swiglu"] == (2 * 2 * 3 * config.intermediate_size, 2 * 3 * config.intermediate_size)
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
@@ -222,6 +297,11 @@ def test_the_command_prints_what_the_functions_say(capsys: pytest.CaptureFixture
     config, call = replace(preset("tiny"), _attn_implementation="eager"), acc.Call(seq=64, kv=64)
     assert found["bytes"]["activations_peak"] == acc.activation_peak(config, call, None, True, True)
     assert found["bytes"]["kv_cache_written"] == found["bytes"]["kv_cache"]
+    moved = found["bytes"]["activations_by_operation"]
+    assert moved["lm_head"] == {"read": 2 * 64 * 64, "written": 2 * 64 * config.vocab_size}
+    assert set(moved) == set(found["flops"]["by_operation"]) | {"embed_tokens"}
+    assert found["bytes"]["activations_read"] == sum(part["read"] for part in moved.values())
+    assert found["bytes"]["activations_written"] == sum(part["written"] for part in moved.values())
 
 
 def test_the_command_reads_a_published_file_and_prints_a_table(
@@ -272,8 +352,8 @@ def test_the_command_refuses_in_one_line(
 
 def test_a_wrong_count_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail: one matrix left out, and the absorbed form for the expanded one."""
-    right = acc._attention_parameters
-    monkeypatch.setattr(acc, "_attention_parameters", lambda c: {n: x for n, x in right(c).items() if "kv_b" not in n})
+    right = weights.projections
+    monkeypatch.setattr(weights, "projections", lambda c: {n: x for n, x in right(c).items() if "kv_b" not in n})
     assert acc.model_parameters(SMALL) != built(SMALL)
     monkeypatch.undo()
     config = replace(SMALL, _attn_implementation="eager")

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import dsv2_ref.attend
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
 from dsv2_ref import accounting as acc
-from dsv2_ref.memory import attention
+from dsv2_ref.accounting.memory import attention
 from tests.live_bytes import LiveBytes
 
 TINY = DeepseekV2Config.tiny()
@@ -243,6 +243,6 @@ def test_a_copy_forgotten_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.undo()
     found = of_layer(LATENT, call, 1, training=True)
     for name in ("mapped", "times_weight"):
-        forgets = f"dsv2_ref.memory.ledger.Ledger.{name}"
+        forgets = f"dsv2_ref.accounting.memory.ledger.Ledger.{name}"
         monkeypatch.setattr(forgets, lambda ledger, x: ledger.make(x.count, x.width, x))
     assert acc.activation_peak(LATENT, call, 1, training=True) < 0.98 * found

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
 
-class _Storage:
+class Storage:
     """Bytes that are alive as long as anyone holds this."""
 
     __slots__ = ("_ledger", "_size")
@@ -29,7 +29,7 @@ class Sized:
 
     __slots__ = ("count", "place", "step", "storage", "width")
 
-    def __init__(self, storage: _Storage | None, count: int, width: int) -> None:
+    def __init__(self, storage: Storage | None, count: int, width: int) -> None:
         self.storage, self.count, self.width = storage, count, width
         self.step: _Step | None = None
         self.place = 0
@@ -48,7 +48,7 @@ class _Step:
     def __init__(self, order: int, inputs: Sequence[Sized], keep: Sequence[Sized], rule: Rule | None) -> None:
         self.order, self.rule = order, rule
         self.edges = [None if x.step is None else (x.step, x.place) for x in inputs]
-        self.kept: list[_Storage | None] = [x.storage for x in keep]
+        self.kept: list[Storage | None] = [x.storage for x in keep]
         self.received: dict[int, Sized] = {}
 
 
@@ -68,7 +68,7 @@ class Ledger:
         """
         if keep:
             self._peak_when_kept = self.peak
-        return self._follow(Sized(_Storage(self, count * width), count, width), inputs, keep, rule)
+        return self._follow(Sized(Storage(self, count * width), count, width), inputs, keep, rule)
 
     def leaf(self, count: int, width: int, counted: bool = False) -> Sized:
         """A tensor from outside, whose own bytes are not ``counted``; its gradient's are."""

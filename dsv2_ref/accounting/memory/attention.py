@@ -1,7 +1,7 @@
 """Attention in sizes: multi-head and latent, eager, fused and absorbed."""
 
-from dsv2_ref.memory.ledger import Ledger, Sized
-from dsv2_ref.memory.parts import Pass, Tables, norm, rotated
+from dsv2_ref.accounting.memory.ledger import Ledger, Sized
+from dsv2_ref.accounting.memory.parts import Pass, Tables, norm, rotated
 
 SCORES_AT_ONCE = 2**24
 """Scores of a block of queries that may be in memory together, as in the reference's attention."""

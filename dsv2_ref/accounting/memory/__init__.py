@@ -12,10 +12,10 @@ itself may add in place, and then needs less. Needs no torch.
 
 from functools import partial
 
-from dsv2_ref.memory.attention import attend
-from dsv2_ref.memory.experts import moe
-from dsv2_ref.memory.ledger import Ledger, Sized
-from dsv2_ref.memory.parts import Pass, mlp, norm
+from dsv2_ref.accounting.memory.attention import attend
+from dsv2_ref.accounting.memory.experts import moe
+from dsv2_ref.accounting.memory.ledger import Ledger, Sized
+from dsv2_ref.accounting.memory.parts import Pass, mlp, norm
 
 __all__ = ["Pass", "peak"]
 

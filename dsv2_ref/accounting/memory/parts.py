@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from dsv2_ref.accounting.memory.ledger import Gradients, Ledger, Sized
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.memory.ledger import Gradients, Ledger, Sized
 
 Tables = tuple[Sized, Sized]
 """Cosines and sines."""

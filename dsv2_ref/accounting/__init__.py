@@ -1,0 +1,30 @@
+"""What a layer and a model cost: parameters, FLOPs and bytes, counted from the configuration in exact integers.
+
+Nothing here needs torch. Letters are those of the book: B sequences of S new tokens each, attending to K tokens (the new
+ones included); T = B · S.
+"""
+
+from dsv2_ref.accounting.cached import CACHE_KINDS, cache_bytes, cache_numbers
+from dsv2_ref.accounting.call import DTYPE_BYTES, FORMS, Call
+from dsv2_ref.accounting.operations import elementwise, products
+from dsv2_ref.accounting.summary import activation_peak, report
+from dsv2_ref.accounting.traffic import activations_moved, experts_read, weights_read
+from dsv2_ref.accounting.weights import model_parameters, parameters
+
+__all__ = [
+    "CACHE_KINDS",
+    "DTYPE_BYTES",
+    "FORMS",
+    "Call",
+    "activation_peak",
+    "activations_moved",
+    "cache_bytes",
+    "cache_numbers",
+    "elementwise",
+    "experts_read",
+    "model_parameters",
+    "parameters",
+    "products",
+    "report",
+    "weights_read",
+]

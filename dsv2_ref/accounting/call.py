@@ -1,0 +1,74 @@
+"""One pass through a layer or a model, as it is counted, and how bad sizes are refused."""
+
+from dataclasses import dataclass
+
+from dsv2_ref.config import DeepseekV2Config
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+"""Bytes of a number, by the name of its dtype."""
+
+FORMS = ("auto", "expanded", "absorbed")
+"""Ways to compute latent attention."""
+
+Counts = dict[str, int]
+"""How many, by name."""
+
+
+def require(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raise ValueError naming the argument, what it was and what was wanted, unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; wanted {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One pass through a layer or a model.
+
+    Attributes:
+        batch: sequences B. seq: new tokens S of each. kv: tokens K that the last of them attends to, itself included.
+        form: of latent attention: ``expanded``, ``absorbed`` or ``auto``, the one with fewer FLOPs.
+        causal: count the pairs that see each other, not all S · K.
+        dtype: of weights, activations and cache, one of `DTYPE_BYTES`.
+
+    Raises:
+        ValueError: for a size below 1, more new tokens than tokens attended to, an unknown form or dtype.
+    """
+
+    batch: int = 1
+    seq: int = 1
+    kv: int = 1
+    form: str = "auto"
+    causal: bool = True
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq", "kv"):
+            value = getattr(self, name)
+            good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(good, name, value, "an integer of at least 1")
+        require(self.kv >= self.seq, "kv", self.kv, f"at least the {self.seq} new tokens")
+        require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
+        require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, ", ".join(DTYPE_BYTES))
+
+    @property
+    def tokens(self) -> int:
+        """New tokens T of all sequences."""
+        return self.batch * self.seq
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it is compared with, in one sequence and head."""
+        unseen = self.seq * (self.seq - 1) // 2 if self.causal else 0
+        return self.seq * self.kv - unseen
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of a number."""
+        return DTYPE_BYTES[self.dtype]
+
+
+def one_of(config: DeepseekV2Config, layer_idx: int) -> int:
+    """``layer_idx``, if the model has such a layer; else ValueError."""
+    layers = config.num_hidden_layers
+    require(isinstance(layer_idx, int) and 0 <= layer_idx < layers, "layer", layer_idx, f"from 0 to {layers - 1}")
+    return layer_idx

@@ -1,0 +1,106 @@
+"""All counts of a call together, and the activations that it holds at once."""
+
+from typing import Any
+
+from dsv2_ref.accounting import memory
+from dsv2_ref.accounting.cached import cache_bytes
+from dsv2_ref.accounting.call import Call, Counts, one_of, require
+from dsv2_ref.accounting.operations import elementwise, form_of, products
+from dsv2_ref.accounting.traffic import Moved, activations_moved, weights_read
+from dsv2_ref.accounting.weights import model_parameters, parameters
+from dsv2_ref.config import DeepseekV2Config
+
+
+def activation_peak(
+    config: DeepseekV2Config,
+    call: Call,
+    layer_idx: int | None = None,
+    training: bool = False,
+    checkpointing: bool = False,
+) -> int:
+    """The most bytes of activations that are alive together in a call of a layer, or of a model (None).
+
+    ``config._attn_implementation`` decides whether attention is ``eager`` or fused. See `dsv2_ref.accounting.memory` for what is counted.
+    The masks of the reference are causal, whatever ``call.causal`` says of the FLOPs.
+
+    Args:
+        training: with what gradients need, and the way back. checkpointing: keep the inputs of layers only, and compute a
+            layer once more when its gradient is due.
+
+    Raises:
+        ValueError: in training, for a call over a cache or in the absorbed form; for checkpointing without training.
+    """
+    absorbed = config.use_mla and form_of(config, call) == "absorbed"
+    require(training or not checkpointing, "checkpointing", checkpointing, "False where nothing is trained")
+    require(not training or call.kv == call.seq, "kv", call.kv, f"the {call.seq} new tokens: training has no cache")
+    require(not (training and absorbed), "form", "absorbed", "expanded: the absorbed form is counted in inference only")
+    sizes = memory.Pass(
+        config=config, batch=call.batch, seq=call.seq, kv=call.kv, width=call.bytes_each, absorbed=absorbed
+    )
+    return memory.peak(sizes, None if layer_idx is None else one_of(config, layer_idx), training, checkpointing)
+
+
+def report(
+    config: DeepseekV2Config,
+    call: Call,
+    layer_idx: int | None = None,
+    training: bool = False,
+    checkpointing: bool = False,
+) -> dict[str, Any]:
+    """All of it for one layer, or for the whole model with embedding and head, ready for JSON.
+
+    ``parameters`` has ``total``, ``active_per_token`` and ``by_module``; ``flops`` has ``total``, ``products`` and ``by_operation``;
+    ``bytes`` has ``weights``, ``weights_read`` (see `weights_read`), ``kv_cache`` (all tokens, after the call),
+    ``kv_cache_written`` (the new ones), ``activations_read`` and ``activations_written`` (see `activations_moved`),
+    ``activations_by_operation``, and ``activations_peak`` (see `activation_peak`, also for ``training`` and
+    ``checkpointing``); ``intensity`` is FLOPs over the bytes of weights and cache that are read. All but the peak of a
+    training are those of the way forward.
+    """
+    layers = range(config.num_hidden_layers) if layer_idx is None else [one_of(config, layer_idx)]
+    if layer_idx is None:
+        stored, active = model_parameters(config), model_parameters(config, active=True)
+        operations: Counts = {"lm_head": 2 * call.tokens * config.hidden_size * config.vocab_size}
+        others: Counts = {"last_norm": 4 * call.tokens * config.hidden_size}
+        stream, logits = (call.tokens * n * call.bytes_each for n in (config.hidden_size, config.vocab_size))
+        moved: Moved = {"embed_tokens": (0, stream), "last_norm": (stream, stream), "lm_head": (stream, logits)}
+        read = (config.hidden_size * (config.vocab_size + call.tokens + 1)) * call.bytes_each
+    else:
+        stored, active = parameters(config, layer_idx), parameters(config, layer_idx, active=True)
+        operations, others, moved, read = {}, {}, {}, 0
+    for index in layers:
+        for total, part in ((operations, products(config, index, call)), (others, elementwise(config, index, call))):
+            for name, count in part.items():
+                total[name] = total.get(name, 0) + count
+        for name, part_moved in activations_moved(config, index, call).items():
+            before = moved.get(name, (0, 0))
+            moved[name] = before[0] + part_moved[0], before[1] + part_moved[1]
+        read += weights_read(config, index, call)
+    cache = cache_bytes(config, call.batch * call.kv, call.dtype, layers=len(layers))
+    flops = sum(operations.values()) + sum(others.values())
+    return {
+        "config": config.to_dict(),
+        "call": {name: getattr(call, name) for name in ("batch", "seq", "kv", "form", "causal", "dtype")}
+        | {
+            "form": form_of(config, call) if config.use_mla else None,
+            "layer": layer_idx,
+            "training": training,
+            "checkpointing": checkpointing,
+        },
+        "parameters": {
+            "total": sum(stored.values()),
+            "active_per_token": sum(active.values()),
+            "by_module": stored,
+        },
+        "flops": {"total": flops, "products": sum(operations.values()), "by_operation": operations | others},
+        "bytes": {
+            "weights": sum(stored.values()) * call.bytes_each,
+            "weights_read": read,
+            "kv_cache": cache,
+            "kv_cache_written": cache // call.kv * call.seq,
+            "activations_read": sum(taken for taken, _ in moved.values()),
+            "activations_written": sum(given for _, given in moved.values()),
+            "activations_by_operation": {name: {"read": r, "written": w} for name, (r, w) in moved.items()},
+            "activations_peak": activation_peak(config, call, layer_idx, training, checkpointing),
+        },
+        "intensity": round(flops / (read + cache), 3),
+    }
