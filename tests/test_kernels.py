@@ -15,7 +15,7 @@ from dsv2_ref import kernels, rope
 from dsv2_ref.grouped import grouped_product
 from dsv2_ref.kernels import ops
 from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
-from dsv2_ref.kernels.compile import KERNELS, SHARED_BYTES, resources
+from dsv2_ref.kernels.compile import KERNELS, SHARED_BYTES, Resources, main, resources
 from dsv2_ref.kernels.mla_decode import mla_decode_definition, split_keys
 from dsv2_ref.kernels.rotate import rotate_definition
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
@@ -68,6 +68,24 @@ def test_a_tile_too_large_is_caught() -> None:
 def test_spills_are_caught() -> None:
     """The planted fault: rows so many that the sum of a program does not fit the registers of four warps."""
     assert resources("mla_partial", 80, "bf16", ROWS=128).stack > 0
+
+
+def test_blocks_that_a_multiprocessor_keeps() -> None:
+    """By hand, each limit in turn: shared memory, registers, warps."""
+    assert Resources("a", 90, "bf16", 128, 93_184, 0, 4).at_once == 233_472 // 94_208 == 2
+    assert Resources("a", 80, "bf16", 187, 0, 0, 4).at_once == 65_536 // (192 * 128) == 2
+    assert Resources("a", 89, "bf16", 16, 0, 0, 4).at_once == 48 // 4
+
+
+@needs_triton
+def test_the_command_prints_a_row_for_each_generation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--kernel", "rotate"]) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title.split() == ["bf16", "registers", "spilled", "shared", "at", "once"]
+    assert [row.split()[-5] for row in rows] == ["sm_80", "sm_89", "sm_90", "sm_100"]
+    assert rows[0].split()[2] == str(resources("rotate", 80).registers)
+    assert main(["--kernel", "mla_partial", "--set", "KEYS=128"]) == 1
+    assert capsys.readouterr().out.count("none") == 4
 
 
 # Operators

@@ -2,7 +2,7 @@
 
 Apart, the addition reads two streams and writes one, and the norm's plain form reads and writes several times more.
 Fused, each of the N · D numbers is read twice (update, residual) and written twice (sum, normalised): 4·N·D numbers move
-instead of at least 5·N·D for one addition and one fused norm, and about 12·N·D in separate operations of PyTorch.
+instead of 5·N·D for an addition and a fused norm, and 14·N·D in separate operations of PyTorch, half of them in float32.
 
 Source: Zhang and Sennrich (2019), equation 4, with the rounding of ``DeepseekV2RMSNorm`` of the published code.
 """
@@ -63,7 +63,7 @@ def add_rmsnorm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: the row stays in registers from the addition to the end."""
+    """One program a row, which stays in registers to the end."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK)
     inside = feature < features
@@ -71,12 +71,12 @@ def add_rmsnorm_kernel(
     h = tl.load(update + row * update_stride + feature, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         r = tl.load(residual + row * residual_stride + feature, mask=inside, other=0.0)
-        h = (r.to(tl.float32) + h.to(tl.float32)).to(h.dtype)  # rounded as PyTorch rounds a sum
+        h = (r.to(tl.float32) + h.to(tl.float32)).to(h.dtype)  # as PyTorch rounds a sum
         tl.store(total + row * features + feature, h, mask=inside)
 
     x = h.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x) / features + eps)
-    unit = (x * inverse).to(h.dtype)  # rounded before the weight, as in the published code
+    unit = (x * inverse).to(h.dtype)  # before the weight, as published
 
     w = tl.load(weight + feature, mask=inside, other=0.0)
     y = (w.to(tl.float32) * unit.to(tl.float32)).to(h.dtype)

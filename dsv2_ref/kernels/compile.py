@@ -1,9 +1,15 @@
-"""What Triton's compiler makes of the kernels for a GPU generation, without a GPU: registers, shared memory, spills."""
+"""What Triton's compiler makes of the kernels for a GPU generation, without a GPU: registers, shared memory, spills.
 
+``python -m dsv2_ref.kernels.compile`` prints it for every kernel and generation.
+"""
+
+import argparse
 import importlib
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,15 @@ from dsv2_ref.checks import require
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
+REGISTERS = 2**16
+"""Registers of a multiprocessor, in every generation here (as above)."""
+
+WARPS = {80: 64, 89: 48, 90: 64, 100: 64}
+"""Warps that a multiprocessor keeps at once (as above)."""
+
+RESERVED = 1024
+"""Bytes of shared memory that a block takes besides its own (as above)."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -21,6 +36,7 @@ class Resources:
     Attributes:
         kernel: its name. capability: 10 · major + minor, as 90 for sm_90. dtype: fp16, bf16 or fp32.
         registers: of a thread. shared: bytes of a block. stack: bytes of a thread in memory, where registers spill.
+        warps: of a block, 32 threads each.
     """
 
     kernel: str
@@ -29,11 +45,19 @@ class Resources:
     registers: int
     shared: int
     stack: int
+    warps: int
 
     @property
     def fits(self) -> bool:
         """Whether a block may use so much shared memory there."""
         return self.shared <= SHARED_BYTES[self.capability]
+
+    @property
+    def at_once(self) -> int:
+        """Blocks that a multiprocessor keeps at once, as many as shared memory, registers and warps allow."""
+        by_shared = (SHARED_BYTES[self.capability] + RESERVED) // (self.shared + RESERVED)
+        registers = -(-self.registers // 8) * 8  # given out by eight
+        return min(by_shared, REGISTERS // (registers * 32 * self.warps), WARPS[self.capability] // self.warps)
 
 
 _MLA = {"HAS_PADDING": True, "ROWS": 16, "LATENT": 512, "ROPE": 64}
@@ -124,4 +148,35 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
     found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout)
     require(found is not None, "report", report.stdout, "registers and stack of a kernel", error=RuntimeError)
     assert found is not None
-    return Resources(kernel, capability, dtype, int(found[1]), compiled.metadata.shared, int(found[2]))
+    return Resources(
+        kernel, capability, dtype, int(found[1]), compiled.metadata.shared, int(found[2]), options["num_warps"]
+    )
+
+
+def _constant(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    return name, int(size)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table of `resources`, and return 0, or 1 if anything does not fit or spills."""
+    parser = argparse.ArgumentParser(prog="python -m dsv2_ref.kernels.compile", description=main.__doc__)
+    parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
+    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="bf16")
+    parser.add_argument("--set", type=_constant, action="append", default=[], metavar="NAME=SIZE", help="a block size")
+    chosen = parser.parse_args(arguments)
+    print(f"{chosen.dtype:22}{'registers':>10}{'spilled':>9}{'shared':>9}{'at once':>9}")
+    good = True
+    for kernel in KERNELS if chosen.kernel is None else (chosen.kernel,):
+        for capability in SHARED_BYTES:
+            found = resources(kernel, capability, chosen.dtype, **dict(chosen.set))
+            good = good and found.fits and not found.stack
+            at_once = found.at_once if found.fits else "none"
+            place = f"sm_{capability}"
+            row = f"{kernel if capability == min(SHARED_BYTES) else '':21}{place:6}"
+            print(f"{row}{found.registers:5}{found.stack:9}{found.shared:9,}{at_once:>9}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

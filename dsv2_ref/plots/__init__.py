@@ -8,6 +8,7 @@ from dsv2_ref.plots.card import claimed_over_computed
 from dsv2_ref.plots.counting import shares
 from dsv2_ref.plots.decoding import crossover, memory_growth
 from dsv2_ref.plots.experts import expert_loads, routing_map, sorted_choices
+from dsv2_ref.plots.kernels import bytes_moved, decode_plan
 from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
 from dsv2_ref.plots.overview import layer_flow, layer_kinds, parameter_shares
 from dsv2_ref.plots.prenorm import by_layer, training_curves
@@ -20,11 +21,13 @@ __all__ = [
     "add_curves",
     "angle_errors",
     "by_layer",
+    "bytes_moved",
     "cache_growth",
     "claimed_over_computed",
     "clocks",
     "co_activation",
     "crossover",
+    "decode_plan",
     "expert_loads",
     "growth_through_layers",
     "intensity_over_batch",

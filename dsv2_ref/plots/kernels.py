@@ -1,0 +1,71 @@
+"""Figures of the chapter on fused kernels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, MultipleLocator
+
+from dsv2_ref.plots.style import INK, STYLES, new_axes
+
+
+def bytes_moved(rows: Mapping[str, tuple[float, float]]) -> Axes:
+    """Bytes read and written by ways to compute the same: a bar for each, the first on top.
+
+    Args:
+        rows: for each label, bytes read and bytes written.
+    """
+    axes = new_axes("bytes moved", "", height=1.6 + 0.5 * len(rows))
+    read, written = ([pair[place] for pair in rows.values()] for place in (0, 1))
+    bars: dict[str, Any] = {"height": 0.6, "edgecolor": INK, "linewidth": 0.6}
+    axes.barh(list(rows), read, color=STYLES[0][0], label="read", **bars)
+    axes.barh(list(rows), written, left=read, color="#E69F00", hatch="//", label="written", **bars)
+    for place, total in enumerate(map(sum, rows.values())):
+        axes.text(total, place, f" {EngFormatter(unit='B')(float(f'{total:.3g}'))}", va="center", color=INK)
+    axes.set_xlim(0, 1.2 * max(map(sum, rows.values())))
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axes.xaxis.set_major_locator(MultipleLocator(_step(max(map(sum, rows.values())))))
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.tick_params(left=False)
+    axes.legend(frameon=False, labelcolor=INK, ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    return axes
+
+
+def _step(largest: float) -> float:
+    """A round distance of ticks, of which at most four fit."""
+    power = 10.0 ** (len(str(int(largest))) - 1)
+    return next(step * power for step in (0.25, 0.5, 1.0, 2.5) if 4 * step * power >= largest)
+
+
+def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> Axes:
+    """Which program attends which queries to which keys: a grid of shares of the keys and blocks of rows, one outlined.
+
+    Args:
+        rows: queries of all heads. rows_at_once: those of a program.
+        kv_seq: keys. split_size: those of a program.
+    """
+    axes = new_axes("key", "query of a head", height=3.4)
+    for start in range(0, kv_seq, split_size):
+        for first in range(0, rows, rows_at_once):
+            odd = (start // split_size + first // rows_at_once) % 2
+            size = min(split_size, kv_seq - start), min(rows_at_once, rows - first)
+            axes.add_patch(
+                Rectangle((start, first), *size, facecolor="#9CC9E3" if odd else "#E8F3FA", edgecolor="none")
+            )
+    shown = Rectangle((0, 0), min(split_size, kv_seq), min(rows_at_once, rows), facecolor="none", linewidth=2.5)
+    shown.set_edgecolor(STYLES[1][0])
+    shown.set_clip_on(False)
+    axes.add_patch(shown)
+    blocks, shares = -(-rows // rows_at_once), -(-kv_seq // split_size)
+    said = f"one program: {min(rows_at_once, rows)} queries, {min(split_size, kv_seq):,} keys"
+    axes.text(0, -0.03 * rows, said, color=STYLES[1][0], va="bottom")
+    said = f"{blocks} blocks of queries × {shares} shares of the keys = {blocks * shares} programs"
+    axes.text(0.5, 1.14, said, transform=axes.transAxes, ha="center", color=INK, fontsize=11)
+    axes.set(xlim=(0, kv_seq), ylim=(rows, 0))
+    axes.yaxis.set_major_locator(MultipleLocator(max(rows_at_once, rows // 4)))
+    axes.xaxis.set_major_locator(MultipleLocator(max(1, kv_seq // 4)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.grid(False)
+    return axes
