@@ -247,6 +247,26 @@ def test_combining_experts() -> None:
     assert actual < 2**-8  # the outputs themselves are rounded to 8 bits, once
 
 
+def test_combining_experts_in_transformers() -> None:
+    """Its grouped and its batched form add in float32, as the published code does; its loop adds in the model's format."""
+    config = native_config(replace(SMALL, moe_intermediate_size=24))  # rows in 16-byte steps, as grouped_mm wants
+    with torch.device("meta"):
+        default = native.DeepseekV2ForCausalLM(type(config)(**{**config.to_dict(), "experts_implementation": None}))
+    assert default.config._experts_implementation == "grouped_mm"
+
+    experts, x = randomised(native.DeepseekV2Experts(config), torch.bfloat16), tokens(1, 512, torch.bfloat16)[0]
+    topk_idx = torch.arange(12).expand(512, -1)
+    topk_weight = tokens(1, 512, torch.float32, seed=2, width=12)[0].softmax(-1)
+    gate, up = torch.einsum("th,eih->tei", x, experts.gate_up_proj).chunk(2, dim=-1)
+    expert_out = torch.einsum("tei,ehi->teh", F.silu(gate) * up, experts.down_proj)
+    exact = (expert_out.double() * topk_weight.double()[..., None]).sum(1)
+    errors = {}
+    for implementation in ("grouped_mm", "batched_mm", "eager"):
+        config._experts_implementation = implementation
+        errors[implementation] = error(experts(x, topk_idx, topk_weight), exact)
+    assert max(errors["grouped_mm"], errors["batched_mm"]) < errors["eager"] / 1.5
+
+
 def test_eval_gradient() -> None:
     """The published inference path runs without gradients; here they are those of training without the balance loss."""
     moe, x = randomised(DeepseekV2MoE(replace(SMALL, aux_loss_alpha=0.0))), tokens(2, SEQ, torch.float64)
