@@ -9,7 +9,7 @@ NBVAL := $(BIN)/python -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbv
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit site notebooks serve bench test-cuda clean
+.PHONY: help book test lint unit site notebooks serve bench test-cuda bench-cuda clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 20
@@ -46,6 +46,9 @@ test-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: the fused kernels ag
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-cuda: torch sees no CUDA GPU here")'
 	@$(BIN)/python -m pytest tests/cuda
 	@$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env book
+
+bench-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: time the layer's parts there, against transformers and flash-attn
+	@$(BIN)/python -m bench.cuda
 
 clean: ## remove what was built, the environment included
 	rm -rf .venv _build

@@ -1,8 +1,9 @@
 """What is timed: a step of attention or of the experts, by us, by transformers, and as bare products."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,14 @@ from transformers import DynamicCache
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as peer
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as PeerConfig
 
-from dsv2_ref import DeepseekV2Attention, DeepseekV2Config, DeepseekV2MoE, pack_weights
+from dsv2_ref import (
+    DeepseekV2Attention,
+    DeepseekV2Config,
+    DeepseekV2DecoderLayer,
+    DeepseekV2MoE,
+    accounting,
+    pack_weights,
+)
 
 Call = Callable[[], Any]
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,6 +39,7 @@ class Work:
         floors: ways to compute the matrix products alone through torch's kernels; the fastest counts.
         flops: of these products. nbytes: of the weights and the cache, each read once.
         chain: the products in their order, each as (FLOPs, bytes of its largest operand).
+        flash: the same by us through flash-attn, which only GPUs have.
     """
 
     name: str
@@ -40,6 +49,7 @@ class Work:
     flops: int
     nbytes: int
     chain: list[tuple[int, int]]
+    flash: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     def limit(self, bandwidth: float, rate: float) -> float:
         """Seconds below which no machine of this bandwidth and rate can go: as if it read and multiplied all at once."""
@@ -88,8 +98,9 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _settings(module: Module, by_us: Callable[[Module], Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
     """A step with the weights as they are published, and packed where that is to be had."""
-    modules = {"plain": module}
-    if next(module.parameters()).dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    modules, weight = {"plain": module}, next(module.parameters())
+    packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if packs and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         modules["packed"] = pack_weights(copy.deepcopy(module))
     return {name: by_us(module) for name, module in modules.items()}
 
@@ -122,20 +133,29 @@ def attention_weights(ours: DeepseekV2Attention) -> list[Tensor]:
     return [weight for weight in ours.parameters() if weight.ndim == 2]
 
 
-def attention_decode(dtype: torch.dtype, kv_seq: int = 8192) -> Work:
-    """One token attends to ``kv_seq`` tokens, itself included."""
+ROOM = 64
+"""Tokens for which a cache has more room than a step needs."""
+
+
+def forget_last(cache: Any) -> None:
+    """Let the next step write where the last one did, as the peer's ``crop`` does: all steps are alike."""
+    cache._storage.used = len(cache)
+
+
+def attention_decode(dtype: torch.dtype, kv_seq: int = 8192, batch: int = 1) -> Work:
+    """One token of each sequence attends to ``kv_seq`` tokens, itself included."""
     ours = DeepseekV2Attention(CONFIG, 0).to(dtype).eval()
     heads, latent, nope = CONFIG.num_attention_heads, ours.kv_lora_rank, CONFIG.qk_nope_head_dim
-    x = torch.randn(1, 1, CONFIG.hidden_size, dtype=dtype)
-    past = torch.randn(1, kv_seq - 1, *ours.cache_features, dtype=dtype)
+    x = torch.randn(batch, 1, CONFIG.hidden_size, dtype=dtype)
+    past = torch.randn(batch, kv_seq - 1, *ours.cache_features, dtype=dtype)
     rotations = _rotations(x, kv_seq - 1)
 
     def by_us(module: DeepseekV2Attention) -> Callable[[], Tensor]:
-        grown = module.empty_cache(batch=1, capacity=2 * kv_seq).append(past)
+        cache = module.empty_cache(batch, capacity=kv_seq + ROOM).append(past)
 
         def step() -> Tensor:
-            nonlocal grown  # by a token each time, as in decoding; the steps timed are few beside kv_seq
-            out, _, grown = module(x, past_key_value=grown, use_cache=True)
+            out, _, _ = module(x, past_key_value=cache, use_cache=True)
+            forget_last(cache)
             return out
 
         return step
@@ -153,23 +173,25 @@ def attention_decode(dtype: torch.dtype, kv_seq: int = 8192) -> Work:
         return step
 
     w_uk, w_uv = ours.kv_b_proj.weight.view(heads, -1, latent).split((nope, CONFIG.v_head_dim), dim=1)
-    q_a, q = torch.randn(1, CONFIG.q_lora_rank or 0, dtype=dtype), torch.randn(heads, 1, nope, dtype=dtype)
-    query, keys = torch.randn(heads, past.shape[-1], dtype=dtype), torch.randn(kv_seq, past.shape[-1], dtype=dtype)
-    weights, attended = torch.rand(heads, kv_seq, dtype=dtype), torch.randn(heads, latent, 1, dtype=dtype)
-    out = torch.randn(1, ours.o_proj.in_features, dtype=dtype)
+    q_a, q = torch.randn(batch, CONFIG.q_lora_rank or 0, dtype=dtype), torch.randn(heads, batch, nope, dtype=dtype)
+    query, keys = (torch.randn(batch, rows, past.shape[-1], dtype=dtype) for rows in (heads, kv_seq))
+    weights, attended = torch.rand(batch, heads, kv_seq, dtype=dtype), torch.randn(heads, latent, batch, dtype=dtype)
+    out = torch.randn(batch, ours.o_proj.in_features, dtype=dtype)
+    if batch == 1:
+        query, keys, weights = query[0], keys[0], weights[0]
 
     def products() -> None:
         F.linear(x, ours.q_a_proj.weight)
         F.linear(q_a, ours.q_b_proj.weight)
         F.linear(x, ours.kv_a_proj_with_mqa.weight)
         torch.bmm(q, w_uk)
-        query @ keys.T
-        weights @ keys[:, :latent]
+        query @ keys.mT
+        weights @ keys[..., :latent]
         torch.bmm(w_uv, attended)
         F.linear(out, ours.o_proj.weight)
 
     return Work(
-        f"MLA decode step, K = {kv_seq}",
+        f"MLA decode step, K = {kv_seq}" + f", batch {batch}" * (batch > 1),
         _settings(ours, by_us),
         {name: by_peer(name) for name in ("sdpa", "eager")},
         {"products": products},
@@ -195,6 +217,13 @@ def attention_prefill(dtype: torch.dtype, seq: int = 2048) -> Work:
             return out
 
         return step
+
+    @functools.cache
+    def by_flash() -> DeepseekV2Attention:  # fails where the package is missing: not before it is asked for
+        with torch.device("meta"):
+            module = DeepseekV2Attention(replace(CONFIG, _attn_implementation="flash_attention_2"), 0).eval()
+        module.load_state_dict(ours.state_dict(), assign=True)
+        return module
 
     linears = (ours.q_a_proj, ours.q_b_proj, ours.kv_a_proj_with_mqa, ours.kv_b_proj, ours.o_proj)
     inputs = [torch.randn(seq, linear.in_features, dtype=dtype) for linear in linears]
@@ -223,6 +252,7 @@ def attention_prefill(dtype: torch.dtype, seq: int = 2048) -> Work:
         _flops(project) + heads * seq * (seq + 1) * (ours.qk_head_dim + value_width),
         _nbytes(attention_weights(ours)),
         _chain(by_blocks),
+        {"flash_attention_2": lambda: by_flash()(x, use_cache=True)[0]},
     )
 
 
@@ -277,6 +307,57 @@ def experts(dtype: torch.dtype, seq: int) -> Work:
         _flops(by_expert),
         _nbytes([gate_up[0], down[0]]) * used + _nbytes([*shared.parameters(), ours.gate.weight]),
         _chain(by_expert),
+    )
+
+
+def layer(dtype: torch.dtype, seq: int, kv_seq: int) -> Work:
+    """A whole layer with experts: ``seq`` tokens that attend to ``kv_seq``, themselves included."""
+    ours = DeepseekV2DecoderLayer(CONFIG, CONFIG.first_k_dense_replace).to(dtype).eval()
+    moe: Any = ours.mlp
+    attention, routed, shared = ours.self_attn, moe.experts, moe.shared_experts
+    latent, past_seq = attention.kv_lora_rank, kv_seq - seq
+    x = torch.randn(1, seq, CONFIG.hidden_size, dtype=dtype)
+    past = torch.randn(1, past_seq, *attention.cache_features, dtype=dtype)
+    rotations = _rotations(x, past_seq)
+    cache = attention.empty_cache(1, capacity=kv_seq + ROOM).append(past)
+
+    def by_us() -> Tensor:
+        out: Tensor = ours(x, past_key_value=cache, use_cache=True)[0]
+        forget_last(cache)
+        return out
+
+    def by_peer(experts_implementation: str) -> Callable[[], Tensor]:
+        settings = {"attn_implementation": "sdpa", "experts_implementation": experts_implementation}
+        with torch.device("meta"):
+            module: Any = peer.DeepseekV2DecoderLayer(_peer_config(**settings, first_k_dense_replace=0), 0).eval()
+        named = {f"self_attn.{name}": weight for name, weight in attention.state_dict().items()}
+        named |= {f"mlp.shared_experts.{name}": weight for name, weight in shared.named_parameters()}
+        named |= {"mlp.experts.gate_up_proj": routed.gate_up_proj, "mlp.experts.down_proj": routed.down_proj}
+        named["mlp.gate.weight"] = moe.gate.weight
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            named[f"{norm}.weight"] = getattr(ours, norm).weight
+        module.load_state_dict(named, assign=True)
+        remembered = DynamicCache()
+        if past_seq:
+            remembered.update(past[:, None, :, :latent].contiguous(), past[:, None, :, latent:].contiguous(), 0)
+
+        def step() -> Tensor:
+            out = module(x, past_key_values=remembered, position_embeddings=rotations)
+            remembered.crop(-seq)
+            return out if isinstance(out, Tensor) else out[0]
+
+        return step
+
+    call = accounting.Call(seq=seq, kv=kv_seq, dtype=str(dtype).removeprefix("torch."))
+    counts = accounting.report(CONFIG, call, CONFIG.first_k_dense_replace)
+    return Work(
+        "layer, decode step, K = " + str(kv_seq) if seq == 1 else f"layer, prefill, S = {seq}",
+        {"plain": by_us},
+        {name: by_peer(name) for name in ("eager", "grouped_mm")},
+        {},
+        counts["flops"]["total"],
+        round(counts["bytes"]["weights_read"] + counts["bytes"]["kv_cache"]),
+        [],
     )
 
 

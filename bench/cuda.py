@@ -1,0 +1,255 @@
+"""``python -m bench.cuda``: time the layer's parts on a GPU, print a table, write the figures to a JSON file."""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import gpu, work
+from bench.gpu import Clock
+from dsv2_ref import kernels
+from dsv2_ref.kernels import ops
+from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
+from dsv2_ref.kernels.rotate import rotate_definition
+
+Step = Callable[[], Tensor]
+
+SAME_WITHIN = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-4}
+"""How far results may differ, of their size: both sides round every intermediate result."""
+
+FAILURES = (torch.OutOfMemoryError, ImportError, RuntimeError, ValueError, NotImplementedError)
+"""What leaves one contestant out, and not the whole run."""
+
+
+@dataclass
+class Contest:
+    """One row: ways to compute the same, by who does it and in which setting; ``ours`` come first.
+
+    ``flops`` and ``nbytes`` are those that cannot be spared: products, and weights, cache and streams moved once.
+    """
+
+    name: str
+    contestants: dict[str, dict[str, Step]]
+    flops: int
+    nbytes: int
+
+
+def _without_kernels(step: Step) -> Step:
+    def plain() -> Tensor:
+        with kernels.enabled(False):
+            return step()
+
+    return plain
+
+
+def _from_work(made: work.Work) -> Contest:
+    plain = {name: _without_kernels(step) for name, step in made.ours.items()}
+    contestants = {"ours": made.ours, "without kernels": plain, "transformers": made.peers}
+    return Contest(made.name, contestants, made.flops, made.nbytes)
+
+
+def _add_rmsnorm(dtype: torch.dtype, tokens: int = 8192) -> Contest:
+    hidden = work.CONFIG.hidden_size
+    update, residual = (torch.randn(tokens, hidden, dtype=dtype) for _ in range(2))
+    weight = torch.randn(hidden, dtype=dtype)
+    ours = {"kernel": lambda: ops.add_rms_norm(update, residual, weight, 1e-6)[1]}
+    plain = {"definition": lambda: add_rmsnorm_definition(update, residual, weight, 1e-6)[1]}
+    moved = 4 * update.nbytes + weight.nbytes
+    return Contest(f"add + RMSNorm, {tokens} tokens", {"ours": ours, "without kernels": plain}, 0, moved)
+
+
+def _rotation(dtype: torch.dtype, tokens: int = 4096) -> Contest:
+    x = torch.randn(1, work.CONFIG.num_attention_heads, tokens, work.CONFIG.qk_rope_head_dim, dtype=dtype)
+    cos, sin = (torch.randn(1, 1, tokens, work.CONFIG.qk_rope_head_dim // 2) for _ in range(2))
+    ours, plain = {"kernel": lambda: ops.rotate(x, cos, sin)}, {"definition": lambda: rotate_definition(x, cos, sin)}
+    moved = 2 * x.nbytes + cos.nbytes + sin.nbytes
+    return Contest(f"rotation of queries, {tokens} tokens", {"ours": ours, "without kernels": plain}, 0, moved)
+
+
+CONTESTS: dict[str, Callable[[torch.dtype], Contest]] = {
+    "add-rmsnorm": _add_rmsnorm,
+    "rotation": _rotation,
+    "attention-decode": lambda dtype: _from_work(work.attention_decode(dtype, 8192)),
+    "attention-decode-128k": lambda dtype: _from_work(work.attention_decode(dtype, 131_072)),
+    "attention-decode-batch": lambda dtype: _from_work(work.attention_decode(dtype, 8192, batch=32)),
+    "attention-decode-128k-batch": lambda dtype: _from_work(work.attention_decode(dtype, 131_072, batch=32)),
+    "attention-prefill": lambda dtype: _from_work(work.attention_prefill(dtype, 2048)),
+    "attention-prefill-8k": lambda dtype: _from_work(work.attention_prefill(dtype, 8192)),
+    "experts-decode": lambda dtype: _from_work(work.experts(dtype, 1)),
+    "experts-decode-batch": lambda dtype: _from_work(work.experts(dtype, 64)),
+    "experts-prefill": lambda dtype: _from_work(work.experts(dtype, 2048)),
+    "layer-decode": lambda dtype: _from_work(work.layer(dtype, 1, 8192)),
+    "layer-prefill": lambda dtype: _from_work(work.layer(dtype, 2048, 2048)),
+}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".removesuffix(": ")
+
+
+def measure(contest: Contest, dtype: torch.dtype, clock: Clock, rounds: int) -> dict[str, Any]:
+    """Times of all contestants that run, and whether their results agree with ours."""
+    seconds: dict[str, float] = {}
+    from_python: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    wrong: dict[str, float] = {}
+    first: Tensor | None = None
+    for who, settings in contest.contestants.items():
+        for setting, step in settings.items():
+            name = f"{who}, {setting}"
+            try:
+                out = step().float()
+                first = out if first is None else first
+                error = float((out - first).norm() / first.norm())
+                if not error < SAME_WITHIN[dtype]:
+                    wrong[name] = error
+                    continue
+                del out
+                seconds[name] = gpu.samples(step, clock, rounds)
+                from_python[name] = gpu.samples(step, gpu.from_python, rounds)
+            except FAILURES as error_:
+                left_out[name] = _first_line(error_)
+    return {
+        "work": contest.name,
+        "flops": contest.flops,
+        "bytes": contest.nbytes,
+        "seconds": seconds,
+        "seconds_from_python": from_python,
+        "not_measured": left_out,
+        "wrong": wrong,
+    }
+
+
+def judge(row: dict[str, Any], peak: float, bandwidth: float) -> dict[str, Any]:
+    """What follows from the times: the best of each, rates, share of the measured peak, and ratios."""
+    best: dict[str, str] = {}
+    for name, seconds in row["seconds"].items():
+        who = name.split(", ")[0]
+        if who not in best or seconds < row["seconds"][best[who]]:
+            best[who] = name
+    if "ours" not in best:
+        return row | {"best": best}
+    ours = row["seconds"][best["ours"]]
+    least = max(row["flops"] / peak, row["bytes"] / bandwidth)
+    ratios = {who: row["seconds"][name] / ours for who, name in best.items() if who != "ours"}
+    rates = {"flops_per_second": row["flops"] / ours, "bytes_per_second": row["bytes"] / ours}
+    return row | rates | {"best": best, "share_of_peak": least / ours, "times_faster_than": ratios}
+
+
+COLUMNS = ("work", "ms", "from Python, ms", "TFLOP/s", "GB/s", "of the peak", "kernels", "transformers", "flash-attn")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A table in Markdown; ratios say how many times longer the others take."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " + "| ---: " * (len(COLUMNS) - 1) + "|"]
+    for row in rows:
+        if "share_of_peak" not in row:
+            lines.append(f"| {row['work']} | not measured " + "| " * (len(COLUMNS) - 2) + "|")
+            continue
+        name, tried = row["best"]["ours"], {name.split(", ")[0] for name in (*row["not_measured"], *row["wrong"])}
+        ratios = [
+            f"{row['times_faster_than'][who]:.2f}" if who in row["times_faster_than"]
+            else "not measured" if who in tried else ""
+            for who in ("without kernels", "transformers", "flash-attn")
+        ]  # fmt: skip
+        cells = [
+            f"{1e3 * row['seconds'][name]:.3f}",
+            f"{1e3 * row['seconds_from_python'][name]:.3f}",
+            f"{row['flops_per_second'] / 1e12:.1f}" if row["flops"] else "",
+            f"{row['bytes_per_second'] / 1e9:.0f}",
+            f"{100 * row['share_of_peak']:.0f} %",
+        ]
+        lines.append(f"| {row['work']} | " + " | ".join([*cells, *ratios]) + " |")
+    return "\n".join(lines)
+
+
+def notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What was left out, and what was wrong, a line each."""
+    said = [f"{row['work']}: {name} not measured: {why}" for row in rows for name, why in row["not_measured"].items()]
+    return said + [f"{row['work']}: {name} is WRONG, by {e:.2g}" for row in rows for name, e in row["wrong"].items()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The GPU, and the versions that matter."""
+    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "flash-attn")}
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device,
+    } | versions
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "capability": f"sm_{properties.major}{properties.minor}"}
+        found |= {"memory_bytes": properties.total_memory, "cuda": torch.version.cuda, "driver": gpu.driver()}
+    return found
+
+
+def run(names: list[str], device: str, dtype: torch.dtype, rounds: int, clock: Clock) -> dict[str, Any]:
+    """Measure one work after the other, so that only its weights are in memory."""
+    rows = []
+    with torch.device(device), torch.no_grad():
+        size, nbytes = (8192, 2**30) if device == "cuda" else (64, 2**16)
+        peak, bandwidth = gpu.product_rate(dtype, clock, size), gpu.bandwidth(clock, nbytes)
+        for name in names:
+            try:
+                rows.append(judge(measure(CONTESTS[name](dtype), dtype, clock, rounds), peak, bandwidth))
+            except FAILURES as error:
+                empty: dict[str, Any] = {"seconds": {}, "wrong": {}, "not_measured": {"all": _first_line(error)}}
+                rows.append({"work": name} | empty)
+            gc.collect()
+            torch.cuda.empty_cache()
+    measured = {"dtype": str(dtype).removeprefix("torch."), "peak_flops": peak, "bandwidth": bandwidth}
+    return machine(device) | measured | {"rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0, or 1 where there is no GPU or a result is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cuda", description=__doc__)
+    parser.add_argument(
+        "--work", nargs="+", choices=CONTESTS, default=list(CONTESTS), help="what to time; all by default"
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="samples of each contestant, of which the median counts")
+    parser.add_argument("--json", type=Path, default=Path("_build/bench-cuda.json"), help="where the figures go")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("make bench-cuda: torch sees no CUDA GPU here", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    figures = run(args.work, "cuda", torch.bfloat16, args.rounds, gpu.GpuClock())
+    print_figures(figures)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"\nfigures in {args.json}")
+    return int(any(row["wrong"] for row in figures["rows"]))
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """A header, the table, and below it what was not measured."""
+    kept = ("device", "capability", "driver", "cuda", "torch", "triton", "transformers", "flash-attn", "date", "dtype")
+    print(", ".join(f"{name} {figures[name] or 'not installed'}" for name in kept if name in figures))
+    print(f"measured peaks: {figures['peak_flops'] / 1e12:.0f} TFLOP/s, {figures['bandwidth'] / 1e9:.0f} GB/s\n")
+    print(table(figures["rows"]))
+    print(
+        "\nkernels: how many times longer without the fused kernels; transformers, flash-attn: how many times longer these take"
+    )
+    for line in notes(figures["rows"]):
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

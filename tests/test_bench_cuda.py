@@ -1,0 +1,152 @@
+"""The benchmark for GPUs, on the CPU at toy sizes: what it says follows from what it measured, and nothing is invented."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import cuda, gpu, work
+from tests.peers import SMALL
+
+pytestmark = pytest.mark.usefixtures("as_shipped")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(work, "CONFIG", replace(SMALL, num_experts_per_tok=2))
+    with torch.no_grad():
+        yield
+
+
+def sizes(name: str) -> Any:
+    """The works of the table, small enough for a test."""
+    return {
+        "attention-decode": lambda dtype: cuda._from_work(work.attention_decode(dtype, 20)),
+        "attention-decode-batch": lambda dtype: cuda._from_work(work.attention_decode(dtype, 20, batch=3)),
+        "attention-prefill": lambda dtype: cuda._from_work(work.attention_prefill(dtype, 12)),
+        "experts-decode": lambda dtype: cuda._from_work(work.experts(dtype, 1)),
+        "experts-prefill": lambda dtype: cuda._from_work(work.experts(dtype, 9)),
+        "layer-decode": lambda dtype: cuda._from_work(work.layer(dtype, 1, 20)),
+        "layer-prefill": lambda dtype: cuda._from_work(work.layer(dtype, 12, 12)),
+        "add-rmsnorm": lambda dtype: cuda._add_rmsnorm(dtype, 5),
+        "rotation": lambda dtype: cuda._rotation(dtype, 5),
+    }[name]
+
+
+NAMES = [
+    "add-rmsnorm",
+    "rotation",
+    "attention-decode",
+    "attention-decode-batch",
+    "attention-prefill",
+    "experts-decode",
+    "experts-prefill",
+    "layer-decode",
+    "layer-prefill",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_contestants_of_a_work_compute_the_same(name: str, small: None) -> None:
+    contest = sizes(name)(torch.float32)
+    row = cuda.measure(contest, torch.float32, gpu.from_python, rounds=1)
+    assert row["wrong"] == {}
+    for failed in row["not_measured"]:
+        assert failed in ("flash-attn, flash_attention_2", "transformers, grouped_mm"), row["not_measured"]
+    assert row["seconds"].keys() == row["seconds_from_python"].keys()
+    judged = cuda.judge(row, peak=1e9, bandwidth=1e9)
+    assert {"ours", "without kernels"} <= judged["best"].keys()
+    assert ("transformers" in judged["best"]) == (name not in ("add-rmsnorm", "rotation"))
+    assert row["bytes"] > 0
+    assert (row["flops"] > 0) == (name not in ("add-rmsnorm", "rotation"))
+
+
+def contest(**contestants: dict[str, cuda.Step]) -> cuda.Contest:
+    return cuda.Contest("sum", {name.replace("_", " "): steps for name, steps in contestants.items()}, 400, 100)
+
+
+def missing() -> Tensor:
+    raise ImportError("flash_attention_2 needs the flash-attn package\nand a GPU")
+
+
+ONE = torch.ones(4)
+
+
+def test_what_is_wrong_is_said_and_never_timed() -> None:
+    made = contest(
+        ours={"a": lambda: ONE},
+        transformers={"b": lambda: ONE * 1.1, "c": lambda: ONE * float("nan")},
+        flash_attn={"d": missing},
+    )
+    row = cuda.judge(cuda.measure(made, torch.bfloat16, lambda step: 1.0, rounds=1), 1.0, 1.0)
+    assert list(row["seconds"]) == ["ours, a"]
+    assert set(row["wrong"]) == {"transformers, b", "transformers, c"}
+    assert row["not_measured"] == {"flash attn, d": "ImportError: flash_attention_2 needs the flash-attn package"}
+    assert row["times_faster_than"] == {}
+    said = "\n".join(cuda.notes([row]))
+    assert "transformers, b is WRONG, by 0.1" in said
+    assert "flash attn, d not measured: ImportError" in said
+
+
+def test_rates_shares_and_ratios_follow_from_the_times() -> None:
+    times = {
+        "ours, a": 4.0,
+        "ours, b": 2.0,
+        "without kernels, a": 3.0,
+        "transformers, sdpa": 8.0,
+        "transformers, e": 9.0,
+    }
+    row = {"work": "w", "flops": 400, "bytes": 100, "seconds": times, "seconds_from_python": times}
+    judged = cuda.judge(row | {"not_measured": {}, "wrong": {}}, peak=1000.0, bandwidth=100.0)
+    assert judged["best"] == {
+        "ours": "ours, b",
+        "without kernels": "without kernels, a",
+        "transformers": "transformers, sdpa",
+    }
+    assert (judged["flops_per_second"], judged["bytes_per_second"]) == (200, 50)
+    assert judged["share_of_peak"] == 0.5  # a second for the bytes, 0.4 for the operations
+    assert judged["times_faster_than"] == {"without kernels": 1.5, "transformers": 4.0}
+    title, _, line = cuda.table([judged]).splitlines()
+    assert title.count("|") == line.count("|")
+    assert [cell.strip() for cell in line.split("|")][1:-1] == [
+        "w", "2000.000", "2000.000", "0.0", "0", "50 %", "1.50", "4.00", "",
+    ]  # fmt: skip
+
+
+def test_a_work_without_memory_is_left_out_and_the_others_run(
+    small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(dtype: torch.dtype) -> cuda.Contest:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 300.00 GiB.")
+
+    monkeypatch.setitem(cuda.CONTESTS, "layer-decode", full)
+    monkeypatch.setitem(cuda.CONTESTS, "rotation", sizes("rotation"))
+    figures = cuda.run(["layer-decode", "rotation"], "cpu", torch.float32, 1, gpu.from_python)
+    assert json.loads(json.dumps(figures)) == figures
+    cuda.print_figures(figures)
+    said = capsys.readouterr().out
+    assert "| layer-decode | not measured" in said
+    assert "layer-decode: all not measured: OutOfMemoryError: CUDA out of memory. Tried to allocate 300.00 GiB." in said
+    assert "| rotation of queries, 5 tokens | " in said
+    assert figures["peak_flops"] > 0
+    assert len({line.count("|") for line in said.splitlines() if line.startswith("|")}) == 1
+
+
+def test_samples_leave_out_the_first_calls() -> None:
+    times = iter([100.0, 50.0, 3.0, 1.0, 2.0])
+    assert gpu.samples(lambda: None, lambda work: next(times), rounds=3) == 2.0
+
+
+def test_without_a_gpu_it_says_so_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.main(["--json", str(tmp_path / "figures.json")]) == 1
+    streams = capsys.readouterr()
+    assert (streams.out, streams.err) == ("", "make bench-cuda: torch sees no CUDA GPU here\n")
+    assert not (tmp_path / "figures.json").exists()
