@@ -42,7 +42,7 @@ serve: book ## build the book and serve it on http://localhost:8000
 bench: $(INSTALLED) ## time the layer against transformers and the machine
 	@$(BIN)/python -m bench
 
-test-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: the fused kernels against float64, and every notebook on CUDA
+test-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: every path of the layer and its kernels against float64, and every notebook
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-cuda: torch sees no CUDA GPU here")'
 	@$(BIN)/python -m pytest tests/cuda
 	@$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env book

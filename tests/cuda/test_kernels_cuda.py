@@ -16,9 +16,10 @@ from dsv2_ref.kernels.grouped_experts import grouped_product_definition
 from dsv2_ref.kernels.mla_decode import mla_decode_definition
 from dsv2_ref.kernels.rotate import rotate_definition
 from dsv2_ref.rope import rotate_interleaved
+from tests.cuda.place import DEVICE, device_needed
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    device_needed,
     pytest.mark.skipif(not kernels._installed, reason="Triton is not installed"),
     pytest.mark.usefixtures("as_shipped"),
 ]
@@ -32,7 +33,7 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
-    assert actual.is_cuda
+    assert actual.device.type == DEVICE
     wrong = (actual.cpu().double() - expected.double()).abs().max()
     assert wrong <= TOLERANCE[actual.dtype] * expected.abs().max(), float(wrong)
 
@@ -47,9 +48,9 @@ def test_add_rms_norm_and_its_gradients(rows: int, features: int, dtype: torch.d
     upstream = [normal(rows, features, dtype=dtype, seed=s) for s in (4, 5)]
     torch.autograd.backward((total, normed), [g.double() for g in upstream])
 
-    there = [t.cuda().requires_grad_() for t in given]
+    there = [t.to(DEVICE).requires_grad_() for t in given]
     results = ops.add_rms_norm(*there, 1e-6)
-    torch.autograd.backward(results, [g.cuda() for g in upstream])
+    torch.autograd.backward(results, [g.to(DEVICE) for g in upstream])
     for actual, expected in zip(results, (total, normed), strict=True):
         assert_near(actual.detach(), expected.detach())
     for mine, theirs in zip(there, exact, strict=True):
@@ -60,7 +61,7 @@ def test_add_rms_norm_and_its_gradients(rows: int, features: int, dtype: torch.d
 
 @every_dtype
 def test_norm_of_a_module_is_the_one_without_kernels(dtype: torch.dtype) -> None:
-    norm, x = DeepseekV2RMSNorm(5120).to("cuda", dtype), normal(9, 5120, dtype=dtype).cuda()
+    norm, x = DeepseekV2RMSNorm(5120).to(DEVICE, dtype), normal(9, 5120, dtype=dtype).to(DEVICE)
     with kernels.enabled(False):
         expected = norm(x)
     assert_near(norm(x).detach(), expected.detach().cpu())
@@ -71,8 +72,8 @@ def test_norm_of_a_module_is_the_one_without_kernels(dtype: torch.dtype) -> None
 def test_rotation(heads: int, seq: int, dtype: torch.dtype) -> None:
     x = normal(2, seq, heads, 192, dtype=dtype)
     cos, sin = (normal(2, 1, seq, 32, dtype=torch.float32, seed=s) for s in (1, 2))
-    there = x.cuda().transpose(1, 2)[..., 128:].requires_grad_()
-    actual = rotate_interleaved(there, cos.cuda(), sin.cuda())
+    there = x.to(DEVICE).transpose(1, 2)[..., 128:].requires_grad_()
+    actual = rotate_interleaved(there, cos.to(DEVICE), sin.to(DEVICE))
     assert_near(actual.detach(), rotate_definition(x.transpose(1, 2)[..., 128:].double(), cos.double(), sin.double()))
     actual.backward(actual.detach())
     back = rotate_definition(actual.detach().cpu().double(), cos.double(), -sin.double())
@@ -89,9 +90,9 @@ def test_mla_decode(batch: int, heads: int, kv_seq: int, seq: int, dtype: torch.
     padding = torch.arange(kv_seq).expand(batch, -1) >= 7
     for mask in (None, padding):
         expected = mla_decode_definition(query.double(), cache[:, :kv_seq].double(), 512, 192**-0.5, mask)
-        mask = None if mask is None else mask.cuda()
+        mask = None if mask is None else mask.to(DEVICE)
         with torch.no_grad():
-            actual = ops.mla_decode(query.cuda(), cache.cuda()[:, :kv_seq], 512, 192**-0.5, mask)
+            actual = ops.mla_decode(query.to(DEVICE), cache.to(DEVICE)[:, :kv_seq], 512, 192**-0.5, mask)
         assert_near(actual, expected)
 
 
@@ -102,12 +103,12 @@ def test_grouped_product_and_its_gradients(rows: int, dtype: torch.dtype) -> Non
     ends = torch.bincount(groups, minlength=64).cumsum(0).to(torch.int32)
     x, weights = normal(rows, 512, dtype=dtype), normal(64, 384, 512, dtype=dtype, seed=1)
     exact = [t.double().requires_grad_() for t in (x, weights)]
-    there = [t.cuda().requires_grad_() for t in (x, weights)]
-    expected, actual = grouped_product_definition(*exact, ends), grouped_product(*there, ends.cuda())
+    there = [t.to(DEVICE).requires_grad_() for t in (x, weights)]
+    expected, actual = grouped_product_definition(*exact, ends), grouped_product(*there, ends.to(DEVICE))
     assert_near(actual.detach(), expected.detach())
     upstream = normal(rows, 384, dtype=dtype, seed=2)
     expected.backward(upstream.double())
-    actual.backward(upstream.cuda())
+    actual.backward(upstream.to(DEVICE))
     for mine, theirs in zip(there, exact, strict=True):
         assert mine.grad is not None
         assert theirs.grad is not None
