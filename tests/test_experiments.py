@@ -1,6 +1,8 @@
 """The trainings behind two chapters: their scripts run, repeat themselves, and made what is stored."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,8 +77,17 @@ def test_post_norm_is_the_same_parts_in_another_order() -> None:
     assert torch.equal(layer(x)[0], layer.post_attention_layernorm(h + layer.mlp(h)))
 
 
+def test_a_post_norm_layer_gives_what_is_asked_for_besides() -> None:
+    config = replace(norms.CONFIG, _attn_implementation="eager")
+    layer = norms.stack("post", 1, 0, config).eval().model.layers[0]
+    out, weights, cache = layer(torch.randn(2, 5, norms.WIDTH), output_attentions=True, use_cache=True)
+    assert out.shape == (2, 5, norms.WIDTH)
+    assert weights.shape == (2, 4, 5, 5)
+    assert len(cache) == 5
+
+
 def test_a_short_training_with_norms_before_and_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "RATES", (1e-3,))
+    monkeypatch.setattr(norms, "RATES", {1.0: (1e-3,)})
     norms.main(["--steps", "10", "--seeds", "1", "--out", str(tmp_path)])
     log = json.loads((tmp_path / "norms_log.json").read_text())
     assert [(run["place"], run["warm_up"]) for run in log["runs"]] == [
@@ -90,8 +101,10 @@ def test_a_short_training_with_norms_before_and_behind(tmp_path: Path, monkeypat
 
 def test_the_stored_log_of_the_norms_has_every_run() -> None:
     log = json.loads((norms.DATA / "norms_log.json").read_text())
-    wanted = len(norms.PLACES) * len(norms.WARM_UPS) * len(norms.RATES) * norms.SEEDS
-    assert len(log["runs"]) == wanted
+    settings = [(gain, rate) for gain, rates in norms.RATES.items() for rate in rates]
+    wanted = itertools.product(norms.PLACES, norms.WARM_UPS, settings, range(norms.SEEDS))
+    found = [(run["place"], run["warm_up"], (run["gain"], run["rate"]), run["seed"]) for run in log["runs"]]
+    assert found == list(wanted)
     assert {len(run["bits"]) for run in log["runs"]} == {norms.STEPS // norms.EVERY}
     text = to_bytes(sums(20_000, seed=1))
     assert log["bits_by_frequency"] == pytest.approx(norms.bits_by_frequency(text))

@@ -43,3 +43,15 @@ def test_training_curves_draw_the_median_and_the_range_of_the_seeds() -> None:
     assert {(10.0, 4.0), (10.0, 5.0), (20.0, 2.0), (20.0, 3.0)} <= corners
     assert "step" in axes.get_xlabel()
     assert "bits" in axes.get_ylabel()
+
+
+def test_ends_by_rate_draw_every_seed_and_the_median() -> None:
+    axes = plots.ends_by_rate({"pre-norm": {0.001: [2.0, 3.0, 2.5], 0.1: [3.0, 3.5, 3.9]}}, guessing=3.8)
+    median, *points, line = axes.get_lines()
+    assert (list(median.get_xdata()), list(median.get_ydata())) == ([0.001, 0.1], [2.5, 3.5])
+    assert [list(point.get_ydata()) for point in points] == [[2.0, 3.0, 2.5], [3.0, 3.5, 3.9]]
+    assert set(line.get_ydata()) == {3.8}
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["pre-norm", "frequencies alone"]
+    assert "rate" in axes.get_xlabel()
+    assert "bits" in axes.get_ylabel()

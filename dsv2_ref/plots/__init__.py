@@ -11,7 +11,7 @@ from dsv2_ref.plots.experts import expert_loads, routing_map, sorted_choices
 from dsv2_ref.plots.kernels import bytes_moved, decode_plan
 from dsv2_ref.plots.mla import cache_growth, numbers_remembered, truncation_errors
 from dsv2_ref.plots.overview import layer_flow, layer_kinds, parameter_shares
-from dsv2_ref.plots.prenorm import by_layer, training_curves
+from dsv2_ref.plots.prenorm import by_layer, ends_by_rate, training_curves
 from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
 from dsv2_ref.plots.rooflines import intensity_over_batch, roofline
 from dsv2_ref.plots.rope import angle_errors, clocks, scores_by_distance, stretch_by_pair, turns_by_pair
@@ -28,6 +28,7 @@ __all__ = [
     "co_activation",
     "crossover",
     "decode_plan",
+    "ends_by_rate",
     "expert_loads",
     "growth_through_layers",
     "intensity_over_batch",

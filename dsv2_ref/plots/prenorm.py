@@ -45,3 +45,21 @@ def training_curves(runs: Mapping[str, Mapping[int, Sequence[float]]], guessing:
     axes.set_xlim(0, None)
     axes.legend(frameon=False, labelcolor=INK)
     return axes
+
+
+def ends_by_rate(ends: Mapping[str, Mapping[float, Sequence[float]]], guessing: float) -> Axes:
+    """Where trainings end, over the learning rate: the median of the seeds as a line, each seed as a point.
+
+    Args:
+        ends: for each label, the seeds' bits a byte at the end by rate; up to four. guessing: as for `training_curves`.
+    """
+    axes = new_axes("learning rate", "bits a byte at the end", height=4.2)
+    for (label, by_rate), (colour, line) in zip(ends.items(), STYLES, strict=False):
+        middle = [sorted(seeds)[len(seeds) // 2] for seeds in by_rate.values()]
+        axes.plot(list(by_rate), middle, line, color=colour, linewidth=2.2, label=label)
+        for rate, seeds in by_rate.items():
+            axes.plot([rate] * len(seeds), seeds, "o", color=colour, markersize=3.5)
+    axes.axhline(guessing, color=INK, linewidth=0.9, label="frequencies alone")
+    axes.set_xscale("log")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=10, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
+    return axes
