@@ -6,7 +6,7 @@ A claim's text decides how exactly it must be met (`tolerance`). What is compute
 import math
 import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ def norms(layer_idx: int) -> int:
     return sum("layernorm" in name for name in accounting.parameters(CARD, layer_idx))
 
 
+def activations(implementation: str) -> int:
+    """The most bytes of activations that the card's layer holds at once in a prefill of 8192 tokens."""
+    config = replace(CARD, _attn_implementation=implementation)
+    return accounting.activation_peak(config, Call(seq=8192, kv=8192, form="expanded"), 1)
+
+
 NAMES: dict[str, Any] = {
     "card": CARD,
     "ocr": OCR,
@@ -65,6 +71,7 @@ NAMES: dict[str, Any] = {
     "layer": layer,
     "published": published,
     "norms": norms,
+    "activations": activations,
     "cache_bytes": accounting.cache_bytes,
     "cache_numbers": accounting.cache_numbers,
     "active": lambda layer_idx: sum(accounting.parameters(CARD, layer_idx, active=True).values()),
