@@ -49,6 +49,11 @@ def published(field: str) -> Any:
     return PUBLISHED_DEFAULTS.get(field, {f.name: f.default for f in fields(DeepseekV2Config)}[field])
 
 
+def dense_layers(config: DeepseekV2Config) -> int:
+    """Layers without experts."""
+    return sum(not config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+
+
 def norms(layer_idx: int) -> int:
     """RMSNorms of the card's layer, those inside its attention included."""
     return sum("layernorm" in name for name in accounting.parameters(CARD, layer_idx))
@@ -75,7 +80,8 @@ NAMES: dict[str, Any] = {
     "cache_bytes": accounting.cache_bytes,
     "cache_numbers": accounting.cache_numbers,
     "active": lambda layer_idx: sum(accounting.parameters(CARD, layer_idx, active=True).values()),
-    "dense_layers": lambda config: sum(not config.is_moe_layer(i) for i in range(config.num_hidden_layers)),
+    "dense_layers": dense_layers,
+    "moe_layers": CARD.num_hidden_layers - dense_layers(CARD),
     "D": CARD.hidden_size,
     "H": CARD.num_attention_heads,
     "C": CARD.kv_lora_rank,
@@ -83,6 +89,9 @@ NAMES: dict[str, Any] = {
     "N": CARD.qk_nope_head_dim,
     "V": CARD.v_head_dim,
     "width": CARD.moe_intermediate_size,
+    "shared": CARD.n_shared_experts,
+    "E": CARD.n_routed_experts,
+    "k": CARD.num_experts_per_tok,
     "K": 8192,
 }
 
