@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 	@$(BIN)/mypy
 
 unit: $(INSTALLED)
-	@$(BIN)/python -m pytest -n 2 --ignore=tests/site
+	@$(BIN)/python -m pytest -n 2 --ignore=tests/site --ignore=tests/cuda
 	@$(NBVAL)
 	@$(PLAIN_CPU) OMP_NUM_THREADS=2 $(NBVAL)
 
@@ -44,7 +44,7 @@ bench: $(INSTALLED) ## time the layer against transformers and the machine
 
 test-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: every path of the layer and its kernels against float64, and every notebook
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-cuda: torch sees no CUDA GPU here")'
-	@$(BIN)/python -m pytest tests/cuda
+	@DSV2_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda
 	@$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env book
 
 bench-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: time the layer's parts there, against transformers and flash-attn
