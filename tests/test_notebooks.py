@@ -51,6 +51,27 @@ def test_runs_without_error_or_warning(notebook: NotebookNode) -> None:
             assert output.output_type != "error" or "raises-exception" in cell.metadata.get("tags", []), cell.id
 
 
+CHAPTERS = [path for path in IN_BOOK if path.stem not in ("notation", "traps", "gpu")]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_has_goals_exercises_with_run_solutions_and_takeaways(chapter: Path) -> None:
+    cells = nbformat.read(chapter, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    title = cells[0].source
+    assert re.search(r"^# .+\n\n\*[^*]+\?\*", title), "a question below the title"
+    for part in ("What you will be able to do", "You need ", "Reading takes"):
+        assert part in title.replace("\n", " "), part
+    exercises, solutions = (re.findall(rf"\{{{kind}-start\}}.*", text) for kind in ("exercise", "solution"))
+    assert len(exercises) == len(solutions) >= 4
+    assert any("Find the error" in exercise for exercise in exercises)
+    assert "## Takeaways" in text
+    assert "Read next" in text
+    for place, cell in enumerate(cells):
+        if "{solution-start}" in cell.source and not cell.source.rstrip().endswith("{solution-end}\n```"):
+            assert cells[place + 1].cell_type == "code", f"{cell.id}: a solution is run"
+
+
 def test_figures_are_described(notebook: NotebookNode) -> None:
     for cell in code_cells(notebook):
         if any(key.startswith("image/") for output in cell.outputs for key in output.get("data", {})):
