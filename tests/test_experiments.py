@@ -99,6 +99,16 @@ def test_a_short_training_with_norms_before_and_behind(tmp_path: Path, monkeypat
     assert all(len(run["bits"]) == 1 for run in log["runs"])
 
 
+@pytest.mark.parametrize(("place", "gain"), [("pre", 1.0), ("post", norms.V2_GAIN)])
+def test_the_stored_log_of_the_norms_begins_as_the_script_does(place: str, gain: float) -> None:
+    """Twenty steps of a run. Its logs are rounded to 0.001; another CPU rounds otherwise, which grows from step to step."""
+    log = json.loads((norms.DATA / "norms_log.json").read_text())
+    wanted = {"place": place, "gain": gain, "warm_up": 80, "rate": 1e-3, "seed": 1}
+    (stored,) = [run["bits"] for run in log["runs"] if wanted.items() <= run.items()]
+    found = norms.train(place, 80, 1e-3, 1, 20, to_bytes(sums(20_000, seed=1)), gain)
+    assert found["bits"] == pytest.approx(stored[:2], abs=0.005)
+
+
 def test_the_stored_log_of_the_norms_has_every_run() -> None:
     log = json.loads((norms.DATA / "norms_log.json").read_text())
     settings = [(gain, rate) for gain, rates in norms.RATES.items() for rate in rates]
