@@ -118,6 +118,7 @@ def measure(contest: Contest, dtype: torch.dtype, clock: Clock, rounds: int) -> 
                 from_python[name] = gpu.samples(step, gpu.from_python, rounds)
             except FAILURES as error_:
                 left_out[name] = _first_line(error_)
+                torch.cuda.empty_cache()
     return {
         "work": contest.name,
         "flops": contest.flops,

@@ -13,7 +13,6 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -186,25 +185,36 @@ def test_the_cache_is_as_large_as_counted() -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_memory_is_what_is_counted(kernel: str, training: bool) -> None:
-    """Without fused kernels. Every tensor takes a multiple of 512 bytes; 5 % are for that and for products' workspaces."""
+    """Without fused kernels. Every tensor takes a multiple of 512 bytes; 5 % are for that and for products' workspaces.
+
+    The way back also makes the gradients of weights, one after the other: somewhere between none and all of them are
+    there at the peak.
+    """
     config = replace(DeepseekV2Config.deepseek_v2_lite(), _attn_implementation=kernel, mla_form="expanded")
     layer = DeepseekV2DecoderLayer(config, 1).to(DEVICE, torch.bfloat16).train(training)
     x = normal(1, 2048, config.hidden_size).to(DEVICE, torch.bfloat16).requires_grad_(training)
 
-    def run() -> Any:
+    def run() -> None:
+        layer.zero_grad(set_to_none=True)
         out = layer(x)[0]
         if training:
             out.backward(out.detach())
 
     with kernels.enabled(False), torch.set_grad_enabled(training):
-        run()  # makes the gradients of weights, and the libraries' workspaces
+        run()  # the libraries make their workspaces
+        layer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         taken = torch.cuda.max_memory_allocated() - before
     call = acc.Call(batch=1, seq=2048, kv=2048, form="expanded")
-    assert taken <= 1.05 * acc.activation_peak(config, call, 1, training)
+    counted = acc.activation_peak(config, call, 1, training)
+    gradients = sum(p.nbytes for p in layer.parameters()) if training else 0
+    assert taken <= 1.05 * counted + gradients
+    assert (
+        taken >= 0.95 * counted or kernel == "sdpa"
+    )  # a GPU's own fused attention may need less than torch's on a CPU
 
 
 @gpu_only
@@ -226,14 +236,15 @@ def test_the_host_never_waits(name: str, layer_idx: int) -> None:
 
 @gpu_only
 def test_a_step_compiled_whole() -> None:
-    layer, _ = pair("auto sdpa", 1, torch.bfloat16)
-    x = normal(1, 8, MIDDLE.hidden_size).to(DEVICE, torch.bfloat16)
+    """In float32, where compiled code rounds otherwise but chooses the same experts."""
+    layer, _ = pair("auto sdpa", 1, torch.float32)
+    x = normal(1, 8, MIDDLE.hidden_size).to(DEVICE)
     with torch.no_grad():
         _, remembered = layer(x[:, :7], use_cache=True)
         expected = layer(x[:, 7:], past_key_value=remembered, use_cache=True)[0]
         compiled = torch.compile(layer, fullgraph=True)
         actual = compiled(x[:, 7:], past_key_value=remembered, use_cache=True)[0]
-    assert_near(actual, expected.cpu().double(), torch.bfloat16)
+    assert_near(actual, expected.cpu().double(), torch.float32)
 
 
 @gpu_only
