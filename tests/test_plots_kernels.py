@@ -7,6 +7,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
 
 from dsv2_ref import plots
 
@@ -33,9 +34,22 @@ def test_programs_cover_every_query_and_key_once(rows: int, kv_seq: int, program
     assert len(corners) == programs
     assert max(x for x, _ in corners) + cells[-1].get_width() == kv_seq
     assert (shown.get_width(), shown.get_height()) == (min(300, kv_seq), min(16, rows))
-    assert f"{programs} programs" in axes.texts[1].get_text()
-    neighbours = {cell.get_xy(): cell.get_facecolor() for cell in cells}
-    assert all(neighbours[x, y] != neighbours.get((x + 300, y)) for x, y in neighbours)
+    assert f"{programs} programs" in axes.figure.get_suptitle()
+    assert all(cell.get_edgecolor() != cell.get_facecolor() and cell.get_linewidth() > 0 for cell in cells)
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+    plt.close("all")
+
+
+def test_an_arrow_leads_from_a_query_s_shares_to_its_output() -> None:
+    axes = plots.decode_plan(48, 16, 1000, 300)
+    (arrow,) = (text for text in axes.texts if isinstance(text, Annotation))
+    (tail, height), (head, head_height) = arrow.xyann, arrow.xy
+    assert tail == 0
+    assert head > 1000
+    assert height == head_height
+    assert 16 < height < 32  # within one block of queries
+    assert "4 pairs" in axes.texts[-1].get_text()
     assert axes.get_xlabel()
     assert axes.get_ylabel()
     plt.close("all")

@@ -28,7 +28,7 @@ from dsv2_ref import (
 from dsv2_ref import attention as attention_module
 from dsv2_ref import multi_head as multi_head_module
 from dsv2_ref.multi_head import MultiHeadAttention
-from dsv2_ref.rope import rotary_tables, rotate_half_split, rotate_interleaved
+from dsv2_ref.rope import inverse_frequencies, rotary_tables, rotate_half_split, rotate_interleaved
 from tests import oracle
 from tests.peers import SMALL, YARN, assert_close, native, native_config, randomised, tokens, with_weights_of
 
@@ -124,6 +124,8 @@ def test_yarn(mscales: dict[str, float]) -> None:
     """Tables are scaled by m(mscale) / m(mscale_all_dim), each with its own default where only one is given."""
     config = replace(SMALL, rope_scaling={**YARN, **mscales})
     mscale, all_dim = mscales.get("mscale", 1.0), mscales.get("mscale_all_dim", 0.0)
+    theirs = native.DeepseekV2RotaryEmbedding(native_config(config)).inv_freq
+    assert_close(inverse_frequencies(8, 1e4, config.rope_scaling), theirs, "angles, the same in transformers")
     cos, sin = rotary_tables(torch.arange(SEQ)[None], 8, 1e4, config.rope_scaling, dtype=torch.float64)
     magnitude = (0.1 * mscale * math.log(40) + 1) / (0.1 * all_dim * math.log(40) + 1)
     assert_close(torch.hypot(cos, sin), torch.full((1, SEQ, 4), magnitude, dtype=torch.float64), "magnitude")
@@ -335,6 +337,19 @@ def test_attention_mask(kernel: str, as_shipped: None) -> None:
     out = attention(x, attention_mask=blind)[0]
     assert (out[0, 3] == 0).all()
     assert torch.cat((out[:, :3], out[:, 4:]), dim=1).isfinite().all()
+
+
+def test_a_row_that_sees_nothing_in_transformers() -> None:
+    """Zeros here; there NaN after minus infinity, and the mean of all values after the lowest number of the format."""
+    attention, value = nn.Module(), tokens(1, SEQ, torch.float32)[None]
+    attention.num_key_value_groups = 1
+    for hidden, expected in (
+        (-math.inf, torch.full_like(value[..., :1, :], math.nan)),
+        (torch.finfo(torch.float32).min, value.mean(-2, keepdim=True)),
+    ):
+        mask = torch.full((1, 1, 1, SEQ), hidden)
+        out, _ = native.eager_attention_forward(attention, value[..., :1, :], value, value, mask, scaling=1.0)
+        assert torch.allclose(out.transpose(1, 2), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])

@@ -42,6 +42,8 @@ def _step(largest: float) -> float:
 def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> Axes:
     """Which program attends which queries to which keys: a grid of shares of the keys and blocks of rows, one outlined.
 
+    An arrow along one query, through all its shares, says what a program of the second kernel adds.
+
     Args:
         rows: queries of all heads. rows_at_once: those of a program.
         kv_seq: keys. split_size: those of a program.
@@ -49,11 +51,8 @@ def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> A
     axes = new_axes("key", "query of a head", height=3.4)
     for start in range(0, kv_seq, split_size):
         for first in range(0, rows, rows_at_once):
-            odd = (start // split_size + first // rows_at_once) % 2
             size = min(split_size, kv_seq - start), min(rows_at_once, rows - first)
-            axes.add_patch(
-                Rectangle((start, first), *size, facecolor="#9CC9E3" if odd else "#E8F3FA", edgecolor="none")
-            )
+            axes.add_patch(Rectangle((start, first), *size, facecolor="#9CC9E3", edgecolor="white", linewidth=0.8))
     shown = Rectangle((0, 0), min(split_size, kv_seq), min(rows_at_once, rows), facecolor="none", linewidth=2.5)
     shown.set_edgecolor(STYLES[1][0])
     shown.set_clip_on(False)
@@ -62,10 +61,15 @@ def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> A
     said = f"one program: {min(rows_at_once, rows)} queries, {min(split_size, kv_seq):,} keys"
     axes.text(0, -0.03 * rows, said, color=STYLES[1][0], va="bottom")
     said = f"{blocks} blocks of queries × {shares} shares of the keys = {blocks * shares} programs"
-    axes.text(0.5, 1.14, said, transform=axes.transAxes, ha="center", color=INK, fontsize=11)
+    axes.figure.suptitle(said, color=INK, fontsize=11)
+    query = min((blocks // 2 + 0.5) * rows_at_once, rows - 0.5)
+    line = {"arrowstyle": "-|>", "color": STYLES[2][0], "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (1.1 * kv_seq, query), (0, query), arrowprops=line, annotation_clip=False)
+    said = f"one query:\n{shares} pairs\n$(o_j, L_j)$\n→ one output"
+    axes.text(1.12 * kv_seq, query, said, color=INK, va="center", fontsize=11)
     axes.set(xlim=(0, kv_seq), ylim=(rows, 0))
     axes.yaxis.set_major_locator(MultipleLocator(max(rows_at_once, rows // 4)))
-    axes.xaxis.set_major_locator(MultipleLocator(max(1, kv_seq // 4)))
+    axes.xaxis.set_major_locator(MultipleLocator(max(1, kv_seq // 2)))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.grid(False)
     return axes
