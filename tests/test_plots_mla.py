@@ -18,10 +18,11 @@ def closed_figures() -> Iterator[None]:
     plt.close("all")
 
 
-def test_numbers_remembered_are_labelled_bars_from_the_top() -> None:
+def test_numbers_remembered_are_labelled_dots_from_the_top() -> None:
     axes = plots.numbers_remembered({"all heads": 32768, "latent": 576})
-    (bars,) = axes.containers
-    assert [bar.get_width() for bar in bars] == [32768, 576]
+    (dots,) = axes.get_lines()
+    assert dict(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == {32768: 0, 576: 1}
+    assert dots.get_linestyle() == "None"
     assert [text.get_text() for text in axes.texts] == ["32,768", "576"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["all heads", "latent"]
     assert axes.yaxis_inverted()
@@ -29,12 +30,13 @@ def test_numbers_remembered_are_labelled_bars_from_the_top() -> None:
     assert axes.get_xlabel()
 
 
-def test_the_numbers_beside_the_bars_stay_inside_the_figure() -> None:
+def test_the_dots_and_the_numbers_beside_them_stay_inside_the_figure() -> None:
     axes = plots.numbers_remembered({"all heads": 40960, "latent": 1})
     axes.figure.canvas.draw()
     right = axes.get_window_extent().x1
     assert all(text.get_window_extent().x1 <= right for text in axes.texts)
-    assert all(bar.get_window_extent().width > 10 for bar in axes.patches)
+    assert axes.get_xlim()[0] < 1
+    assert axes.get_xlim()[1] > 40960
 
 
 COMPUTED = {"MHA": {64: 640, 1024: 10240, 16384: 163840}, "MLA": {64: 64, 1024: 1024, 16384: 16384}}

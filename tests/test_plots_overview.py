@@ -76,6 +76,35 @@ def test_every_name_has_a_box_that_holds_it_and_an_empty_name_has_none() -> None
         assert text.get_window_extent().width < box.get_window_extent().width, name
 
 
+WIDE = {"norm": [["query", "both", "both"], ["query latent", "key latent", "rope key"], ["up", "up too", ""], ["end"]]}
+
+
+def test_a_name_given_to_neighbours_is_one_box_over_their_columns() -> None:
+    axes = plots.layer_flow(WIDE)
+    drawn = boxes(axes)
+    assert [text.get_text() for text in axes.texts].count("both") == 1
+    edges = {name: (box.get_x(), box.get_x() + box.get_width()) for name, box in drawn.items()}
+    assert edges["both"] == pytest.approx((edges["key latent"][0], edges["rope key"][1]))
+    assert edges["query"] == pytest.approx(edges["query latent"])
+    assert edges["query latent"][1] < edges["key latent"][0]
+    assert edges["key latent"][1] < edges["rope key"][0]
+
+
+def test_a_line_leads_from_the_last_column_past_the_row_to_the_box_that_gathers() -> None:
+    axes = plots.layer_flow(WIDE)
+    where, drawn = places(axes), boxes(axes)
+    x = where["rope key"][0]
+    (past,) = (
+        line.get_ydata()
+        for line in axes.get_lines()
+        if list(line.get_xdata()) == [x, x] and min(line.get_ydata()) < where["up"][1] < max(line.get_ydata())
+    )
+    assert max(past) == pytest.approx(drawn["rope key"].get_y())
+    tips = [text.xy for text in axes.texts if text.get_text() == "" and text.arrow_patch.get_linewidth() < 3]
+    into_end = [tip for tip in tips if tip[1] == pytest.approx(drawn["end"].get_y() + drawn["end"].get_height())]
+    assert into_end == [pytest.approx((where["end"][0], into_end[0][1]))]
+
+
 def test_only_what_is_remembered_is_marked() -> None:
     drawn = boxes(plots.layer_flow(FLOW, remembered=["key latent"]))
     colours = {name: box.get_facecolor() for name, box in drawn.items()}

@@ -39,13 +39,14 @@ def test_every_clock_has_its_hands_at_the_given_angles_and_the_later_ones_are_da
 
 
 def test_turns_start_at_pair_zero_with_the_limits_marked() -> None:
-    axes = plots.turns_by_pair({"none": [100.0, 10.0, 1.0], "linear": [10.0, 1.0, 0.1]}, {"one turn": 1.0})
+    axes = plots.turns_by_pair({"none": [100.0, 10.0, 1.0], "linear": [10.0, 1.0, 0.1]}, {"one turn": 1.0}, 4096)
     none, linear, limit = axes.get_lines()
     assert list(none.get_xdata()) == [0, 1, 2]
     assert list(none.get_ydata()) == [100.0, 10.0, 1.0]
     assert list(linear.get_ydata()) == [10.0, 1.0, 0.1]
     assert list(limit.get_ydata()) == [1.0, 1.0]
     assert [text.get_text() for text in axes.texts] == ["one turn"]
+    assert axes.get_ylabel() == "turns over 4,096 positions"
     assert axes.get_yscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["none", "linear"]
 
@@ -70,22 +71,24 @@ def test_angle_errors_are_drawn_at_their_positions_and_zeros_left_out() -> None:
     assert bfloat16.get_linestyle() != float32.get_linestyle()
 
 
-def test_scores_start_at_distance_zero_around_a_line_at_zero() -> None:
-    axes = plots.scores_by_distance({"equal": [1.0, 0.9], "random": [1.0, -0.5]})
+def test_scores_are_drawn_at_their_distances_around_a_line_at_zero() -> None:
+    axes = plots.scores_by_distance([0, 10], {"equal": [1.0, 0.9], "random": [1.0, -0.5]})
     equal, random, zero = axes.get_lines()
-    assert list(equal.get_xdata()) == [0, 1]
+    assert list(equal.get_xdata()) == [0, 10]
     assert list(equal.get_ydata()) == [1.0, 0.9]
     assert list(random.get_ydata()) == [1.0, -0.5]
     assert list(zero.get_ydata()) == [0, 0]
+    assert equal.get_linestyle() != random.get_linestyle()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["equal", "random"]
 
 
 @pytest.mark.parametrize(
     "axes",
     [
-        lambda: plots.turns_by_pair({"a": [1.0]}, {}),
+        lambda: plots.turns_by_pair({"a": [1.0]}, {}, 1),
         lambda: plots.stretch_by_pair({"a": [1.0]}),
         lambda: plots.angle_errors([1], {"a": [1.0]}),
-        lambda: plots.scores_by_distance({"a": [1.0]}),
+        lambda: plots.scores_by_distance([0], {"a": [1.0]}),
     ],
 )
 def test_axes_are_named(axes) -> None:

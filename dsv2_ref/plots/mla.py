@@ -11,19 +11,20 @@ MARKERS = "osD^"
 
 
 def numbers_remembered(counts: Mapping[str, int]) -> Axes:
-    """How many numbers a layer keeps of a token, a bar for each way to remember, on a logarithmic scale.
+    """How many numbers a layer keeps of a token, a dot for each way to remember, on a logarithmic scale.
 
     Args:
-        counts: for each label, numbers a token and layer.
+        counts: for each label, numbers per token and layer.
     """
-    axes = new_axes("numbers a token and layer", "", height=0.8 + 0.45 * len(counts))
-    bars = axes.barh(list(counts), list(counts.values()), 0.62, color="#9CC9E3", edgecolor=INK)
-    axes.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=4, fontsize=11, color=INK)
-    axes.set_xscale("log")
-    left, longest = min(counts.values()) / 4, max(counts.values())  # even the least gets a bar
-    axes.set_xlim(left, longest * (longest / left) ** 0.3)  # and every bar room for its number
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
+    axes = new_axes("numbers per token and layer", "", height=0.8 + 0.4 * len(counts))
+    axes.plot(list(counts.values()), range(len(counts)), "o", color=STYLES[0][0], markersize=9)
+    for row, count in enumerate(counts.values()):
+        axes.annotate(
+            f"{count:,}", (count, row), (9, 0), textcoords="offset points", va="center", fontsize=11, color=INK
+        )
+    least, most = min(counts.values()), max(counts.values())
+    axes.set(xscale="log", xlim=(least / 2, most * (most / least) ** 0.35))  # every dot has room for its number
+    axes.set(ylim=(len(counts) - 0.5, -0.5), yticks=range(len(counts)), yticklabels=list(counts))
     axes.tick_params(left=False)
     return axes
 

@@ -1,6 +1,7 @@
 """Figures of the chapter that shows the layer at a glance."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,6 +13,8 @@ BLUE, ORANGE = STYLES[0][0], STYLES[1][0]
 ARROW = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
 BOX = 0.7  # height of a box, where the rows are 1 apart
 STREAM = 0.5  # where the residual stream runs, from left to right 0 to 10
+LEFT, RIGHT, GAP = 1.4, 9.95, 0.3  # the columns of boxes, and the room between them
+MIDDLE = (LEFT + RIGHT) / 2
 
 
 def layer_flow(branches: Mapping[str, Sequence[Sequence[str]]], remembered: Collection[str] = ()) -> Axes:
@@ -19,7 +22,8 @@ def layer_flow(branches: Mapping[str, Sequence[Sequence[str]]], remembered: Coll
 
     Args:
         branches: for each norm that begins a branch, the rows of boxes behind it. A row of as many boxes as the row
-            above continues its lines; another number of boxes gathers or spreads them. An empty name is a line.
+            above continues its lines; another number of boxes gathers or spreads them. An empty name is a line, and
+            a name given to neighbours is one box as wide as they are.
         remembered: the boxes whose content a layer keeps between calls; drawn in another colour.
     """
     rows = sum(len(behind) + 2 for behind in branches.values())
@@ -31,19 +35,19 @@ def layer_flow(branches: Mapping[str, Sequence[Sequence[str]]], remembered: Coll
     axes.text(STREAM + 0.4, -rows - 0.25, "token out", va="center", color=INK)
     y = -0.35
     for norm, behind in branches.items():
-        axes.plot([STREAM, 5.7], [y, y], color=INK, linewidth=1.2)
-        above = [5.7]
+        axes.plot([STREAM, MIDDLE], [y, y], color=INK, linewidth=1.2)
+        above = [MIDDLE]
         start = y
         y -= 0.65
         for number, row in enumerate([[norm], *behind]):
-            places = [5.7] if len(row) == 1 else [3.6 + 4.3 * i / (len(row) - 1) for i in range(len(row))]
+            places = _places(len(row))
             top = y + BOX / 2
             if number == 0:
-                axes.annotate("", (5.7, top), (5.7, start), arrowprops=ARROW)
+                axes.annotate("", (MIDDLE, top), (MIDDLE, start), arrowprops=ARROW)
             else:
                 _connect(axes, above, places, top, row)
-            for x, name in zip(places, row, strict=True):
-                _box(axes, x, y, name, 2.0 if len(row) > 1 else 2.4, name in remembered)
+            for x, half, name in _boxes(row):
+                _box(axes, x, y, name, half, name in remembered)
             above = places
             y -= 1
         middle = y + 0.4
@@ -56,30 +60,48 @@ def layer_flow(branches: Mapping[str, Sequence[Sequence[str]]], remembered: Coll
     return axes
 
 
+def _places(columns: int) -> list[float]:
+    """The middle of each column of a row."""
+    apart = (RIGHT - LEFT + GAP) / columns
+    return [MIDDLE + apart * (i - (columns - 1) / 2) for i in range(columns)]
+
+
+def _boxes(row: Sequence[str]) -> Iterator[tuple[float, float, str]]:
+    """Middle, half the width and name of each box of a row."""
+    places = _places(len(row))
+    half = 2.4 if len(row) == 1 else (places[1] - places[0] - GAP) / 2
+    for name, columns in groupby(range(len(row)), key=row.__getitem__):
+        if name:
+            taken = [places[column] for column in columns]
+            yield (taken[0] + taken[-1]) / 2, half + (taken[-1] - taken[0]) / 2, name
+
+
 def _connect(axes: Axes, above: Sequence[float], places: Sequence[float], top: float, row: Sequence[str]) -> None:
     """Lines from the boxes of one row to those of the next, whose upper edge is at ``top``."""
     bottom, middle = top + 1 - BOX, top + (1 - BOX) * 0.62
+    lines = [x for x, name in zip(places, row, strict=True) if not name]
+    arrows = [x for x in places if x not in lines]
     if len(above) != len(places):
+        arrows = [x for x, _, _ in _boxes(row)]
         for x in above:
             axes.plot([x, x], [bottom, middle], color=INK, linewidth=1.2)
-        ends = [*above, *places]
+        ends = [*above, *arrows, *lines]
         axes.plot([min(ends), max(ends)], [middle, middle], color=INK, linewidth=1.2)
         bottom = middle
-    for x, name in zip(places, row, strict=True):
-        if name:
-            axes.annotate("", (x, top), (x, bottom), arrowprops=ARROW)
-        else:
-            axes.plot([x, x], [top - BOX, bottom], color=INK, linewidth=1.2)
+    for x in arrows:
+        axes.annotate("", (x, top), (x, bottom), arrowprops=ARROW)
+    for x in lines:
+        axes.plot([x, x], [top - BOX, bottom], color=INK, linewidth=1.2)
 
 
 def _box(axes: Axes, x: float, y: float, name: str, half: float, remembered: bool) -> None:
-    if name:
-        corner, size = (x - half, y - BOX / 2), (2 * half, BOX)
-        face, edge = ("#FCE5D4", ORANGE) if remembered else ("#F1F5F9", INK)
-        style = "round,pad=0,rounding_size=0.12"
-        look: dict[str, Any] = {"boxstyle": style, "facecolor": face, "edgecolor": edge, "linewidth": 1.4, "zorder": 2}
-        axes.add_patch(FancyBboxPatch(corner, *size, **look))
-        axes.text(x, y - 0.02, name, ha="center", va="center", fontsize=11.5, linespacing=1.15, color=INK, zorder=3)
+    corner, size = (x - half, y - BOX / 2), (2 * half, BOX)
+    face, edge = ("#FCE5D4", ORANGE) if remembered else ("#F1F5F9", INK)
+    style = "round,pad=0,rounding_size=0.12"
+    look: dict[str, Any] = {"boxstyle": style, "facecolor": face, "edgecolor": edge, "linewidth": 1.4, "zorder": 2}
+    axes.add_patch(FancyBboxPatch(corner, *size, **look))
+    letters = 11.5 if half > 1.5 else 10.5
+    axes.text(x, y - 0.02, name, ha="center", va="center", fontsize=letters, linespacing=1.15, color=INK, zorder=3)
 
 
 def layer_kinds(models: Mapping[str, Sequence[bool]]) -> Axes:

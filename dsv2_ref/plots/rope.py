@@ -35,14 +35,15 @@ def clocks(angles: Mapping[str, Sequence[float]]) -> Axes:
     return axes
 
 
-def turns_by_pair(turns: Mapping[str, Sequence[float]], limits: Mapping[str, float]) -> Axes:
+def turns_by_pair(turns: Mapping[str, Sequence[float]], limits: Mapping[str, float], positions: int) -> Axes:
     """How often each pair of features turns around over a sequence, on a logarithmic scale.
 
     Args:
         turns: for each way of scaling, the turns of pair 0, pair 1, …; up to four curves.
         limits: numbers of turns to mark by a labelled horizontal line.
+        positions: the length of the sequence.
     """
-    axes = new_axes("pair of features", "turns", height=3.6)
+    axes = new_axes("pair of features", f"turns over {positions:,} positions", height=3.6)
     add_curves(axes, turns, start=0)
     axes.set_yscale("log")
     last = max(map(len, turns.values())) - 1
@@ -80,13 +81,16 @@ def angle_errors(positions: Sequence[int], errors: Mapping[str, Sequence[float]]
     return axes
 
 
-def scores_by_distance(scores: Mapping[str, Sequence[float]]) -> Axes:
-    """The score of a query with a key, by the number of positions between them.
+def scores_by_distance(distances: Sequence[int], scores: Mapping[str, Sequence[float]]) -> Axes:
+    """The score of a query with a key, by the number of positions between them; thin lines, for they are ragged.
 
     Args:
-        scores: for each label, the score at distance 0, 1, 2, …; up to four curves.
+        distances: where the scores were measured, rising.
+        scores: for each label, the score at each of these distances; up to four curves.
     """
     axes = new_axes("distance (positions)", "score, relative to distance 0")
-    add_curves(axes, scores, start=0)
+    for (label, values), (colour, line) in zip(scores.items(), STYLES[: len(scores)], strict=True):
+        axes.plot(distances, values, line, color=colour, linewidth=1.5, label=label)
+    axes.legend(frameon=False, labelcolor=INK)
     axes.axhline(0, color=INK, linewidth=0.9)
     return axes
