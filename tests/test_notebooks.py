@@ -55,7 +55,7 @@ CHAPTERS = [path for path in IN_BOOK if path.stem not in ("notation", "traps", "
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_a_chapter_has_goals_exercises_with_run_solutions_and_takeaways(chapter: Path) -> None:
+def test_a_chapter_has_goals_source_exercises_with_run_solutions_and_takeaways(chapter: Path) -> None:
     cells = nbformat.read(chapter, as_version=4).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     title = cells[0].source
@@ -65,6 +65,8 @@ def test_a_chapter_has_goals_exercises_with_run_solutions_and_takeaways(chapter:
     exercises, solutions = (re.findall(rf"\{{{kind}-start\}}.*", text) for kind in ("exercise", "solution"))
     assert len(exercises) == len(solutions) >= 4
     assert any("Find the error" in exercise for exercise in exercises)
+    shown = [cell for cell in cells if cell.cell_type == "code" and "inspect.getsource(" in cell.source]
+    assert shown, "shows the package's code by inspect.getsource"
     assert "## Takeaways" in text
     assert "Read next" in text
     for place, cell in enumerate(cells):

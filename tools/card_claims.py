@@ -1,17 +1,23 @@
 """The card's numeric claims, computed and judged: `book/data/card_claims.toml` says what was claimed, this says whether it holds.
 
-A claim's text decides how exactly it must be met (`tolerance`). What is computed is an expression over the names in `NAMES`, most of them functions of `dsv2_ref.accounting`.
+The number printed in a claim decides how exactly it must be met (`tolerance`). What is computed is an expression over the names in
+`NAMES`, most of them functions of `dsv2_ref.accounting`.
 """
 
 import math
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dsv2_ref import accounting
-from dsv2_ref.accounting import Call
+from dsv2_ref.accounting import Call, memory
+from dsv2_ref.accounting.memory.attention import attend
+from dsv2_ref.accounting.memory.experts import moe
+from dsv2_ref.accounting.memory.ledger import Ledger
+from dsv2_ref.accounting.operations import form_of
 from dsv2_ref.config import PUBLISHED_DEFAULTS, DeepseekV2Config
 
 CLAIMS = Path(__file__).resolve().parent.parent / "book" / "data" / "card_claims.toml"
@@ -20,12 +26,14 @@ ABOUT, LOOSE = 0.01, 0.1  # of a number given as "about": what it may always mis
 CARD, OCR = DeepseekV2Config.card(), DeepseekV2Config.deepseek_ocr()
 DECODE = Call(seq=1, kv=8192)
 PREFILL = Call(seq=8192, kv=8192)
+VERDICTS = ("holds", "holds if", "off", "experiment")
+FUSED = "flash_attention_2"  # what the card names beside eager; as many bytes as sdpa
 
 
-def attention(call: Call, form: str, causal: bool = True) -> int:
+def attention(call: Call, form: str) -> int:
     """FLOPs of the products of one attention."""
-    call = Call(batch=call.batch, seq=call.seq, kv=call.kv, form=form, causal=causal)
-    return sum(n for name, n in accounting.products(CARD, 0, call).items() if name.startswith("self_attn"))
+    counts = accounting.products(CARD, 0, replace(call, form=form))
+    return sum(n for name, n in counts.items() if name.startswith("self_attn"))
 
 
 def feed_forward(layer_idx: int, call: Call) -> int:
@@ -40,8 +48,7 @@ def weights(layer_idx: int, part: str = "") -> int:
 
 def layer(layer_idx: int, call: Call, form: str = "auto") -> int:
     """FLOPs of all products of a layer."""
-    call = Call(batch=call.batch, seq=call.seq, kv=call.kv, form=form)
-    return sum(accounting.products(CARD, layer_idx, call).values())
+    return sum(accounting.products(CARD, layer_idx, replace(call, form=form)).values())
 
 
 def published(field: str) -> Any:
@@ -59,10 +66,27 @@ def norms(layer_idx: int) -> int:
     return sum("layernorm" in name for name in accounting.parameters(CARD, layer_idx))
 
 
-def activations(implementation: str) -> int:
-    """The most bytes of activations that the card's layer holds at once in a prefill of 8192 tokens."""
+@cache
+def peak(
+    call: Call,
+    layer_idx: int | None,
+    training: bool = False,
+    checkpointing: bool = False,
+    implementation: str = FUSED,
+) -> int:
+    """The most bytes of activations that are alive together in a layer of the card, or in a model of such layers (None)."""
     config = replace(CARD, _attn_implementation=implementation)
-    return accounting.activation_peak(config, Call(seq=8192, kv=8192, form="expanded"), 1)
+    return accounting.activation_peak(config, call, layer_idx, training, checkpointing)
+
+
+def part_peak(part: str, call: Call) -> int:
+    """The same in the ``attention`` or the ``mixture`` of experts alone, whose input is not counted."""
+    config = replace(CARD, _attn_implementation=FUSED)
+    absorbed = form_of(config, call) == "absorbed"
+    sizes = memory.Pass(config=config, batch=1, seq=call.seq, kv=call.kv, width=call.bytes_each, absorbed=absorbed)
+    ledger = Ledger(recording=False)
+    {"attention": attend, "mixture": moe}[part](ledger, sizes, ledger.leaf(call.tokens * CARD.hidden_size, sizes.width))
+    return ledger.peak
 
 
 NAMES: dict[str, Any] = {
@@ -76,7 +100,8 @@ NAMES: dict[str, Any] = {
     "layer": layer,
     "published": published,
     "norms": norms,
-    "activations": activations,
+    "peak": peak,
+    "part_peak": part_peak,
     "cache_bytes": accounting.cache_bytes,
     "cache_numbers": accounting.cache_numbers,
     "active": lambda layer_idx: sum(accounting.parameters(CARD, layer_idx, active=True).values()),
@@ -101,9 +126,12 @@ class Claim:
     """One claim, judged.
 
     Attributes:
-        section: of the card. quote: its words. value: the number claimed. computed: what it is.
-        verdict: ``holds``, ``holds if`` (with ``assumption``), ``off`` or ``experiment`` (see ``note``).
+        section: heading of the card. quote: its words, the number that is judged in bold. value: that number, of a range
+        the nearest to what is computed. computed: what it is, if one assumes (``assumes``). supposed: what it is under a
+        further assumption, or None.
+        verdict: ``holds``, ``holds if`` (``assumes`` is then what must be assumed), ``off`` or ``experiment`` (see ``note``).
         explained: whether a slip is known that gives the card's number; ``note`` then says which.
+        inherits: whether all that is wrong is a number that it was computed from.
     """
 
     id: str
@@ -111,15 +139,23 @@ class Claim:
     quote: str
     value: float
     computed: float
+    supposed: float | None
     verdict: str
-    assumption: str
+    assumes: str
     explained: bool
+    inherits: bool
     note: str
 
     @property
     def factor(self) -> float:
         """Claimed over computed; infinite where nothing is computed as 0."""
         return self.value / self.computed if self.computed else math.inf
+
+    @property
+    def printed(self) -> str:
+        """The number as the card has it, without a sign for "about"."""
+        found = re.search(r"\*\*[~≈ ]*(.+?)\*\*", self.quote)
+        return found[1] if found else ""
 
 
 def compute(expression: str) -> float:
@@ -135,11 +171,16 @@ def amount(number: float) -> str:
     return f"{number:,.0f}" if number == round(number) else f"{number:.4g}"
 
 
+def filled(text: str) -> str:
+    """A text of the data file, what stands in braces computed."""
+    return re.sub(r"\{(.+?)\}", lambda found: amount(compute(found[1])), text)
+
+
 def tolerance(printed: str, about: bool) -> float:
     """By how much a printed number may miss: half a unit of its last digit.
 
-    Where it is given as "about", zeros at the end of a whole number are no digits: then it may miss by at least 1 % and at
-    most 10 %.
+    One that is given as "about" may miss by half a unit of its last digit
+    that is not a closing zero, but always by 1 %, and never by more than 10 %.
     """
     if "." in printed:
         unit = 10.0 ** -len(printed.partition(".")[2])
@@ -150,36 +191,45 @@ def tolerance(printed: str, about: bool) -> float:
     return min(max(unit / 2, ABOUT * float(printed)), LOOSE * float(printed))
 
 
-def judge(entry: dict[str, Any]) -> Claim:
-    """Compute a claim and compare."""
-    scale = UNITS[entry.get("unit", "")]
-    printed = entry["value"]
-    about = "~" in entry["quote"] or "≈" in entry["quote"]
-    value, least = float(printed) * scale, float(entry.get("from", printed)) * scale
-    above, below = (tolerance(end, about) * scale * (1 + 1e-9) for end in (printed, entry.get("from", printed)))
+def meets(entry: dict[str, Any], expression: str) -> bool:
+    """Whether a computed number is what the card printed, or lies in the range that it printed."""
+    scale, most = UNITS[entry.get("unit", "")], entry["value"]
+    least = entry.get("from", most)
+    about = "**~" in entry["quote"] or "**≈" in entry["quote"]
+    below, above = (tolerance(end, about) * (1 + 1e-9) for end in (least, most))
+    return float(least) - below <= compute(expression) / scale <= float(most) + above
 
-    def meets(expression: str | None) -> bool:
-        return expression is not None and least - below <= compute(expression) <= value + above
 
-    explained = meets(entry.get("slip"))
+def judge(entry: dict[str, Any]) -> str:
+    """The verdict on a claim."""
     if "experiment" in entry:
-        verdict = "experiment"
-    elif meets(entry["computed"]):
-        verdict = "holds"
-    else:
-        verdict = "holds if" if meets(entry.get("under")) else "off"
+        return "experiment"
+    if meets(entry, entry["computed"]):
+        return "holds"
+    if "under" in entry and meets(entry, entry["under"]):
+        return "holds if"
+    return "off"
+
+
+def claim(entry: dict[str, Any]) -> Claim:
+    """A claim of the data file, judged."""
+    verdict, arithmetic, value, computed = judge(entry), "experiment" not in entry, math.nan, math.nan
+    if arithmetic:
+        computed, scale = compute(entry["computed"]), UNITS[entry.get("unit", "")]
+        least, most = (float(entry.get(end, entry["value"])) * scale for end in ("from", "value"))
+        value = min(max(computed, least), most)
     return Claim(
         id=entry["id"],
         section=entry["section"],
         quote=entry["quote"],
         value=value,
-        computed=compute(entry["computed"]),
+        computed=computed,
+        supposed=compute(entry["under"]) if "under" in entry else None,
         verdict=verdict,
-        assumption=entry.get("assumption", "") if verdict == "holds if" else "",
-        explained=explained,
-        note=re.sub(
-            r"\{(.+?)\}", lambda found: amount(compute(found[1])), entry.get("experiment", entry.get("note", ""))
-        ),
+        assumes=filled(entry["assumption"] if verdict == "holds if" else entry.get("assumes", "")),
+        explained="slip" in entry and meets(entry, entry["slip"]),
+        inherits=entry.get("inherits", False),
+        note=filled(entry.get("experiment", entry.get("note", ""))),
     )
 
 
@@ -190,4 +240,4 @@ def entries() -> list[dict[str, Any]]:
 
 def claims() -> list[Claim]:
     """All claims, judged, in the card's order."""
-    return [judge(entry) for entry in entries()]
+    return [claim(entry) for entry in entries()]

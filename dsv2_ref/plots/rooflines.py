@@ -43,10 +43,12 @@ def intensity_over_batch(curves: Mapping[str, Mapping[int, float]], balances: Ma
         axes.plot(list(curve), list(curve.values()), line, color=colour, linewidth=2.2, label=name)
     batches = list(next(iter(curves.values())))
     for name, balance in balances.items():
+        above = balance == max(balances.values())  # the others keep clear of a curve between two lines
         axes.axhline(balance, color=INK, linewidth=0.9, linestyle=":")
-        axes.text(batches[0], balance * 1.08, name, fontsize=10, color=INK)
+        place = balance * 1.08 if above else balance / 1.12
+        axes.text(batches[0], place, name, va="bottom" if above else "top", fontsize=10, color=INK)
     axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_major_locator(FixedLocator(batches[::2]))
+    axes.xaxis.set_major_locator(FixedLocator(batches[:: max(1, len(batches) // 5)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.5g}")
