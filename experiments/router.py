@@ -1,10 +1,11 @@
 """Train a tiny DeepSeek-V2 with and without balance losses, and keep who routed what.
 
-    python -m experiments.router                    all runs, as the book shows them: about ten minutes of one core
+    python -m experiments.router                    all runs, as the book shows them: a quarter of an hour of one core
     python -m experiments.router --steps 20 --out /tmp/router --runs none
 
-Writes a checkpoint (published names, bfloat16) for each run and one log. The same versions of Python and torch on the same
-kind of processor give the same log; elsewhere roundings differ, and with them which expert ends up with what.
+Writes a checkpoint (published names, bfloat16) for each run and one log of them all. The same versions of Python and
+torch on the same kind of processor give the same log; elsewhere roundings differ, and with them which expert ends up
+with what.
 """
 
 import argparse
@@ -32,9 +33,11 @@ CONFIG = DeepseekV2Config(
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "none": {},
     "expert": {"aux_loss_alpha": 0.003},
+    "pooled": {"aux_loss_alpha": 0.003, "seq_aux": False},
     "all": {"aux_loss_alpha": 0.003, "device_aux_loss_alpha": 0.05, "communication_aux_loss_alpha": 0.02},
 }
-"""Weights of the balance losses: none, the expert loss alone, and all three as in DeepSeek-V2, section 3.1.2."""
+"""Balance losses: none; the expert loss alone, over each sequence or pooled over the batch; all three, weighted as in
+DeepSeek-V2, section 3.1.2."""
 SEQ, PER_KIND, STEPS, EVERY = 128, 6, 1500, 25
 WARM_UP, RATE, CLIP = 100, 3e-3, 1.0
 
@@ -116,11 +119,19 @@ def train(run: str, steps: int, texts: Mapping[str, Tensor]) -> tuple[DeepseekV2
 
 
 def sample(folder: Path = DATA) -> dict[str, Tensor]:
-    """The stored sequences that the book shows to trained routers, (16, 128) bytes of each kind, none of them trained on.
+    """The stored sequences that the book shows to trained routers, (16, 128) bytes of each kind; none was trained on.
 
-    Code and prose are this project's own; the sums were drawn with a seed that training does not use.
+    Code and prose are this project's own. The sums were drawn with a seed that training does not use, but there are so
+    few that most single ones are in the training text as well.
     """
     return {kind: tokens.long() for kind, tokens in load_file(folder / "router_sample.safetensors").items()}
+
+
+@torch.no_grad()
+def bits_by_kind(model: DeepseekV2ForCausalLM, texts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Bits a byte of each kind of training text, over the same pieces of it for every model."""
+    generator = torch.Generator().manual_seed(2)
+    return {kind: round(loss_of(model, windows(texts[kind], 64, SEQ, generator)).item(), 3) for kind in KINDS}
 
 
 def load(run: str, folder: Path = DATA) -> DeepseekV2ForCausalLM:
@@ -145,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, logs[run] = train(run, args.steps, texts)
         weights = {name: weight.bfloat16().contiguous() for name, weight in model.state_dict().items()}
         save_file(weights, args.out / f"router_{run}.safetensors")
+        logs[run]["bits_by_kind"] = bits_by_kind(load(run, args.out), texts)
         print(f"{run}: {logs[run]['bits'][-1]} bits a byte", flush=True)
     (args.out / "router_log.json").write_text(json.dumps(logs, separators=(",", ":")) + "\n")
 

@@ -19,16 +19,20 @@ def closed_figures() -> Iterator[None]:
     plt.close("all")
 
 
-def test_load_over_steps_draws_every_run_and_the_even_share() -> None:
-    curves = {"none": {25: 3.0, 50: 4.0}, "all three": {25: 2.0, 50: 1.2}}
-    axes = plots.load_over_steps(curves)
-    *runs, even = axes.get_lines()
-    assert [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in runs] == list(curves.values())
+def test_load_over_steps_draws_the_busiest_and_the_idle_of_every_run_and_the_even_share() -> None:
+    busiest = {"none": {0: 3.0, 25: 4.0}, "all three": {0: 2.0, 25: 1.2}}
+    idle = {"none": {0: 1, 25: 21}, "all three": {0: 1, 25: 0}}
+    above, below = plots.load_over_steps(busiest, idle)
+    *runs, even = above.get_lines()
+    for lines, curves in ((runs, busiest), (below.get_lines(), idle)):
+        assert [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines] == list(curves.values())
+    assert [line.get_color() for line in runs] == [line.get_color() for line in below.get_lines()]
     assert set(even.get_ydata()) == {1}
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(curves)
-    assert axes.get_ylim()[0] == 0
-    assert "step" in axes.get_xlabel()
-    assert "even share" in axes.get_ylabel()
+    assert [text.get_text() for text in above.get_legend().get_texts()] == list(busiest)
+    assert above.get_ylim()[0] == below.get_ylim()[0] == 0
+    assert "step" in below.get_xlabel()
+    assert "even share" in above.get_ylabel()
+    assert "idle" in below.get_ylabel()
 
 
 def test_load_maps_show_a_row_for_each_label_on_one_scale() -> None:

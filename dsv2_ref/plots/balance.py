@@ -9,21 +9,34 @@ from matplotlib.axes import Axes
 from dsv2_ref.plots.style import INK, STYLES, new_axes
 
 Rows = Mapping[str, Sequence[float]]
+Curves = Mapping[str, Mapping[int, float]]
 
 
-def load_over_steps(curves: Mapping[str, Mapping[int, float]]) -> Axes:
-    """The busiest expert's load during training, a curve for each run; a line at 1 marks an even share.
+def _style() -> dict[Any, Any]:
+    style: dict[Any, Any] = {"font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}
+    return style | {"xtick.color": INK, "ytick.color": INK}
+
+
+def load_over_steps(busiest: Curves, idle: Curves) -> list[Axes]:
+    """How uneven the loads are during training, a curve for each run: the busiest expert above, the idle ones below.
 
     Args:
-        curves: for each run, load over an even share by training step; up to four.
+        busiest: for each run, the highest load over an even share by training step; up to four. A line marks the even share.
+        idle: for the same runs, how many experts have next to nothing to do, by training step.
     """
-    axes = new_axes("training step", "busiest expert, over an even share", height=3.6)
-    for (label, curve), (colour, line) in zip(curves.items(), STYLES, strict=False):
-        axes.plot(list(curve), list(curve.values()), line, color=colour, linewidth=2.2, label=label)
-    axes.axhline(1, color=INK, linewidth=0.9)
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.legend(frameon=False, labelcolor=INK)
-    return axes
+    panels = (busiest, "busiest expert,\nover an even share"), (idle, "idle experts")
+    with plt.rc_context(_style() | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure, (above, below) = plt.subplots(2, 1, figsize=(5, 5.4), dpi=200, layout="constrained", sharex=True)
+        figure.set_facecolor("white")
+        for axes, (curves, ylabel) in zip((above, below), panels, strict=True):
+            for (label, curve), (colour, line) in zip(curves.items(), STYLES, strict=False):
+                axes.plot(list(curve), list(curve.values()), line, color=colour, linewidth=2, label=label)
+            axes.set(xlim=(0, None), ylim=(0, None), ylabel=ylabel)
+            axes.grid(alpha=0.25)
+        above.axhline(1, color=INK, linewidth=0.9)
+        above.legend(frameon=False, labelcolor=INK, ncols=2, fontsize=11)
+        below.set_xlabel("training step")
+    return [above, below]
 
 
 def load_maps(panels: Mapping[str, Rows]) -> list[Axes]:
@@ -32,10 +45,8 @@ def load_maps(panels: Mapping[str, Rows]) -> list[Axes]:
     Args:
         panels: for each title, rows of loads; all with as many experts. Colours end at four times an even share.
     """
-    style: dict[Any, Any] = {"font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}
-    style |= {"xtick.color": INK, "ytick.color": INK}
     rows = sum(len(panel) for panel in panels.values())
-    with plt.rc_context(style):
+    with plt.rc_context(_style()):
         height = 1.1 + 0.32 * rows + 0.45 * len(panels)
         ratios = {"height_ratios": [len(panel) for panel in panels.values()]}
         figure, grid = plt.subplots(
