@@ -34,7 +34,7 @@ site: book
 	@$(BIN)/python -m pytest -n 2 tests/site
 
 notebooks: $(INSTALLED) ## run every notebook of the book again and store its outputs
-	@$(BIN)/python tools/notebooks.py
+	@$(BIN)/python -m tools.notebooks
 
 serve: book ## build the book and serve it on http://localhost:8000
 	@$(BIN)/python -m http.server --bind localhost --directory _build/html 8000

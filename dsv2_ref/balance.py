@@ -128,8 +128,8 @@ def choices_within_budget(
 
     A device computes at most ``capacity_factor`` · tokens · k / devices choices, rounded down; beyond, those of the lowest
     affinity are dropped: that expert then adds nothing to that token, which keeps its other experts, the shared ones and
-    the residual stream. The budget is the device's, so a popular expert may use what its neighbours leave. In training
-    only; in inference nothing is dropped.
+    the residual stream. The budget is the device's, so a popular expert may use what its neighbours leave. The paper drops
+    in training and not in evaluation, and leaves inference the choice (sections 2.2.4 and 3.1.2).
 
     Args:
         topk_idx: the chosen experts. affinity: their scores, by which the strongest are kept.

@@ -111,15 +111,50 @@ def test_names_no_path_or_address_of_a_machine(notebook: NotebookNode) -> None:
         assert not PRIVATE.search("\n".join(shown)), cell.id
 
 
+def finding(notebook: NotebookNode) -> str:
+    """The first cell as far as the package is found."""
+    first = code_cells(notebook)[0].source
+    return first[: first.index("\n\n", first.index("sys.path"))]
+
+
+FOUND = "\nimport importlib.util\nassert importlib.util.find_spec('dsv2_ref') and importlib.util.find_spec('tools')"
+
+
 def test_first_cell_finds_the_package_beside_the_notebook_and_in_a_clone(
     notebook: NotebookNode, tmp_path: Path
 ) -> None:
+    address = re.search('REPOSITORY = (".*?")', finding(notebook)).group(1)
+    assert notebooks.LOADER.replace('""', address).strip() in finding(notebook)
     (tmp_path / "clone").symlink_to(notebooks.ROOT, target_is_directory=True)
-    first = code_cells(notebook)[0].source
-    finding = first[: first.index("\n\n", first.index("sys.path"))]
     for folder in (notebooks.ROOT / "book", notebooks.ROOT, tmp_path):
-        program = f"{finding}\nimport importlib.util\nassert importlib.util.find_spec('dsv2_ref')"
-        subprocess.run([sys.executable, "-I", "-c", program], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-I", "-c", finding(notebook) + FOUND], cwd=folder, check=True)
+
+
+def test_opened_alone_a_notebook_fetches_the_repository(tmp_path: Path) -> None:
+    """As in Colab; here from a small repository on this machine."""
+    origin, alone = tmp_path / "origin", tmp_path / "content"
+    for package in ("dsv2_ref", "tools"):
+        (origin / package).mkdir(parents=True)
+        (origin / package / "__init__.py").touch()
+    git = ["git", "-C", str(origin), "-c", "user.name=name", "-c", "user.email=name@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "Both packages"]):
+        subprocess.run(git + command, check=True)
+    alone.mkdir()
+    program = finding(nbformat.read(IN_BOOK[0], as_version=4)).replace(
+        'REPOSITORY = ""', f"REPOSITORY = {str(origin)!r}"
+    )
+    subprocess.run([sys.executable, "-I", "-c", program + FOUND], cwd=alone, check=True)
+    assert (alone / "origin" / "dsv2_ref").is_dir()
+
+
+def test_notebooks_are_given_the_address_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOOK_REPOSITORY", "git@github.com:someone/fork.git")
+    path = tmp_path / "one.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell('REPOSITORY = ""  # a remark\nprint(REPOSITORY)')]), path)
+    notebooks.execute(path)
+    (cell,) = nbformat.read(path, as_version=4).cells
+    assert cell.source.startswith('REPOSITORY = "https://github.com/someone/fork"  # a remark')
+    assert cell.outputs[0].text == "https://github.com/someone/fork\n"
 
 
 def test_running_twice_leaves_the_same_bytes(tmp_path: Path) -> None:

@@ -18,16 +18,24 @@ def closed_figures() -> Iterator[None]:
     plt.close("all")
 
 
-def test_crossover_draws_the_border_and_its_limit() -> None:
-    axes = plots.crossover({128: 40, 1024: 120, 8192: 160}, limit=171.0)
-    border, limit = axes.get_lines()
-    assert list(border.get_xdata()) == [128, 1024, 8192]
-    assert list(border.get_ydata()) == [40, 120, 160]
+def test_crossover_draws_both_borders_the_limit_and_what_lies_between() -> None:
+    borders = {"operations": {128: 40, 1024: 120, 8192: 160}, "bytes": {128: 30, 1024: 300, 8192: 2400}}
+    axes = plots.crossover(borders, limit=171.0)
+    operations, moved, prompt, limit = axes.get_lines()
+    for line, border in ((operations, borders["operations"]), (moved, borders["bytes"])):
+        assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == border
+    assert list(prompt.get_xdata()) == list(prompt.get_ydata()) == [128, 1024, 8192]
     assert set(limit.get_ydata()) == {171.0}
-    assert {text.get_text() for text in axes.texts} == {"171", "absorbed is cheaper", "expanded is cheaper"}
+    assert operations.get_linestyle() != moved.get_linestyle()
+    (strip,) = axes.collections
+    corners = {(int(x), int(y)) for x, y in strip.get_paths()[0].vertices}
+    assert corners == {(K, S) for border in borders.values() for K, S in border.items()}
+    assert [text.get_text() for text in axes.texts] == ["171", "absorbed", "expanded"]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["counts disagree", "operations", "bytes", "prompt, S = K"]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert list(axes.get_xticks()) == [128, 1024, 8192]
     assert axes.xaxis.get_major_formatter()(8192, 0) == "8,192"
-    assert axes.get_ylim()[0] == 0
     assert "tokens" in axes.get_xlabel()
     assert "queries" in axes.get_ylabel()
 

@@ -1,25 +1,30 @@
 """Run the book's notebooks and store them with their outputs, so that the same run leaves the same bytes.
 
-    python tools/notebooks.py            every notebook in the table of contents
-    python tools/notebooks.py FILE ...   these
+    python -m tools.notebooks            every notebook in the table of contents
+    python -m tools.notebooks FILE ...   these
 
 Kept are sources, cell ids, the metadata that the book reads, outputs and execution counts from 1. What Jupyter adds
-(times, versions, the state of an editor) is dropped, and figures are stored in a third of the space. A notebook that
-fails is left as it was.
+(times, versions, the state of an editor) is dropped, and figures are stored in a third of the space. Each first cell is
+given the address of the repository (`tools.repository`), from which it fetches the package where a notebook is opened
+alone. A notebook that fails is left as it was.
 """
 
 import argparse
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib.font_manager  # noqa: F401  # the first import ever writes a cache and says so: not in a notebook's output
 import nbformat
+import yaml
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 from sphinx_external_toc.parsing import parse_toc_yaml
+
+from tools import repository
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK_METADATA = {
@@ -27,6 +32,25 @@ NOTEBOOK_METADATA = {
     "language_info": {"name": "python", "pygments_lexer": "ipython3"},
 }
 CELL_METADATA = {"mystnb", "tags"}
+LOADER = """\
+# The package comes from the repository that this notebook lies in, from a clone
+# of it in the current folder or, opened alone as in Colab, from a fresh clone.
+REPOSITORY = ""  # make notebooks fills it in
+
+
+def roots():
+    here = Path.cwd()
+    places = [here, *here.parents, *here.iterdir()]
+    return [str(p) for p in places if (p / "dsv2_ref").is_dir()]
+
+
+if REPOSITORY and not roots():
+    subprocess.run(["git", "clone", "--depth=1", REPOSITORY], check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "jaxtyping"]
+    subprocess.run(install, check=True)
+sys.path[:0] = roots()
+"""
+"""The part of each notebook's first cell that finds the package."""
 
 
 def in_book() -> list[Path]:
@@ -54,9 +78,17 @@ def normalise(notebook: NotebookNode) -> None:
                 output.data["image/png"] = compact(png)
 
 
+def address() -> str:
+    """Where the repository is, as the book's buttons have it; empty where it has no address."""
+    settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    return repository.find(ROOT, settings["repository"]["url"]) or ""
+
+
 def execute(path: Path) -> None:
     """Run a notebook in its own folder, with this Python, and store it."""
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = re.sub(r'^REPOSITORY = ".*?"', f'REPOSITORY = "{address()}"', cell.source, flags=re.MULTILINE)
     settings: dict[str, Any] = {"kernel_name": "python3", "timeout": 600, "coalesce_streams": True}
     folder = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, record_timing=False, resources=folder, **settings).execute()

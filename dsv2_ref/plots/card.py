@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from dsv2_ref.plots.style import INK, STYLES, new_axes
 
 MARKS = {"holds": ("o", STYLES[0][0]), "holds if": ("D", STYLES[2][0]), "off": ("s", STYLES[1][0])}
-ROW = 0.085  # inches
+ROW = 0.1  # inches
 
 
 def claimed_over_computed(sections: Mapping[str, Sequence[tuple[str, float, str]]], named: int = 5) -> Axes:
@@ -30,12 +30,12 @@ def claimed_over_computed(sections: Mapping[str, Sequence[tuple[str, float, str]
     place = 0
     for number, (section, claims) in enumerate(sections.items()):
         axes.axhspan(place, place + len(claims) + 1, color="#EEEEEE" if number % 2 == 0 else "white", zorder=0)
-        axes.text(end * 2.5, place + 0.3, section, ha="right", va="top", fontsize=8.5, color=INK)
+        axes.text(end * 2.5, place + 0.3, section, ha="right", va="top", fontsize=11, color=INK)
         for label, factor, verdict in claims:
             place += 1
             points[verdict].append((min(factor, end), place))
             if math.isfinite(factor) and abs(math.log(factor)) in farthest:
-                axes.text(factor / 1.4, place, label, ha="right", va="center", fontsize=8.5, color=INK)
+                axes.text(factor / 1.4, place, label, ha="right", va="center", fontsize=11, color=INK)
         place += 1
     for verdict, (mark, colour) in MARKS.items():
         factors, places = [factor for factor, _ in points[verdict]], [place for _, place in points[verdict]]

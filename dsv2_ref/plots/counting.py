@@ -31,7 +31,7 @@ def shares(rows: Mapping[str, Mapping[str, float]]) -> Axes:
         )  # fmt: skip
         for place, (row, width) in enumerate(widths.items()):
             if width >= 6:
-                box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0}
+                box = {"facecolor": "white" if hatch else colour, "edgecolor": "none", "pad": 1.0}
                 axes.text(left[row] + width / 2, place, f"{width:.0f}", ha="center", va="center", color=ink, bbox=box)
             left[row] += width
     axes.invert_yaxis()

@@ -18,24 +18,34 @@ def _token_axis(axes: Axes, ticks: list[int]) -> None:
     axes.tick_params(axis="x", rotation=30)
 
 
-def crossover(most_queries: Mapping[int, int], limit: float) -> Axes:
-    """Up to how many queries the absorbed form takes fewer operations, over the tokens attended to.
+def crossover(borders: Mapping[str, Mapping[int, int]], limit: float) -> Axes:
+    """Up to how many queries the absorbed form is cheaper, over the tokens attended to, both logarithmic.
 
     Args:
-        most_queries: by context length, the most queries for which absorbing is cheaper.
-        limit: where the curve ends up for long contexts.
+        borders: two counts of what a call costs, each with the most queries for which absorbing costs no more, by
+            context length. Between the two the counts disagree.
+        limit: where the first border ends up for long contexts.
     """
-    axes = new_axes("tokens attended to, K", "queries in the call, S", height=3.6)
-    contexts, queries = list(most_queries), list(most_queries.values())
-    colour = STYLES[0][0]
-    axes.fill_between(contexts, queries, color=colour, alpha=0.18, linewidth=0)
-    axes.plot(contexts, queries, "o-", color=colour, linewidth=2.2, markersize=6)
+    axes = new_axes("tokens attended to, K", "queries in the call, S", height=3.8)
+    contexts = list(next(iter(borders.values())))
+    first, second = (list(border.values()) for border in borders.values())
+    axes.fill_between(contexts, first, second, color=INK, alpha=0.1, linewidth=0, label="counts disagree")
+    for (label, border), (colour, style), marker in zip(borders.items(), STYLES, MARKERS, strict=False):
+        points = list(border), list(border.values())
+        axes.plot(*points, style, marker=marker, color=colour, linewidth=2.2, markersize=6, label=label)
+    axes.plot(contexts, contexts, color=INK, linewidth=1.2, label="prompt, S = K")
     axes.axhline(limit, color=INK, linestyle=":", linewidth=1.5)
-    axes.text(contexts[0], limit * 1.03, f"{limit:.0f}", color=INK, va="bottom")
+    axes.text(contexts[0], limit * 1.1, f"{limit:.0f}", color=INK, va="bottom")
     _token_axis(axes, contexts)
-    axes.set_ylim(0, 1.35 * limit)
-    axes.text(contexts[-1], limit / 4, "absorbed is cheaper", ha="right", color=INK)
-    axes.text(contexts[-1], 1.2 * limit, "expanded is cheaper", ha="right", color=INK)
+    axes.set_yscale("log")
+    axes.set_ylim(min(*first, *second) / 2, 1.5 * contexts[-1])
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.text(contexts[-1], limit / 4, "absorbed", ha="right", color=INK)
+    # Along the strip between the second border and what a prompt asks at once.
+    middle = len(contexts) // 2
+    between = (contexts[middle] * second[middle]) ** 0.5
+    axes.text(contexts[middle], between, "expanded", ha="center", va="center", rotation=32, color=INK)
+    axes.legend(frameon=False, labelcolor=INK, loc="upper left", fontsize=11)
     return axes
 
 

@@ -61,5 +61,5 @@ def ends_by_rate(ends: Mapping[str, Mapping[float, Sequence[float]]], guessing: 
             axes.plot([rate] * len(seeds), seeds, "o", color=colour, markersize=3.5)
     axes.axhline(guessing, color=INK, linewidth=0.9, label="frequencies alone")
     axes.set_xscale("log")
-    axes.legend(frameon=False, labelcolor=INK, fontsize=10, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=11, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
     return axes

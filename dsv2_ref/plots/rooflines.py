@@ -25,7 +25,7 @@ def roofline(machines: Mapping[str, tuple[float, float]], operations: Mapping[st
     axes.set_ylim(bottom, top * 30)
     for name, intensity in operations.items():
         axes.axvline(intensity, color=INK, linewidth=0.9, linestyle=":")
-        axes.text(intensity * 1.07, top * 25, name, rotation=90, va="top", fontsize=10, color=INK)
+        axes.text(intensity * 1.07, top * 25, name, rotation=90, va="top", fontsize=11, color=INK)
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.legend(frameon=True, framealpha=1, edgecolor="white", labelcolor=INK, loc="lower right", fontsize=11)
     return axes
@@ -46,7 +46,7 @@ def intensity_over_batch(curves: Mapping[str, Mapping[int, float]], balances: Ma
         above = balance == max(balances.values())  # the others keep clear of a curve between two lines
         axes.axhline(balance, color=INK, linewidth=0.9, linestyle=":")
         place = balance * 1.08 if above else balance / 1.12
-        axes.text(batches[0], place, name, va="bottom" if above else "top", fontsize=10, color=INK)
+        axes.text(batches[0], place, name, va="bottom" if above else "top", fontsize=11, color=INK)
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set_major_locator(FixedLocator(batches[:: max(1, len(batches) // 5)]))
     axes.xaxis.set_minor_locator(NullLocator())

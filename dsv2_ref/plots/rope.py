@@ -49,7 +49,7 @@ def turns_by_pair(turns: Mapping[str, Sequence[float]], limits: Mapping[str, flo
     last = max(map(len, turns.values())) - 1
     for label, value in limits.items():
         axes.axhline(value, color=INK, linewidth=0.9)
-        axes.annotate(label, (last, value), (0, 3), textcoords="offset points", ha="right", fontsize=10)
+        axes.annotate(label, (last, value), (0, 3), textcoords="offset points", ha="right", fontsize=11)
     return axes
 
 
