@@ -60,6 +60,24 @@ def test_add_rmsnorm(rows: int, features: int, dtype: torch.dtype) -> None:
     )
 
 
+def test_small_rows_feel_epsilon() -> None:
+    """A mean square of the size of epsilon, and a row of zeros."""
+    x, weight = 1e-3 * guarded(3, 40, dtype=torch.float32), guarded(40, dtype=torch.float32, seed=1)
+    x[2] = 0
+    expected = norm.add_rmsnorm_definition(x, None, weight, 1e-6)[1:]
+    assert_near(norm.add_rmsnorm_launch(x, None, weight, 1e-6)[1:], expected)
+
+
+def test_the_norm_rounds_where_its_definition_does() -> None:
+    """Before the weight and after it: bit for bit, but for the few places where the sums' order decides a rounding."""
+    x, weight = guarded(8, 1280, dtype=torch.float16), guarded(1280, dtype=torch.float16, seed=1)
+    _, expected, _ = norm.add_rmsnorm_definition(x, None, weight, 1e-6)
+    _, actual, _ = norm.add_rmsnorm_launch(x, None, weight, 1e-6)
+    assert (actual != expected).double().mean() < 0.01
+    once = (weight.float() * x.float() * x.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt()).half()
+    assert (once != expected).double().mean() > 0.1  # what a kernel that rounds once would give
+
+
 def test_rows_may_lie_apart_and_be_many_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "BACKWARD_PROGRAMS", 2)
     x, weight = guarded(5, 24, dtype=torch.float32)[:, :20], guarded(20, dtype=torch.float32)

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsv2_ref import kernels, rope
+from dsv2_ref.attend import DECODED_AT_ONCE, attend_latent
 from dsv2_ref.grouped import grouped_product
 from dsv2_ref.kernels import ops
 from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
 from dsv2_ref.kernels.compile import KERNELS, SHARED_BYTES, Resources, main, resources
 from dsv2_ref.kernels.mla_decode import mla_decode_definition, split_keys
 from dsv2_ref.kernels.rotate import rotate_definition
+from dsv2_ref.masks import Visibility
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 
 needs_triton = pytest.mark.skipif(
@@ -183,6 +185,58 @@ def test_only_cuda_tensors_of_one_known_dtype_are_served() -> None:
         with kernels.enabled(False):
             assert not kernels.serve(half)
         assert kernels.serve(half)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels serve everything, by their definitions, and note that they were called."""
+    called: list[str] = []
+
+    def noting(name: str) -> Any:
+        operator = getattr(ops, name)
+        return lambda *args: (called.append(name), operator(*args))[1]
+
+    for name in ("mla_decode", "add_rms_norm"):
+        monkeypatch.setattr(ops, name, noting(name))
+    monkeypatch.setattr(kernels, "serve", lambda *_: True)
+    return called
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_the_decoding_kernel_serves_plain_steps_alone(served: list[str]) -> None:
+    """Not masks that decide alone, dropout, weights that are wanted, gradients, or a prompt: it computes none of these."""
+    query, keys = normal(2, 3, 1, 24), normal(2, 9, 24, seed=1)
+    visible = Visibility(1, 9, keys.device)
+    plain, _ = attend_latent(query, keys, 16, visible, 0.2)
+    assert served == ["mla_decode"]
+    roomy = torch.cat((keys, torch.zeros(2, 7, 24, dtype=keys.dtype)), dim=1)
+    assert torch.equal(attend_latent(query, roomy, 16, visible, 0.2)[0], plain)
+    served.clear()
+    mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    mask[..., :4] = False
+    masked, _ = attend_latent(query, keys, 16, Visibility(1, 9, keys.device, mask=mask), 0.2)
+    torch.testing.assert_close(masked, attend_latent(query, keys[:, 4:], 16, Visibility(1, 5, keys.device), 0.2)[0])
+    assert served.pop() == "mla_decode"  # of the shorter cache
+    assert not torch.equal(attend_latent(query, keys, 16, visible, 0.2, dropout=0.5)[0], plain)
+    _, weights = attend_latent(query, keys, 16, visible, 0.2, want_weights=True)
+    assert weights is not None
+    assert weights.shape == (2, 3, 1, 9)
+    attend_latent(query.clone().requires_grad_(), keys, 16, visible, 0.2)[0].sum().backward()
+    many = DECODED_AT_ONCE + 1
+    attend_latent(normal(2, 3, many, 24), normal(2, many, 24), 16, Visibility(many, many, keys.device), 0.2)
+    assert served == []
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_a_hook_on_the_norm_is_called(served: list[str]) -> None:
+    norm, x, seen = DeepseekV2RMSNorm(8).double(), normal(2, 3, 8), []
+    fused = norm.after_adding(x, x)
+    assert served == ["add_rms_norm"]
+    norm.register_forward_hook(lambda module, given, result: seen.append(result))
+    hooked = norm.after_adding(x, x)
+    assert served == ["add_rms_norm"]
+    assert len(seen) == 1
+    assert all(torch.equal(a, b) for a, b in zip(fused, hooked, strict=True))
 
 
 @needs_triton
