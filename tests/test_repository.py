@@ -15,6 +15,7 @@ GITHUB = "https://github.com/owner/name"
 def not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BOOK_REPOSITORY", raising=False)
     monkeypatch.delenv("BOOK_BRANCH", raising=False)
+    monkeypatch.delenv("BOOK_URL", raising=False)
 
 
 @pytest.fixture
@@ -122,3 +123,20 @@ def test_the_commands_name_the_repository_or_say_what_to_fill_in() -> None:
     assert "git clone ADDRESS\ncd FOLDER\n" in unknown["fetch"]
     assert "`ADDRESS`" in unknown["repository"]
     assert "github.com" not in "".join(unknown.values())
+
+
+def test_the_pages_have_the_address_that_was_given_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert repository.site("") == ""
+    assert repository.site("https://example.org/book") == "https://example.org/book/"
+    monkeypatch.setenv("BOOK_URL", "https://someone.github.io/fork/")
+    assert repository.site("https://example.org/book") == "https://someone.github.io/fork/"
+    monkeypatch.setenv("BOOK_URL", "")
+    assert repository.site("https://example.org/book") == ""
+
+
+@pytest.mark.parametrize(
+    "address", ["example.org/book", "ftp://example.org/", "https://example.org/?page=", "https://"]
+)
+def test_what_is_no_address_of_pages_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="wanted https://HOST/FOLDER/"):
+        repository.site(address)

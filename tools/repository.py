@@ -1,10 +1,13 @@
-"""Sphinx extension: where this copy of the book has its repository, and all that follows from it.
+"""Sphinx extension: where this copy of the book has its repository and its pages, and all that follows from it.
 
 The address is looked up in one place, so that a fork changes nothing: ``$BOOK_REPOSITORY`` if it is set, else
 ``repository.url`` of ``_config.yml``, else the Git remote ``origin`` if that is on GitHub or GitLab. From it come the
 buttons of every page (repository, source, edit, issue, and Colab for notebooks on GitHub) and, as substitutions in the
 text, the commands that fetch the repository. Without an address there are no buttons, and the commands say what to
 fill in. ``$BOOK_BRANCH``, else ``repository.branch``, is the branch that links lead to.
+
+Where the pages are served nobody can guess: ``$BOOK_URL`` says it, else ``html.baseurl`` of ``_config.yml``. Without it
+the pages name no address of their own, and there is no sitemap.
 """
 
 import os
@@ -71,6 +74,24 @@ def find(folder: Path, configured: str) -> str | None:
     return web_address(given)
 
 
+def site(configured: str) -> str:
+    """The address of the folder that the pages are served from, with a slash at its end; empty if nobody said it.
+
+    Args:
+        configured: ``html.baseurl`` of ``_config.yml``, or an empty string.
+
+    Raises:
+        ConfigError: for what is no address.
+    """
+    given = os.environ.get("BOOK_URL", configured)
+    if given and not re.fullmatch(r"https?://[^\s?#]+", given):
+        raise ConfigError(
+            f"the address of the pages is {given!r}; wanted https://HOST/FOLDER/, or an empty one ($BOOK_URL, or "
+            "html.baseurl in _config.yml)"
+        )
+    return f"{given.rstrip('/')}/" if given else ""
+
+
 def theme_options(address: str | None, branch: str) -> dict[str, Any]:
     """What the theme needs for its buttons: all of them, or none that leads nowhere."""
     if address is None:
@@ -106,6 +127,8 @@ def configure(app: Sphinx, config: Config) -> None:
     address = find(Path(app.srcdir), options.get("repository_url", ""))
     branch = os.environ.get("BOOK_BRANCH") or options.get("repository_branch") or "main"
     options.update(theme_options(address, branch))
+    config.html_baseurl = config.ogp_site_url = site(config.html_baseurl)
+    config.ogp_use_first_image = bool(config.html_baseurl)  # its address must be a full one
     config.myst_substitutions = {**config.myst_substitutions, **commands(address, branch)}
 
 

@@ -1,4 +1,4 @@
-// Repairs for readers who use a keyboard or a screen reader, where Sphinx and the theme fall short.
+// Repairs for all readers, and for those who use a keyboard or a screen reader, where Sphinx and the theme fall short.
 "use strict";
 
 function replaceBy(tag, name, element) {
@@ -16,23 +16,119 @@ function setRoles() {
   }
   // The entries of the bibliography have a role that lists may not contain.
   for (const entry of document.querySelectorAll(".citation-list > .citation")) entry.role = "listitem";
+  // In the list of modules, the modules of a package stand beside it, not in it.
+  for (const list of document.querySelectorAll("article ul > ul")) list.previousElementSibling.append(list);
   // The book's title beside the pages belongs to no landmark.
   const sidebar = document.getElementById("pst-primary-sidebar");
   sidebar?.setAttribute("role", "complementary");
   sidebar?.setAttribute("aria-label", "Book");
 }
 
-// A formula wider than the screen scrolls; keys must be able to scroll it too.
-function reachWideFormulas() {
-  for (const formula of document.querySelectorAll("mjx-container[display]")) {
-    if (formula.scrollWidth > formula.clientWidth) formula.tabIndex = 0;
-    else formula.removeAttribute("tabindex");
+function setText() {
+  // Names in tables may break where a word in them begins, so that a phone shows more than one column.
+  for (const name of document.querySelectorAll("article table code .pre, article table.indextable code")) {
+    const parts = name.textContent.split(/(?<=[._/=,(])(?=\w)|(?<=[a-z0-9])(?=[A-Z][a-z])/);
+    name.replaceChildren(...parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
+  }
+  // The link to an exercise begins with the space before it.
+  for (const link of document.querySelectorAll(".solution > .admonition-title > a")) {
+    if (!link.textContent.startsWith(" ")) continue;
+    link.before(" ");
+    link.firstChild.textContent = link.firstChild.textContent.trimStart();
+  }
+  for (const sign of document.querySelectorAll("img.toggler")) sign.alt = "Show or hide the modules of the package";
+}
+
+// A formula stays with the bracket before it and the punctuation behind it, whatever line they are on.
+function keepPunctuation() {
+  for (const formula of document.querySelectorAll("article span.math")) {
+    const [before, after] = [formula.previousSibling, formula.nextSibling];
+    const opening = before?.nodeType === Node.TEXT_NODE ? before.data.match(/[(\[“‘]+$/)?.[0] ?? "" : "";
+    const closing = after?.nodeType === Node.TEXT_NODE ? after.data.match(/^[.,;:!?)\]”’]+/)?.[0] ?? "" : "";
+    if (!opening && !closing) continue;
+    const together = document.createElement("span");
+    together.className = "together";
+    formula.replaceWith(together);
+    together.append(opening, formula, closing);
+    if (opening) before.data = before.data.slice(0, -opening.length);
+    if (closing) after.data = after.data.slice(closing.length);
   }
 }
 
-document.addEventListener("DOMContentLoaded", setRoles);
+// What is wider than its box scrolls, and keys must be able to scroll it too: also what is folded when the page loads.
+function reachWideBoxes() {
+  const reach = (box) => {
+    if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  };
+  const sizes = new ResizeObserver((changes) => changes.forEach((change) => reach(change.target)));
+  const boxes = "pre, .cell_output > .output, .pst-scrollable-table-container, mjx-container[display]";
+  for (const box of document.querySelectorAll(boxes)) sizes.observe(box);
+}
+
+// Paper is white: a page printed in dark colours would be black on black.
+function printInLight() {
+  const root = document.documentElement;
+  const change = (printing) => {
+    if (printing && root.dataset.theme === "dark") {
+      root.dataset.theme = "light";
+      root.dataset.printed = "dark";
+    } else if (!printing && root.dataset.printed) {
+      root.dataset.theme = root.dataset.printed;
+      delete root.dataset.printed;
+    }
+  };
+  window.addEventListener("beforeprint", () => change(true));
+  window.addEventListener("afterprint", () => change(false));
+  window.matchMedia("print").addEventListener("change", (event) => change(event.matches));
+}
+
+// ---- Search: excerpts are cut out of the pages' source, where formulas are still TeX and buttons are words.
+
+const SIGNS = {
+  alpha: "α", beta: "β", gamma: "γ", delta: "δ", Delta: "Δ", varepsilon: "ε", epsilon: "ε", eta: "η", theta: "θ", Theta: "Θ",
+  lambda: "λ", mu: "μ", nu: "ν", pi: "π", rho: "ρ", sigma: "σ", tau: "τ", varphi: "φ", phi: "φ", psi: "ψ", omega: "ω", ell: "ℓ",
+  cdot: "·", times: "×", odot: "⊙", oplus: "⊕", le: "≤", leq: "≤", ge: "≥", geq: "≥", ne: "≠", neq: "≠", ll: "≪", gg: "≫",
+  approx: "≈", equiv: "≡", sim: "∼", propto: "∝", pm: "±", infty: "∞", in: "∈", notin: "∉", subset: "⊂", cup: "∪", to: "→",
+  rightarrow: "→", mapsto: "↦", sum: "∑", prod: "∏", int: "∫", partial: "∂", nabla: "∇", sqrt: "√", top: "ᵀ", lVert: "‖",
+  rVert: "‖", Vert: "‖", lvert: "|", rvert: "|", mid: "|", langle: "⟨", rangle: "⟩", lfloor: "⌊", rfloor: "⌋", lceil: "⌈",
+  rceil: "⌉", dots: "…", ldots: "…", cdots: "…", quad: " ", qquad: " ",
+};
+const UNSEEN = /\\(mathrm|mathbf|mathbb|mathcal|mathit|mathsf|text\w*|operatorname\*?|boldsymbol|left|right|[bB]igg?[lr]?|tilde|hat|bar|underbrace)(?![a-zA-Z])/g;
+
+function readable(tex) {
+  return tex
+    .replace(/\\[td]?frac\s*(\w|\{[^{}]*\})\s*(\w|\{[^{}]*\})/g, "$1/$2")
+    .replace(UNSEEN, "")
+    .replace(/\\([a-zA-Z]+)\s?/g, (_, name) => SIGNS[name] ?? name)
+    .replace(/\\[,;:! ]/g, " ")
+    .replace(/(?<!\\)[{}]/g, "")
+    .replace(/\\(?=\W)/g, "");
+}
+
+function repairSearch() {
+  if (typeof Search === "undefined") return;
+  Search.htmlToText = (source, anchor) => {
+    const page = new DOMParser().parseFromString(source, "text/html");
+    for (const unsaid of page.querySelectorAll(".headerlink, script, style, div.math")) unsaid.replaceWith(" ");
+    for (const formula of page.querySelectorAll("span.math"))
+      formula.textContent = readable(formula.textContent.replace(/^\\\(|\\\)$/g, ""));
+    const part = anchor ? page.getElementById(decodeURIComponent(anchor.slice(1))) : null;
+    return ((part ?? page.querySelector("article"))?.textContent ?? "").replace(/\s+/g, " ");
+  };
+}
+
+// A browser does not let a page that lies in a folder read the pages beside it, so there are no excerpts.
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+
+printInLight();
+document.addEventListener("DOMContentLoaded", () => {
+  setRoles();
+  setText();
+  repairSearch();
+});
 window.addEventListener("load", async () => {
   await window.MathJax?.startup.promise;
-  reachWideFormulas();
-  window.addEventListener("resize", reachWideFormulas);
+  keepPunctuation();
+  reachWideBoxes();
 });

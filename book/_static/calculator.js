@@ -31,7 +31,7 @@
     ["kv", "tokens attended to, new ones included", 8192n],
   ];
   const MOST = 10n ** 9n;
-  const BYTES = { bfloat16: 2n, float16: 2n, float32: 4n };
+  const BYTES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n, int8: 1n };
   const FORMS = { auto: "the cheaper one", absorbed: "absorbed", expanded: "expanded" };
 
   // The presets of DeepseekV2Config, as far as the dimensions above say; a test compares them.
@@ -69,22 +69,23 @@
     card: "the worked example (the card)", tiny: "tiny",
   };
 
-  // What is wrong with a configuration or a call: pairs of a field's name and a sentence.
+  // What is wrong with a configuration or a call: pairs of a field's name and a sentence. What could not be read is
+  // undefined, and judged by nobody.
   function refusals(config, call) {
     const found = [];
     const refuse = (name, value, wanted) => found.push([name, `${name} is ${value}; wanted ${wanted}`]);
-    const { num_attention_heads: heads, n_routed_experts: experts } = config;
+    const known = (...values) => !values.includes(undefined);
+    const { num_attention_heads: heads, n_routed_experts: experts, num_key_value_heads: shared } = config;
     if (config.use_mla) {
-      if (config.qk_rope_head_dim % 2n) refuse("qk_rope_head_dim", config.qk_rope_head_dim, "an even number");
+      if (known(config.qk_rope_head_dim) && config.qk_rope_head_dim % 2n) refuse("qk_rope_head_dim", config.qk_rope_head_dim, "an even number");
     } else {
-      if (config.hidden_size % (2n * heads))
+      if (known(config.hidden_size, heads) && config.hidden_size % (2n * heads))
         refuse("hidden_size", config.hidden_size, `a multiple of twice num_attention_heads=${heads}`);
-      const shared = config.num_key_value_heads;
-      if (shared !== null && heads % shared) refuse("num_key_value_heads", shared, `a divisor of ${heads}`);
+      if (known(shared, heads) && shared !== null && heads % shared) refuse("num_key_value_heads", shared, `a divisor of ${heads}`);
     }
-    if (experts !== null && config.num_experts_per_tok > experts)
+    if (known(experts, config.num_experts_per_tok) && experts !== null && config.num_experts_per_tok > experts)
       refuse("num_experts_per_tok", config.num_experts_per_tok, `at most n_routed_experts=${experts}`);
-    if (call.kv < call.seq) refuse("kv", call.kv, `at least the ${call.seq} new tokens`);
+    if (known(call.kv, call.seq) && call.kv < call.seq) refuse("kv", call.kv, `at least the ${call.seq} new tokens`);
     return found;
   }
 
@@ -124,14 +125,14 @@
     const { dense, mixed: withExperts } = layersByKind(config);
     const { matrices, norms } = attention(config);
     const chosen = active ? config.num_experts_per_tok : config.n_routed_experts;
-    const head = config.tie_word_embeddings && !active ? 0n : D * config.vocab_size;
+    const tied = config.tie_word_embeddings;
     return {
-      embedding: D * (active ? 1n : config.vocab_size),
+      embedding: D * (active && !tied ? 1n : config.vocab_size),
       attention: config.num_hidden_layers * (total(matrices) + norms),
       "dense networks": dense * 3n * D * config.intermediate_size,
       "gates and experts": withExperts ? withExperts * experts(config, chosen) : 0n,
       norms: config.num_hidden_layers * 2n * D + D,
-      head,
+      head: tied ? 0n : D * config.vocab_size,
     };
   }
 
@@ -143,8 +144,9 @@
     if (!config.use_mla) return null;
     if (call.form !== "auto") return call.form;
     const { kv_lora_rank: C, qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
-    const expanded = call.kv * C * (N + V) + pairs(call) * (N + R + V);
-    return call.seq * C * (N + V) + pairs(call) * (2n * C + R) < expanded ? "absorbed" : "expanded";
+    const seen = pairs({ ...call, causal: true }); // as the layer decides, whatever is counted
+    const expanded = call.kv * C * (N + V) + seen * (N + R + V);
+    return call.seq * C * (N + V) + seen * (2n * C + R) < expanded ? "absorbed" : "expanded";
   }
 
   // FLOPs of all matrix products of the model, by part.
@@ -245,13 +247,16 @@
     const header = element("tr", {}, ...head.map((text) => element("th", { scope: "col" }, text)));
     const body = rows.map(([name, ...cells]) =>
       element("tr", {}, element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell))));
-    return element("table", {}, element("caption", {}, caption), element("thead", {}, header),
+    const made = element("table", { class: "table" }, element("caption", {}, caption), element("thead", {}, header),
       element("tbody", {}, ...body));
+    return element("div", { class: "pst-scrollable-table-container" }, made);
   }
 
-  // Bytes of the cache over the context, both logarithmic.
-  function plot(config, call, found) {
-    const [left, right, top, bottom, width, height] = [70, 40, 14, 46, 640, 340];
+  // Bytes of the cache over the context, both logarithmic, in a picture as wide as there is room for.
+  function plot(config, call, found, room) {
+    const width = Math.max(240, Math.min(640, Math.floor(room)));
+    const narrow = width < 480;
+    const [left, right, top, bottom, height] = [70, 40, 14, 46, narrow ? 280 : 340];
     const contexts = Array.from({ length: 13 }, (_, power) => 256 * 2 ** power);
     const { own, expanded } = remembered(config);
     const perNumber = Number(call.batch * config.num_hidden_layers * BYTES[call.dtype]);
@@ -265,13 +270,13 @@
     const named = { cache: "the cache", expanded: "keys and values of all heads", weights: "all weights" };
     const said = `Cache over context: ${inBytes(found.bytes.kv_cache)} at ${grouped(call.kv)} tokens, `
       + `${inBytes(Math.round(curves.cache * contexts[12]))} at ${grouped(contexts[12])}; the weights take ${inBytes(weights)}.`;
-    const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": said });
+    const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": said });
     const ink = { stroke: "currentColor", "stroke-width": 1, opacity: 0.35 };
     for (let power = Math.ceil(low); power <= high; power += Math.max(1, Math.round((high - low) / 6))) {
       svg.append(element("line", { x1: left, x2: width - right, y1: y(10 ** power), y2: y(10 ** power), ...ink }));
       svg.append(element("text", { x: left - 6, y: y(10 ** power) + 4, "text-anchor": "end" }, inBytes(10 ** power)));
     }
-    for (const context of contexts.filter((_, i) => i % 3 === 0)) {
+    for (const context of contexts.filter((_, i) => i % (narrow ? 6 : 3) === 0)) {
       svg.append(element("line", { x1: x(context), x2: x(context), y1: top, y2: height - bottom, ...ink }));
       const place = { x: x(context), y: height - bottom + 18, "text-anchor": "middle" };
       svg.append(element("text", place, grouped(context)));
@@ -291,7 +296,7 @@
       }));
     const legend = [...Object.keys(curves), "weights"].map((name) =>
       element("li", { style: `border-color: var(--curve-${name})`, class: `key-${name}` }, named[name]));
-    return element("figure", {}, svg, element("ul", { class: "legend" }, ...legend));
+    return element("figure", { class: "chart" }, svg, element("ul", { class: "legend" }, ...legend));
   }
 
   function show(output, config, call) {
@@ -305,11 +310,12 @@
         ["active for a token", `${inUnits(found.parameters.active_per_token, ["", "thousand", "million", "billion", "trillion"])} (${share} %)`],
         ["weights", inBytes(found.bytes.weights)],
         [`cache of ${grouped(call.batch * call.kv)} tokens`, inBytes(found.bytes.kv_cache)],
-        ["cache, expanded", inBytes(found.bytes.kv_cache_expanded)],
+        ...(found.bytes.kv_cache_expanded === found.bytes.kv_cache ? []
+          : [["cache, expanded", inBytes(found.bytes.kv_cache_expanded)]]),
         ["cache, a token", `${grouped(found.bytes.a_token)} B`],
         [`products of the call${formText}`, inFlops(found.flops.products)],
       ]),
-      plot(config, call, found),
+      plot(config, call, found, output.clientWidth),
       table("Parameters", ["part", "stored", "active"], [
         ...Object.keys(stored).map((part) => [part, grouped(stored[part]), grouped(active[part])]),
         ["total", grouped(found.parameters.total), grouped(found.parameters.active_per_token)],
@@ -327,7 +333,7 @@
       group("Model", choice("preset", "start from", { ...NAMES, own: "my own" }), checkbox("use_mla", "use_mla (latent attention)"),
         checkbox("tie_word_embeddings", "tie_word_embeddings"), ...modelFields),
       group("Call", ...CALL.map(([name, label, value]) => field(name, label, value)),
-        choice("dtype", "numbers are", { bfloat16: "bfloat16", float16: "float16", float32: "float32" }),
+        choice("dtype", "numbers are", Object.fromEntries(Object.keys(BYTES).map((name) => [name, name]))),
         choice("form", "form of MLA", FORMS), checkbox("causal", "count causal pairs only")));
     const output = element("div", { "aria-live": "polite", class: "results" });
     root.replaceChildren(form, output);
@@ -365,11 +371,21 @@
       fieldOf("form").hidden = !config.use_mla;
       for (const [name] of CALL) call[name] = read(name, 1n, false);
       const unread = [...Object.values(config), ...Object.values(call)].includes(undefined);
-      const refused = unread ? [] : refusals(config, call);
+      const refused = refusals(config, call);
       for (const [name, sentence] of refused) refuse(name, sentence);
       output.classList.toggle("stale", unread || refused.length > 0);
-      if (!unread && refused.length === 0) show(output, config, call);
+      if (unread || refused.length) return;
+      shown = [config, call];
+      show(output, config, call);
     }
+
+    let shown;
+    let room = 0;
+    new ResizeObserver(() => {
+      if (output.clientWidth === room) return;
+      room = output.clientWidth;
+      if (shown) output.querySelector(".chart")?.replaceWith(plot(...shown, account(...shown), room));
+    }).observe(output);
 
     form.addEventListener("input", (event) => {
       if (event.target.name === "preset" && event.target.value !== "own") fill(PRESETS[event.target.value]);
@@ -377,6 +393,7 @@
       update();
     });
     form.addEventListener("submit", (event) => event.preventDefault());
+    control("dtype").value = "bfloat16";
     control("causal").checked = true;
     fill(PRESETS.deepseek_v2);
     update();

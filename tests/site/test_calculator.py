@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,7 +70,7 @@ def random_case(draw: random.Random) -> tuple[DeepseekV2Config, acc.Call]:
     seq = draw.choice([1, 7, 2048, draw.randrange(1, 100_000)])
     call = acc.Call(
         batch=draw.randrange(1, 512), seq=seq, kv=seq + draw.choice([0, 8191, draw.randrange(200_000)]),
-        form=draw.choice(acc.FORMS), causal=draw.random() < 0.5, dtype=draw.choice(["bfloat16", "float32"]),
+        form=draw.choice(acc.FORMS), causal=draw.random() < 0.5, dtype=draw.choice(list(acc.DTYPE_BYTES)),
     )  # fmt: skip
     return config, call
 
@@ -88,7 +89,7 @@ def expected(config: DeepseekV2Config, call: acc.Call) -> dict[str, Any]:
         "weights": str(found["bytes"]["weights"]),
         "kv_cache": str(found["bytes"]["kv_cache"]),
         "expanded": str(acc.cache_bytes(config, call.batch * call.kv, call.dtype, kind=expanded)),
-        "form": found["call"]["form"],
+        "form": found["config"]["call"]["form"],
     }
 
 
@@ -159,6 +160,40 @@ def test_nonsense_is_named_beside_the_field_and_never_shown(page: Page, label: s
     assert not any(word in text for word in ("NaN", "Infinity", "undefined"))
 
 
+def test_two_errors_are_named_each_beside_its_field(page: Page) -> None:
+    page.get_by_label("vocab_size").fill("x")
+    page.get_by_label("qk_rope_head_dim").fill("63")
+    page.get_by_label("new tokens of each").fill("9000")
+    for name, said in (
+        ("vocab_size", "is 'x'"),
+        ("qk_rope_head_dim", "wanted an even number"),
+        ("kv", "at least the 9000"),
+    ):
+        expect(page.locator(f"#calculator-{name}-refusal")).to_contain_text(said)
+    expect(page.locator("#cost-calculator [aria-invalid=true]")).to_have_count(3)
+    results = page.locator("#cost-calculator .results > *").first
+    assert float(results.evaluate("element => getComputedStyle(element).opacity")) < 0.8
+    page.get_by_label("vocab_size").fill("100")
+    page.get_by_label("qk_rope_head_dim").fill("64")
+    page.get_by_label("new tokens of each").fill("1")
+    expect(page.locator("#cost-calculator .results.stale")).to_have_count(0)
+
+
+def test_every_dtype_of_the_accounting_can_be_chosen(page: Page) -> None:
+    options = page.get_by_label("numbers are").locator("option").evaluate_all("found => found.map(each => each.value)")
+    assert options == list(acc.DTYPE_BYTES)
+    results = page.locator("#cost-calculator .results")
+    expect(results).to_contain_text("69,120 B")
+    page.get_by_label("numbers are").select_option("int8")
+    expect(results).to_contain_text("34,560 B")
+
+
+def test_a_model_without_latents_has_one_cache(page: Page) -> None:
+    expect(page.get_by_role("rowheader", name="cache, expanded")).to_have_count(1)
+    page.get_by_label("start from").select_option("deepseek_ocr")
+    expect(page.get_by_role("rowheader", name="cache, expanded")).to_have_count(0)
+
+
 def test_it_works_by_keyboard(page: Page) -> None:
     page.get_by_label("start from").focus()
     names = []
@@ -175,6 +210,16 @@ def test_every_kind_of_model_is_accessible_and_fits_a_phone(browser: Browser, or
     phone = ViewportSize(width=390, height=844)
     page = browser.new_page(color_scheme=colours, viewport=phone, reduced_motion="reduce")
     page.goto(f"{origin}/book/calculator.html")
+    chart = page.locator("#cost-calculator svg")
+    for width in (1280, 390):  # it is drawn anew when the screen turns
+        page.set_viewport_size(ViewportSize(width=width, height=844))
+        expect(chart).to_have_attribute("width", "640" if width == 1280 else re.compile(r"3\d\d"))
+        letters = chart.locator("text").evaluate_all(
+            "found => found.map(text => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a)"
+        )
+        assert min(letters) >= 11
+        ends = chart.locator("text").evaluate_all("found => found.map(text => text.getBoundingClientRect().right)")
+        assert max(ends) <= width
     for preset in ("deepseek_v2", "deepseek_ocr"):
         page.get_by_label("start from").select_option(preset)
         page.get_by_label("vocab_size").fill("x" if preset == "deepseek_ocr" else "1000")

@@ -3,7 +3,6 @@
 import re
 from functools import cache
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
-from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -88,8 +87,14 @@ def test_pages_say_what_they_are(page: str) -> None:
     html = parsed(page).html
     assert html["lang"] == "en"
     assert len(html.find_all("h1")) == 1 + bool(html.find(id="jb-print-docs-body"))
-    assert html.find("meta", attrs={"name": "description"})["content"]
-    assert html.find("meta", attrs={"property": "og:title"})["content"]
+    told = {tag.get("property") or tag["name"]: tag["content"] for tag in html.find_all("meta", content=True)
+            if tag.get("property") or tag.get("name")}  # fmt: skip
+    assert told["og:title"]
+    assert told["og:site_name"] == yaml.safe_load((ROOT / "_config.yml").read_text())["title"]
+    assert told["description"] == told["og:description"]
+    assert re.fullmatch(r"[A-Z].{20,200}[.?!]", told["description"])
+    assert not re.search(r"[\\\[$]", told["description"])
+    assert "localhost" not in str(html.head)
 
 
 @pytest.mark.parametrize("page", [page for page in CHAPTERS if (ROOT / page).with_suffix(".ipynb").exists()])
@@ -99,10 +104,38 @@ def test_notebooks_can_be_downloaded(page: str) -> None:
     assert nbformat.read(path, as_version=4) == nbformat.read((ROOT / page).with_suffix(".ipynb"), as_version=4)
 
 
-def test_the_sitemap_lists_the_chapters() -> None:
-    address = yaml.safe_load((ROOT / "_config.yml").read_text())["html"]["baseurl"]
-    locations = [node.text for node in ElementTree.parse(SITE / "sitemap.xml").iter() if node.tag.endswith("}loc")]
-    assert sorted(locations) == [address + page for page in CHAPTERS]
+def test_every_chapter_is_described_by_its_question() -> None:
+    for page in (page for page in CHAPTERS if parsed(page).find("span", class_="section-number")):
+        asked = parsed(page).find("article").find("h1").find_next("p").find("em", recursive=False)
+        told = parsed(page).find("meta", attrs={"name": "description"})["content"]
+        assert told == " ".join(asked.get_text().split()), page
+
+
+def test_the_first_page_shows_the_figure_and_the_questions_as_the_chapters_have_them() -> None:
+    first, overview = parsed("book/index.html"), parsed("book/overview.html")
+    shown = first.find(class_="stored-figure").find("img")
+    figures = {picture["alt"]: picture["src"] for picture in overview.find_all("img")}
+    assert (SITE / "book" / shown["src"]).read_bytes() == (SITE / "book" / figures[shown["alt"]]).read_bytes()
+    items = [item for part in first.find_all(class_="chapters") for item in part.find_all("li")]
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
+    numbered = [chapter["file"] + ".html" for part in toc if part.get("numbered") for chapter in part["chapters"]]
+    assert [urljoin("book/index.html", item.find("a")["href"]) for item in items] == numbered
+    for number, (item, page) in enumerate(zip(items, numbered, strict=True), start=1):
+        html = parsed(page)
+        assert html.find("span", class_="section-number").get_text().strip() == f"{number}."
+        assert html.find("meta", attrs={"name": "description"})["content"] in item.get_text()
+    cards = [card.get_text().strip() for card in first.find_all(class_="sd-card-title")]
+    assert cards == [part["caption"] for part in toc if part.get("numbered")]
+
+
+def test_the_folder_says_what_the_book_is() -> None:
+    root, first = parsed("index.html"), parsed("book/index.html")
+    described = [page.find("meta", attrs={"name": "description"})["content"] for page in (root, first)]
+    assert described[0] == described[1]
+    assert (
+        root.title.get_text() == first.title.get_text() == yaml.safe_load((ROOT / "_config.yml").read_text())["title"]
+    )
+    assert (SITE / root.find("link", rel="icon")["href"]).is_file()
 
 
 def test_formulas_are_drawn_by_the_vendored_mathjax() -> None:

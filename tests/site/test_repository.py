@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urljoin
+from xml.etree import ElementTree
 
 import pytest
 from bs4 import BeautifulSoup
@@ -13,36 +15,43 @@ from tests.site.conftest import ROOT
 from tools import repository
 
 GITHUB = "https://github.com/someone/fork"
+ADDRESS = "https://someone.github.io/fork/"
 PAGES = ("running.md", "notation.ipynb")
 
 
-def build(folder: Path, address: str) -> dict[str, BeautifulSoup]:
+def build(folder: Path, address: str, site: str) -> dict[str, BeautifulSoup]:
     """The pages of a book of two, built where there is no Git repository."""
     (folder / "book").mkdir(parents=True)
     shutil.copy(ROOT / "_config.yml", folder)
     for part in ("tools", "dsv2_ref", "book/_static", "book/_templates"):
         shutil.copytree(ROOT / part, folder / part)
-    for file in ("references.bib", *PAGES):
+    for file in ("references.bib", "overview.ipynb", *PAGES):
         shutil.copy(ROOT / "book" / file, folder / "book")
-    (folder / "book" / "index.md").write_text("# A small book\n")
+    figure = "```{stored-figure} overview.ipynb flow-figure\n```\n"
+    (folder / "book" / "index.md").write_text(f"# A small book\n\n*What is in it?*\n\n{figure}")
     chapters = "".join(f"  - file: book/{Path(page).stem}\n" for page in PAGES)
     (folder / "_toc.yml").write_text(f"format: jb-book\nroot: book/index\nchapters:\n{chapters}")
-    environment = {**os.environ, "BOOK_REPOSITORY": address, "BOOK_BRANCH": "trunk"}
+    environment = {**os.environ, "BOOK_REPOSITORY": address, "BOOK_BRANCH": "trunk", "BOOK_URL": site}
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--all"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    built = folder / "_build" / "html" / "book"
-    return {page: BeautifulSoup((built / page).with_suffix(".html").read_text(), "html.parser") for page in PAGES}
+    built = folder / "_build" / "html"
+    files = {page: (built / "book" / page).with_suffix(".html") for page in ("index.md", *PAGES)}
+    pages = {name: BeautifulSoup(path.read_text(), "html.parser") for name, path in files.items()}
+    if (built / "sitemap.xml").exists():
+        locations = [node.text for node in ElementTree.parse(built / "sitemap.xml").iter() if node.tag.endswith("}loc")]
+        pages["sitemap.xml"] = BeautifulSoup("\n".join(locations), "html.parser")
+    return pages
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BeautifulSoup]:
-    return build(tmp_path_factory.mktemp("published") / "book", GITHUB)
+    return build(tmp_path_factory.mktemp("published") / "book", GITHUB, ADDRESS.rstrip("/"))
 
 
 @pytest.fixture(scope="module")
 def unpublished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BeautifulSoup]:
-    return build(tmp_path_factory.mktemp("unpublished") / "book", "")
+    return build(tmp_path_factory.mktemp("unpublished") / "book", "", "")
 
 
 def links(page: BeautifulSoup) -> set[str]:
@@ -87,3 +96,36 @@ def test_without_an_address_the_page_says_what_to_fill_in(unpublished: dict[str,
     page = unpublished["running.md"]
     assert "git clone ADDRESS\ncd FOLDER\n" in [block.get_text() for block in page.find_all("pre")]
     assert "in place of ADDRESS" in page.get_text()
+
+
+def addresses(page: BeautifulSoup) -> list[str]:
+    """What a page says of where it is."""
+    tags = [page.find("link", rel="canonical"), page.find("meta", attrs={"property": "og:url"})]
+    return [tag.get("href") or tag["content"] for tag in tags if tag]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_published_page_says_its_address(published: dict[str, BeautifulSoup], page: str) -> None:
+    assert addresses(published[page]) == [f"{ADDRESS}book/{Path(page).stem}.html"] * 2
+
+
+def test_the_sitemap_lists_published_pages(
+    published: dict[str, BeautifulSoup], unpublished: dict[str, BeautifulSoup]
+) -> None:
+    locations = published["sitemap.xml"].get_text().split()
+    assert sorted(locations) == [f"{ADDRESS}book/{name}.html" for name in ("index", "notation", "running")]
+    assert "sitemap.xml" not in unpublished
+
+
+def test_a_published_page_has_its_first_figure_as_its_picture(
+    published: dict[str, BeautifulSoup], unpublished: dict[str, BeautifulSoup]
+) -> None:
+    shown = published["index.md"].find(class_="stored-figure").find("img")
+    picture = published["index.md"].find("meta", attrs={"property": "og:image"})["content"]
+    assert picture == urljoin(f"{ADDRESS}book/index.html", shown["src"])
+    assert not unpublished["index.md"].find("meta", attrs={"property": "og:image"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_an_unpublished_page_says_none(unpublished: dict[str, BeautifulSoup], page: str) -> None:
+    assert addresses(unpublished[page]) == []

@@ -1,0 +1,125 @@
+"""Sphinx extension: what a page says of itself to search engines, and what the first page shows of the others.
+
+A page is described by the line in italics below its title (a chapter's question), else by its first sentence. Two
+directives keep the first page current: ``stored-figure`` shows a figure as a notebook stores it, ``chapters`` lists the
+chapters of a part of the table of contents with their questions.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from docutils import nodes  # type: ignore[import-untyped]
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective
+
+
+def description(doctree: nodes.document) -> str:
+    """One or two sentences that say what the page is about; empty for a page without text."""
+    for paragraph in doctree.findall(nodes.paragraph):
+        if not isinstance(paragraph.parent, nodes.section):
+            continue  # in a box, a list or a table
+        text = " ".join(paragraph.astext().split())
+        if len(paragraph) == 1 and isinstance(paragraph[0], nodes.emphasis):
+            return text
+        sentence = re.match(r".+?[.?!](?= |$)", text)
+        return sentence[0] if sentence else text
+    return ""
+
+
+def describe(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document) -> None:
+    """Description and depth of the contents of a page, before sphinxext.opengraph writes its tags."""
+    if doctree is None:
+        # Whoever opens the folder sees the first page's description.
+        context["description"] = description(app.env.get_doctree(app.config.root_doc))
+        return
+    meta = context["meta"] or {}
+    if told := description(doctree):
+        context["metatags"] += f'<meta name="description" content="{html.escape(told)}" />\n'
+        meta |= {"og:description": html.escape(told, quote=False)}
+    if "show_toc_level" in meta:
+        context["theme_show_toc_level"] = meta["show_toc_level"]
+    context["meta"] = meta
+
+
+def withdraw(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document) -> None:
+    """No address of the page where the book has none: sphinxext.opengraph would write a part of one."""
+    if doctree is not None and not app.config.html_baseurl:
+        context["metatags"] = re.sub(r'<meta property="og:url"[^>]*>\n', "", context["metatags"])
+
+
+def question(source: str) -> str:
+    """The line in italics below the title of a chapter, from the Markdown of its first cell."""
+    found = re.match(r"# .+\n\n\*(.+?)\*\n", source, flags=re.DOTALL)
+    if found is None:
+        raise ValueError(f"no question below the title in {source[:80]!r}")
+    return " ".join(found[1].split())
+
+
+def cells(env: BuildEnvironment, name: str) -> list[dict[str, Any]]:
+    """The cells of a notebook beside the page that is being read, which is made anew when the notebook changes."""
+    path = Path(env.doc2path(env.docname)).with_name(name)
+    env.note_dependency(str(path))
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return found
+
+
+class StoredFigure(SphinxDirective):
+    """``stored-figure`` with a notebook and the id of a cell: the figure it stores, with its description as there."""
+
+    required_arguments = 2
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        """The figure, with the content below it."""
+        name, wanted = self.arguments
+        cell = next(cell for cell in cells(self.env, name) if cell["id"] == wanted)
+        data = next(output["data"] for output in cell["outputs"] if "image/png" in output.get("data", {}))
+        picture = base64.b64decode(data["image/png"])
+        folder = Path(self.env.app.outdir).parent / "jupyter_execute"  # where MyST-NB leaves its own
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{hashlib.sha256(picture).hexdigest()}.png"
+        path.write_bytes(picture)
+        address = path.relative_to(Path(self.env.srcdir)).as_posix()
+        image = nodes.image(uri=f"/{address}", alt=cell["metadata"]["mystnb"]["image"]["alt"])
+        shown = nodes.container("", image, classes=["stored-figure"])  # no figure, which would have a number
+        self.state.nested_parse(self.content, self.content_offset, shown)
+        return [shown]
+
+
+class Chapters(SphinxDirective):
+    """``chapters`` with the number of a part of the table of contents, from 0: its chapters and their questions."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """A numbered list that goes on where the part before it ended."""
+        parts = yaml.safe_load((Path(self.env.srcdir) / "_toc.yml").read_text(encoding="utf-8"))["parts"]
+        part = int(self.arguments[0])
+        number = 1 + sum(len(before["chapters"]) for before in parts[:part])
+        lines = []
+        for chapter in parts[part]["chapters"]:
+            name = f"{Path(chapter['file']).name}.ipynb"
+            asked = question("".join(cells(self.env, name)[0]["source"]))
+            lines += [f"{number}. []({name})\n\n    {asked}\n"]
+            number += 1
+        found = nodes.container(classes=["chapters"])
+        self.state.nested_parse("\n".join(lines).splitlines(), 0, found)
+        return [found]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.add_directive("stored-figure", StoredFigure)
+    app.add_directive("chapters", Chapters)
+    app.connect("html-page-context", describe, priority=400)
+    app.connect("html-page-context", withdraw, priority=600)
+    # MathJax comes with the first page, with formulas or without, so that no later one has to wait for it.
+    app.set_html_assets_policy("always")
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
