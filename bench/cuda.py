@@ -54,6 +54,8 @@ def _without_kernels(step: Step) -> Step:
 def _from_work(made: work.Work) -> Contest:
     plain = {name: _without_kernels(step) for name, step in made.ours.items()}
     contestants = {"ours": made.ours, "without kernels": plain, "transformers": made.peers}
+    if made.flash:
+        contestants["flash-attn"] = made.flash
     return Contest(made.name, contestants, made.flops, made.nbytes)
 
 
@@ -203,12 +205,15 @@ def machine(device: str) -> dict[str, Any]:
 def run(names: list[str], device: str, dtype: torch.dtype, rounds: int, clock: Clock) -> dict[str, Any]:
     """Measure one work after the other, so that only its weights are in memory."""
     rows = []
-    with torch.device(device), torch.no_grad():
+    with torch.no_grad():
         size, nbytes = (8192, 2**30) if device == "cuda" else (64, 2**16)
-        peak, bandwidth = gpu.product_rate(dtype, clock, size), gpu.bandwidth(clock, nbytes)
+        with torch.device(device):
+            peak, bandwidth = gpu.product_rate(dtype, clock, size), gpu.bandwidth(clock, nbytes)
         for name in names:
             try:
-                rows.append(judge(measure(CONTESTS[name](dtype), dtype, clock, rounds), peak, bandwidth))
+                with torch.device(device):  # not while it is timed: it makes every call of torch slower
+                    contest = CONTESTS[name](dtype)
+                rows.append(judge(measure(contest, dtype, clock, rounds), peak, bandwidth))
             except FAILURES as error:
                 empty: dict[str, Any] = {"seconds": {}, "wrong": {}, "not_measured": {"all": _first_line(error)}}
                 rows.append({"work": name} | empty)

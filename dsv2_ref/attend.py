@@ -18,6 +18,9 @@ from dsv2_ref.masks import Visibility, additive
 DECODED_AT_ONCE = 8
 """Queries of a sequence up to which the decoding kernel is used on a GPU; more of them suit plain products."""
 
+LARGEST_LATENT, LARGEST_ROPE = 512, 64
+"""Sizes of a cached token up to which the decoding kernel is used: larger tiles leave the memory of a multiprocessor."""
+
 SCORES_AT_ONCE = 2**24
 """Scores of a block of queries that may be in memory together, over all sequences and heads."""
 
@@ -145,6 +148,7 @@ def attend_latent(
     batch, heads, seq, width = query.shape
     wants_gradients = torch.is_grad_enabled() and (query.requires_grad or remembered.requires_grad)
     plain = visible.mask is None and not (dropout or want_weights or wants_gradients)
+    plain = plain and latent <= LARGEST_LATENT and width - latent <= LARGEST_ROPE
     if plain and seq <= DECODED_AT_ONCE and kernels.serve(query, remembered):
         return ops.mla_decode(query, remembered[:, : visible.kv_seq], latent, scale, visible.padding), None
     unseen = remembered.shape[1] - visible.kv_seq

@@ -1,7 +1,7 @@
 """Products of consecutive groups of rows, each group with a matrix of its own: torch's grouped product, made whole.
 
 `torch.nn.functional.grouped_mm` computes them without a Python loop, and on a GPU without waiting for the groups' sizes
-(bfloat16 on Hopper and newer; elsewhere torch itself falls back to a loop). It takes no float64 and no rows that are not
+(bfloat16 on sm_90 and sm_100; elsewhere torch itself falls back to a loop). It takes no float64 and no rows that are not
 16-byte aligned, and its shapes are known to the compiler for bfloat16 alone. As a custom operator with a plain loop
 where it does not serve, it works for all dtypes and sizes, under ``torch.compile`` and with gradients.
 """
@@ -24,11 +24,12 @@ def _torch_can(*matrices: Tensor) -> bool:
 
 
 def _triton_should(rows: Tensor, weights: Tensor) -> bool:
-    """On GPUs where torch would loop over the groups and wait for their sizes: all but bfloat16 from Hopper on."""
+    """On GPUs where torch would loop over the groups and wait for their sizes: all but bfloat16 on sm_90 and sm_100."""
     if not kernels.serve(rows, weights):
         return False
     generation = torch.cuda.get_device_capability(rows.device)[0]
-    return generation == 8 or (generation > 8 and not (rows.dtype == torch.bfloat16 and _torch_can(rows, weights)))
+    fast = generation in (9, 10) and rows.dtype == torch.bfloat16 and _torch_can(rows, weights)
+    return generation >= 8 and not fast
 
 
 def _groups(group_ends: Tensor) -> list[slice]:
@@ -43,7 +44,7 @@ def _grouped_product(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tenso
 
         return grouped_product_launch(rows, weights, group_ends)
     if _torch_can(rows, weights):
-        return F.grouped_mm(rows, weights.mT, offs=group_ends)
+        return F.grouped_mm(rows, weights.mT, offs=group_ends).contiguous()  # it may leave gaps between rows
     out = rows.new_empty(rows.shape[0], weights.shape[1])
     for weight, group in zip(weights, _groups(group_ends), strict=True):
         torch.mm(rows[group], weight.T, out=out[group])
@@ -53,7 +54,7 @@ def _grouped_product(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tenso
 @torch.library.custom_op("dsv2_ref::grouped_outer", mutates_args=())
 def _grouped_outer(left: Tensor, right: Tensor, group_ends: Tensor) -> Tensor:
     if _torch_can(left, right):
-        return F.grouped_mm(left.T, right, offs=group_ends)
+        return F.grouped_mm(left.T, right, offs=group_ends).contiguous()
     return torch.stack([left[group].T @ right[group] for group in _groups(group_ends)])
 
 

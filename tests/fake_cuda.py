@@ -73,6 +73,15 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.seen = 0
+        self.elsewhere = torch.device("cpu")
+
+    def __enter__(self) -> Any:
+        self.elsewhere.__enter__()  # where tensors come to be that nobody places
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self.elsewhere.__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsv2_ref import kernels, rope
-from dsv2_ref.attend import DECODED_AT_ONCE, attend_latent
+from dsv2_ref import grouped, kernels, rope
+from dsv2_ref.attend import DECODED_AT_ONCE, LARGEST_LATENT, LARGEST_ROPE, attend_latent
 from dsv2_ref.grouped import grouped_product
 from dsv2_ref.kernels import ops
 from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
@@ -100,6 +100,7 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     named = torch.ops.dsv2_ref
     return {
         "rms_norm": (named.rms_norm.default, (x, weight, 1e-6)),
+        "rms_norm of a view": (named.rms_norm.default, (normal(3, 2, 8).mT.mT.transpose(0, 1), normal(8), 1e-6)),
         "add_rms_norm": (
             named.add_rms_norm.default,
             (x, normal(2, 3, 8, seed=2).requires_grad_(), weight, 1e-6),
@@ -225,6 +226,48 @@ def test_the_decoding_kernel_serves_plain_steps_alone(served: list[str]) -> None
     many = DECODED_AT_ONCE + 1
     attend_latent(normal(2, 3, many, 24), normal(2, many, 24), 16, Visibility(many, many, keys.device), 0.2)
     assert served == []
+
+
+@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.parametrize(("latent", "rope", "kernel"), [(512, 64, True), (513, 64, False), (512, 66, False)])
+def test_the_decoding_kernel_serves_sizes_that_fit(latent: int, rope: int, kernel: bool, served: list[str]) -> None:
+    query, keys = normal(1, 2, 1, latent + rope), normal(1, 3, latent + rope)
+    attend_latent(query, keys, latent, Visibility(1, 3, keys.device), 0.2)
+    assert served == ["mla_decode"] * kernel
+
+
+@needs_triton
+def test_sizes_beyond_these_would_not_fit() -> None:
+    """Compiled: they leave the shared memory of an RTX 4090."""
+    assert resources("mla_partial", 89, LATENT=LARGEST_LATENT, ROPE=LARGEST_ROPE).fits
+    assert not resources("mla_partial", 89, LATENT=2 * LARGEST_LATENT).fits
+    assert not resources("mla_partial", 89, ROPE=2 * LARGEST_ROPE).fits
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("generation", [7, 8, 9, 10, 12])
+def test_groups_go_where_nothing_waits_for_their_sizes(
+    generation: int, aligned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To torch in bfloat16 on sm_90 and sm_100, if rows begin at 16 bytes; else to the kernel; before Ampere to torch."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (generation, 0))
+    width = 16 if aligned else 5
+    with FakeTensorMode():
+        rows, weights = (torch.empty(*shape, width, device="cuda", dtype=dtype) for shape in ((3,), (2, 8)))
+        by_torch = generation in (9, 10) and dtype == torch.bfloat16 and aligned
+        assert grouped._triton_should(rows, weights) == (generation >= 8 and not by_torch)
+
+
+def test_operators_launch_from_ampere_on_and_for_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        half, double = (torch.empty(2, device="cuda", dtype=dtype) for dtype in (torch.float16, torch.float64))
+        for capability, launches in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+            assert ops._launches(half, half) == launches
+            assert not ops._launches(double, double)
+            assert not ops._launches(half, double)
 
 
 @pytest.mark.usefixtures("as_shipped")

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,14 @@ except ImportError:
     tl = SimpleNamespace(constexpr=int)
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """``triton.jit``; the function itself without Triton.
+def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """``triton.jit``, with its options; the function itself without Triton.
 
     Triton compiles the source of a function and looks names up in its module, so wrappers around it are taken off.
     """
-    return function if triton is None else triton.jit(inspect.unwrap(function))
+    if function is None:
+        return partial(jit, **options)
+    return function if triton is None else triton.jit(inspect.unwrap(function), **options)
 
 
 def power_of_two(size: int) -> int:

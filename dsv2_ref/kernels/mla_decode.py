@@ -43,7 +43,7 @@ def mla_decode_definition(
     return (weights @ keys[..., :latent]).to(query.dtype)
 
 
-@jit
+@jit(do_not_specialize=["kv_seq", "p_batch"])  # these grow from step to step: one program for all
 def mla_partial_kernel(
     query,
     keys,
@@ -119,7 +119,7 @@ def mla_partial_kernel(
     tl.store(sums + part[:, None] * latent + c[None, :], attended / whole[:, None], mask=real & (c < latent)[None, :])
 
 
-@jit
+@jit(do_not_specialize=["splits"])
 def mla_combine_kernel(sums, log_sums, out, latent, splits, LATENT: tl.constexpr, SPLITS: tl.constexpr):
     """A program a row: the shares, each weighted by exp(its log-sum - the highest)."""
     row = tl.program_id(0).to(tl.int64)
@@ -167,6 +167,9 @@ def mla_decode_launch(
     kv_seq, rows = remembered.shape[1], heads * seq
     query = query if query.stride(-1) == 1 else query.contiguous()
     remembered = remembered if remembered.stride(-1) == 1 else remembered.contiguous()
+    out = torch.empty(batch, heads, seq, latent, dtype=query.dtype, device=query.device)
+    if not out.numel():
+        return out
     block, row_blocks = keys_at_once(query.element_size()), -(-rows // BLOCK_ROWS)
     if splits is None:
         cuda = query.device.type == "cuda"
@@ -175,11 +178,8 @@ def mla_decode_launch(
     else:
         share = -(-kv_seq // splits)
         split_size = max(1, -(-share // block)) * block
-    out = torch.empty(batch, heads, seq, latent, dtype=query.dtype, device=query.device)
     sums = torch.empty(batch, rows, splits, latent, dtype=torch.float32, device=query.device)
     log_sums = torch.empty(batch, rows, splits, dtype=torch.float32, device=query.device)
-    if not out.numel():
-        return out
     mask = query if padding is None else padding.to(torch.uint8)
     with torch.cuda.device_of(query):
         mla_partial_kernel[(batch, row_blocks, splits)](
@@ -213,7 +213,7 @@ def mla_decode_launch(
             latent,
             splits,
             LATENT=max(16, power_of_two(latent)),
-            SPLITS=power_of_two(splits),
+            SPLITS=MAX_SPLITS,
             num_warps=4,
         )
     return out

@@ -11,8 +11,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def _launches(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+def _launches(*tensors: Tensor) -> bool:
+    """Whether the kernel computes this: on CUDA, from Ampere on, all of one dtype that it knows."""
+    first = tensors[0]
+    known = first.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    alike = all(x.dtype == first.dtype for x in tensors)
+    return first.is_cuda and known and alike and torch.cuda.get_device_capability(first.device) >= (8, 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -26,15 +30,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
 
-    return (add_rmsnorm_launch if _launches(x) else add_rmsnorm_definition)(x, None, weight, eps)[1:]
+    if _launches(x, weight):
+        return add_rmsnorm_launch(x, None, weight, eps)[1:]
+    _, normed, inverse_rms = add_rmsnorm_definition(x, None, weight, eps)
+    return normed.contiguous(), inverse_rms.contiguous()
 
 
 @torch.library.custom_op("dsv2_ref::add_rms_norm", mutates_args=())
 def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
 
-    if not _launches(update):
-        return add_rmsnorm_definition(update, residual, weight, eps)
+    if not _launches(update, residual, weight):
+        total, normed, inverse_rms = (t.contiguous() for t in add_rmsnorm_definition(update, residual, weight, eps))
+        return total, normed, inverse_rms
     total, normed, inverse_rms = add_rmsnorm_launch(update, residual, weight, eps)
     assert total is not None
     return total, normed, inverse_rms
@@ -44,8 +52,10 @@ def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 def _rms_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
     from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_backward_definition, add_rmsnorm_backward_launch
 
-    backward = add_rmsnorm_backward_launch if _launches(grad) else add_rmsnorm_backward_definition
-    return backward(grad, total, weight, inverse_rms)
+    if _launches(grad, total, weight):
+        return add_rmsnorm_backward_launch(grad, total, weight, inverse_rms)
+    by_input, by_weight = add_rmsnorm_backward_definition(grad, total, weight, inverse_rms)
+    return by_input.contiguous(), by_weight
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -116,7 +126,7 @@ _rotate.register_autograd(_backward_of_rotation, setup_context=_save_tables)
 def _mla_decode(query: Tensor, remembered: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
     from dsv2_ref.kernels.mla_decode import mla_decode_definition, mla_decode_launch
 
-    decode = mla_decode_launch if _launches(query) else mla_decode_definition
+    decode = mla_decode_launch if _launches(query, remembered) else mla_decode_definition
     return decode(query, remembered, latent, scale, padding)
 
 
