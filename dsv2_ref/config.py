@@ -24,6 +24,9 @@ PUBLISHED_DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 2048,
 }
 
+MOST = 10**15
+"""The largest size that is read: more is a slip, and products of sizes stay within what a float holds."""
+
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
@@ -31,18 +34,27 @@ def _require(condition: bool, name: str, value: object, wanted: str) -> None:
 
 
 def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _require_object(value: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r}; wanted a JSON object")
+    return value
 
 
 def _require_ints(holder: object, names: str, least: int, optional: bool = False) -> None:
     for name in names.split():
         value = getattr(holder, name)
         allowed = _is_int(value, least) or (optional and value is None)
-        _require(allowed, name, value, f"an integer of at least {least}" + " or None" * optional)
+        _require(allowed, name, value, f"an integer of at least {least}{' or None' * optional}, and at most 10^15")
 
 
 def _require_numbers(holder: object, names: str, least: float, below: float = math.inf) -> None:
@@ -84,9 +96,9 @@ class RopeScaling:
     def from_dict(cls, scaling: Mapping[str, Any]) -> Self | None:
         """Read a published ``rope_scaling`` (key ``type`` or ``rope_type``); ``default`` gives None."""
         given = {key: value for key, value in scaling.items() if value is not None and key != "rope_theta"}
-        kinds = {given.pop(key) for key in ("type", "rope_type") if key in given}
-        _require(len(kinds) == 1, "rope_scaling", dict(scaling), "one type (linear, dynamic or yarn)")
-        kind = kinds.pop()
+        kind, *others = [given.pop(key) for key in ("type", "rope_type") if key in given] or [None]
+        one = kind is not None and all(other == kind for other in others)
+        _require(one, "rope_scaling", dict(scaling), "one type (linear, dynamic or yarn)")
         if kind == "default":
             _require(not given, "rope_scaling", dict(scaling), "no further keys beside type default")
             return None
@@ -237,14 +249,33 @@ class DeepseekV2Config:
         Keys left out take the published defaults; keys that no layer reads (``architectures``, ``auto_map``, …) are
         ignored. A model with vision keeps its decoder under ``language_config``, which is then read. Both
         ``rope_scaling`` with ``rope_theta`` and the newer ``rope_parameters`` are understood.
+
+        Raises:
+            ValueError: for what is no JSON object in UTF-8, or not a model that can be built; it names the file.
         """
-        published = json.loads(Path(source).read_text()) if isinstance(source, str | Path) else dict(source)
-        published = published.get("language_config", published)
+        if not isinstance(source, str | Path):
+            return cls._from_object(source)
+        try:
+            return cls._from_object(json.loads(Path(source).read_text(encoding="utf-8")))
+        except RecursionError:
+            raise ValueError(f"{source} is no JSON that can be read: nested too deeply") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is no text in UTF-8: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is no JSON: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def _from_object(cls, source: object) -> Self:
+        published = _require_object(source, "the configuration")
+        published = _require_object(published.get("language_config", published), "language_config")
         _require(
             not published.get("mlp_bias"), "mlp_bias", published.get("mlp_bias"), "False: the layer has no such bias"
         )
         values = {**PUBLISHED_DEFAULTS, **{f.name: published[f.name] for f in fields(cls) if f.name in published}}
-        if parameters := published.get("rope_parameters"):
+        parameters = published.get("rope_parameters")
+        if parameters is not None and _require_object(parameters, "rope_parameters"):
             values["rope_theta"] = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
             values["rope_scaling"] = RopeScaling.from_dict(parameters)
         return cls(**values)

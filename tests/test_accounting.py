@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -97,6 +99,48 @@ def test_parameters_of_any_model(config: DeepseekV2Config) -> None:
     assert acc.model_parameters(config) == built(config)
 
 
+@given(config=configs())
+def test_matrices_are_those_of_built_layers(config: DeepseekV2Config) -> None:
+    """By the names of the state dict: shapes, how many there are, and how many a token passes through."""
+    for layer_idx in range(config.num_hidden_layers):
+        layer = DeepseekV2DecoderLayer(config, layer_idx)
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        for name, weight in layer.state_dict().items():
+            shapes.setdefault(re.sub(r"experts\.\d+\.", "experts.*.", name), []).append(tuple(weight.shape))
+        assert sum(math.prod(one) for each in shapes.values() for one in each) == sum(
+            p.numel() for p in layer.parameters()
+        )
+        found = acc.matrices(config, layer_idx)
+        assert {name: [one.shape] * one.number for name, one in found.items()} == shapes
+        for name, one in found.items():
+            met = config.num_experts_per_tok if ".*." in name else 1
+            assert one.active == (met or 0) * math.prod(one.shape)
+            assert one.stored == one.number * math.prod(one.shape)
+
+
+@given(config=configs(), layer_idx=st.none() | st.integers(0, 2))
+def test_the_reports_parts_add_up(config: DeepseekV2Config, layer_idx: int | None) -> None:
+    call = acc.Call(batch=2, seq=3, kv=5)
+    found = acc.report(config, call, layer_idx)
+    parameters, flops, sizes = found["parameters"], found["flops"], found["bytes"]
+    for total, module, matrix in (
+        ("total", "by_module", "stored"), ("active_per_token", "active_by_module", "active")
+    ):  # fmt: skip
+        assert sum(parameters[module].values()) == parameters[total]
+        assert sum(one[matrix] for one in parameters["by_matrix"].values()) == parameters[total]
+    assert parameters["by_module"].keys() == parameters["active_by_module"].keys()
+    assert all(one["stored"] == one["number"] * math.prod(one["shape"]) for one in parameters["by_matrix"].values())
+    assert sum(flops["by_operation"].values()) == flops["total"]
+    for way in ("read", "written"):
+        assert sum(part[way] for part in sizes["activations_by_operation"].values()) == sizes[f"activations_{way}"]
+    if layer_idx is None:
+        assert parameters["by_module"] == acc.model_parameters(config)
+        each = [acc.report(config, call, i)["flops"]["by_operation"] for i in range(config.num_hidden_layers)]
+        for name, count in flops["by_operation"].items():
+            if name not in ("lm_head", "last_norm"):
+                assert count == sum(one.get(name, 0) for one in each)
+
+
 def grouped(rows: Any, weights: Any, group_ends: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * rows[0] * weights[1] * weights[2]
 
@@ -129,6 +173,17 @@ def test_products_of_any_layer_are_what_pytorch_counts(config: DeepseekV2Config,
     form = data.draw(st.sampled_from(["expanded", "absorbed"])) if config.use_mla else "auto"
     call = acc.Call(batch=batch, seq=seq, kv=seq + past, form=form, causal=False)
     assert sum(acc.products(config, layer_idx, call).values()) == counted(config, layer_idx, call)
+
+
+@given(config=configs(), batch=st.integers(1, 3), seq=st.integers(1, 5), past=st.integers(0, 5))
+def test_fused_attention_pads_what_is_narrower(config: DeepseekV2Config, batch: int, seq: int, past: int) -> None:
+    """On the meta device torch takes sdpa apart: keys and values are both as wide as the wider, which is not counted."""
+    assume(config.use_mla)
+    config = replace(config, _attn_implementation="sdpa")
+    call = acc.Call(batch=batch, seq=seq, kv=seq + past, form="expanded", causal=False)
+    key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    padding = 2 * batch * config.num_attention_heads * call.pairs * (2 * max(key, value) - key - value)
+    assert sum(acc.products(config, 1, call).values()) + padding == counted(config, 1, call)
 
 
 class Moved(TorchDispatchMode):
@@ -220,6 +275,19 @@ def test_auto_is_the_form_that_the_layer_takes(config: DeepseekV2Config, seq: in
     call = acc.Call(seq=seq, kv=seq + past)
     taken = attention.cheaper_form(seq, seq + past)
     assert acc.products(config, 0, call) == acc.products(config, 0, replace(call, form=taken))
+    call = replace(call, causal=False)
+    assert acc.products(config, 0, call) == acc.products(config, 0, replace(call, form=taken))
+    for form in ("expanded", "absorbed"):
+        named = replace(config, mla_form=form)
+        assert acc.products(named, 0, call) == acc.products(config, 0, replace(call, form=form))
+        assert acc.products(named, 0, replace(call, form=taken)) == acc.products(config, 0, replace(call, form=taken))
+
+
+def test_pairs_that_are_counted_do_not_choose_the_form() -> None:
+    lite, call = preset("deepseek_v2_lite"), acc.Call(seq=92, kv=189)
+    forms = {acc.report(lite, replace(call, causal=causal))["config"]["call"]["form"] for causal in (False, True)}
+    with torch.device("meta"):
+        assert forms == {DeepseekV2DecoderLayer(lite, 0).self_attn.cheaper_form(92, 189)}
 
 
 @given(config=configs(), batch=st.integers(1, 3), tokens=st.integers(1, 50))
@@ -237,6 +305,54 @@ def test_what_a_token_would_take_in_every_kind_of_cache() -> None:
     assert acc.cache_bytes(v2, 1) == 69_120  # DeepSeek-V2's 60 layers in bfloat16
     with pytest.raises(ValueError, match="kind is 'latent'; wanted own, mha, gqa or mqa"):
         acc.cache_numbers(preset("deepseek_ocr"), "latent")
+    for heads, shared, groups in ((10, None, 5), (10, 10, 5), (10, 2, 2), (7, None, 7), (16, None, 8), (22, None, 2)):
+        config = replace(preset("deepseek_ocr"), hidden_size=64 * heads, num_attention_heads=heads)
+        config = replace(config, num_key_value_heads=shared)
+        assert acc.cache_numbers(config, "gqa") == 2 * groups * 64
+    with_room = acc.report(v2, acc.Call(kv=100))["bytes"]
+    assert with_room["kv_cache_by_kind"] == {
+        kind: acc.cache_bytes(v2, 100, kind=kind) for kind in ("latent", "expanded", "mha", "gqa", "mqa")
+    }
+    assert list(acc.report(preset("deepseek_ocr"), acc.Call())["bytes"]["kv_cache_by_kind"]) == ["mha", "gqa", "mqa"]
+
+
+def test_caches_that_cannot_be_are_refused() -> None:
+    for given_, said in (
+        ({"tokens": -1}, "tokens is -1"), ({"tokens": 1, "layers": -2}, "layers is -2"),
+        ({"tokens": 1, "dtype": "fp3"}, "dtype is 'fp3'; wanted float64"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            acc.cache_bytes(preset("card"), **given_)
+    with pytest.raises(ValueError, match="layer is True"):
+        acc.parameters(preset("card"), True)
+
+
+def test_a_model_of_any_depth_is_counted_at_once() -> None:
+    """The most layers that are read, here in 10 s at most, and with the card's 40 what 40 times one gives."""
+    deep = replace(preset("card"), num_hidden_layers=10**15, moe_layer_freq=3)
+    found = acc.report(deep, acc.Call(seq=8, kv=8), training=True)
+    mixed = 333_333_333_333_333  # multiples of 3 above 0 and below 10^15
+    assert acc.call.moe_layers(deep, deep.num_hidden_layers) == mixed
+    assert found["parameters"]["by_module"]["layers.mlp"] == (10**15 - mixed) * acc.parameters(deep, 1)["mlp"]
+    assert found["bytes"]["activations_peak"] > 10**20
+
+
+@given(
+    layers=st.integers(1, 20),
+    first=st.integers(0, 22),
+    every=st.integers(1, 6),
+    experts=st.sampled_from([None, 8]),
+)
+def test_layers_alike(layers: int, first: int, every: int, experts: int | None) -> None:
+    config = replace(
+        preset("tiny"), num_hidden_layers=layers, first_k_dense_replace=first, moe_layer_freq=every,
+        n_routed_experts=experts,
+    )  # fmt: skip
+    kinds = [config.is_moe_layer(i) for i in range(layers)]
+    for end in range(layers + 1):
+        assert acc.call.moe_layers(config, end) == sum(kinds[:end])
+    last = {kind: i for i, kind in enumerate(kinds)}
+    assert acc.call.layers_alike(config) == sorted((i, kinds.count(kind)) for kind, i in last.items())
 
 
 def test_experts_that_a_batch_reads_on_average() -> None:
@@ -276,11 +392,12 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Mapping[str,
 def test_the_command_prints_what_the_functions_say(capsys: pytest.CaptureFixture[str]) -> None:
     lite = preset("deepseek_v2_lite")
     found = printed(capsys, "--preset", "deepseek_v2_lite", "--batch", "1", "--seq", "1", "--kv", "8192")
-    assert list(found) == ["config", "call", "parameters", "flops", "bytes", "intensity"]
+    assert list(found) == ["config", "parameters", "flops", "bytes", "intensity"]
     assert found["parameters"]["total"] == PUBLISHED["deepseek_v2_lite"]
     assert found["parameters"]["by_module"] == acc.model_parameters(lite)
     assert found["bytes"]["kv_cache"] == acc.cache_bytes(lite, 8192) == 8192 * 31_104
-    assert found["call"]["form"] == "absorbed"
+    assert found["config"]["call"]["form"] == "absorbed"
+    assert DeepseekV2Config.from_published(found["config"]) == lite
     call = acc.Call(seq=1, kv=8192)
     products = sum(sum(acc.products(lite, i, call).values()) for i in range(27)) + 2 * 2048 * 102400
     assert found["flops"]["products"] == products
@@ -288,7 +405,7 @@ def test_the_command_prints_what_the_functions_say(capsys: pytest.CaptureFixture
     one = printed(capsys, "--layer", "3", "--seq", "5", "--no-causal", "--form", "expanded", "--dtype", "float32")
     assert one["parameters"]["total"] == sum(acc.parameters(preset("card"), 3).values())
     assert one["bytes"]["weights"] == 4 * one["parameters"]["total"]
-    assert one["call"] == {
+    assert one["config"]["call"] == {
         "batch": 1, "seq": 5, "kv": 5, "form": "expanded", "causal": False, "dtype": "float32", "layer": 3,
         "training": False, "checkpointing": False,
     }  # fmt: skip
@@ -329,10 +446,24 @@ def test_the_command_reads_a_published_file_and_prints_a_table(
         (["--attention", "fast"], "_attn_implementation is 'fast'"),
         (["--checkpointing"], "checkpointing is True; wanted False where nothing is trained"),
         (["--training", "--kv", "9"], "kv is 9; wanted the 1 new tokens"),
-        (["--config", "BROKEN"], "is no JSON"),
+        (["--attention", "flash_attention_2", "--dtype", "float32"], "dtype is 'float32'; wanted float16 or bfloat16"),
+        (["--batch", "9" * 400], "wanted an integer of at least 1, and at most 10^15"),
+        (["--kv", "1000000000000001"], "kv is 1000000000000001"),
+        (["--batch", "abc"], "argument --batch: invalid int value: 'abc'"),
+        (["--batch", "1.5"], "invalid int value: '1.5'"),
+        (["--seq", "1e3"], "invalid int value: '1e3'"),
+        (["--batch", ""], "invalid int value: ''"),
+        (["--layer", "x"], "argument --layer: invalid int value: 'x'"),
+        (["--preset", "card", "--config", "b"], "argument --config: not allowed with argument --preset"),
+        (["--sequences", "3"], "unrecognized arguments: --sequences 3"),
+        (["--config", "BROKEN"], "BROKEN is no JSON"),
         (["--config", "NOWHERE"], "No such file"),
         (["--config", "WRONG"], "num_experts_per_tok"),
-        (["--config", "LIST"], "list"),
+        (["--config", "LIST"], "LIST: the configuration is [1]; wanted a JSON object"),
+        (["--config", "DEEP"], "DEEP is no JSON that can be read: nested too deeply"),
+        (["--config", "LATIN"], "LATIN is no text in UTF-8"),
+        (["--config", "HUGE"], "HUGE: hidden_size is 1000"),
+        (["--config", "ROPE"], "ROPE: rope_theta is 1000"),
     ],
 )
 def test_the_command_refuses_in_one_line(
@@ -340,6 +471,10 @@ def test_the_command_refuses_in_one_line(
 ) -> None:
     (tmp_path / "BROKEN").write_text("{")
     (tmp_path / "LIST").write_text("[1]")
+    (tmp_path / "DEEP").write_text("[" * 200_000)
+    (tmp_path / "LATIN").write_bytes(b"\xe9")
+    (tmp_path / "HUGE").write_text(f'{{"hidden_size": {10**400}}}')
+    (tmp_path / "ROPE").write_text(f'{{"rope_theta": {10**400}}}')
     (tmp_path / "WRONG").write_text('{"n_routed_experts": 4, "num_experts_per_tok": 9, "hidden_size": 64}')
     if arguments[0] == "--config":
         arguments = ["--config", str(tmp_path / arguments[1])]
@@ -348,6 +483,35 @@ def test_the_command_refuses_in_one_line(
     assert streams.out == ""
     assert said in streams.err
     assert streams.err.count("\n") == 1
+
+
+def account(into: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dsv2_ref", "account", "--json"]
+    return subprocess.run(command, cwd=ROOT, stdout=into, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_pipe_that_nobody_reads_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = account(writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = account(full.fileno())
+    assert done.returncode == 2
+    assert "No space left" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_sizes_at_the_limit_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    most = str(10**15)
+    assert main(["account", "--batch", most, "--seq", most, "--training"]) == 0
+    capsys.readouterr()
+    assert printed(capsys, "--batch", most, "--kv", most)["bytes"]["kv_cache"] == 10**30 * 40 * 1152
 
 
 def test_a_wrong_count_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,9 @@ import dsv2_ref.attend
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
 from dsv2_ref import accounting as acc
 from dsv2_ref.accounting.memory import attention
+from dsv2_ref.accounting.memory.ledger import Ledger, Sized
+from dsv2_ref.accounting.memory.parts import norm
+from tests.flash_double import install_front_end
 from tests.live_bytes import LiveBytes
 
 TINY = DeepseekV2Config.tiny()
@@ -133,6 +136,73 @@ def test_over_a_cache_and_by_blocks_of_queries(
             assert acc.activation_peak(config, call, 1) == pytest.approx(of_layer(config, call, 1), rel=1e-3)
 
 
+@pytest.mark.parametrize("layer_idx", [0, 1])
+@pytest.mark.parametrize(("batch", "seq", "kv"), [(2, 40, 40), (2, 12, 60), (1, 7, 90), (3, 1, 60)])
+@pytest.mark.parametrize("config", [replace(LATENT, mla_form="expanded"), PLAIN], ids=["mla", "mha"])
+def test_flash_attention_over_a_cache(
+    config: DeepseekV2Config, batch: int, seq: int, kv: int, layer_idx: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes all queries at once and no mask, so it needs none of the blocks of sdpa."""
+    install_front_end(monkeypatch)
+    config = replace(config, _attn_implementation="flash_attention_2")
+    call = acc.Call(batch=batch, seq=seq, kv=kv)
+    assert acc.activation_peak(config, call, layer_idx) == pytest.approx(of_layer(config, call, layer_idx), rel=1e-3)
+
+
+def test_absorbed_with_one_head() -> None:
+    config = replace(LATENT, num_attention_heads=1, mla_form="absorbed", n_routed_experts=None)
+    call = acc.Call(batch=3, seq=60, kv=60, form="absorbed", dtype="float32")
+    assert acc.activation_peak(config, call, 0) == of_layer(config, call, 0)
+
+
+def test_a_checkpointed_model_whose_last_layer_is_narrow() -> None:
+    """The way back then needs most where its gradient comes in: nobody holds it longer than it is read."""
+    config = replace(eager(LATENT), n_routed_experts=None, hidden_size=512, intermediate_size=8, num_hidden_layers=2)
+    call = acc.Call(batch=2, seq=24, kv=24, form="expanded", dtype="float32")
+    found = of_model(config, call, training=True, checkpointing=True)
+    assert acc.activation_peak(config, call, None, True, True) == pytest.approx(found, rel=1e-3)
+    found = of_layer(config, call, 1, training=True, checkpointing=True)
+    assert acc.activation_peak(config, call, 1, True, True) == pytest.approx(found, rel=1e-3)
+
+
+def layer_by_layer(p: acc.memory.Pass, training: bool, checkpointing: bool) -> int:
+    """The peak of a model that is gone through in all its layers."""
+    config, ledger = p.config, Ledger(training)
+    x = ledger.leaf(p.tokens * config.hidden_size, p.width, counted=True)
+    for layer_idx in range(config.num_hidden_layers):
+        x = acc.memory._run(ledger, p, layer_idx, x, checkpointing)
+    normed = norm(ledger, x, config.hidden_size, p.wide)
+    del x
+    out = ledger.cast(ledger.linear(normed, config.hidden_size, config.vocab_size), p.wide)
+    del normed
+    ledger.backward(out, [Sized(None, out.count, out.width)])
+    return ledger.peak
+
+
+@given(
+    layers=st.integers(1, 9), first=st.integers(0, 9), every=st.integers(1, 4), experts=st.sampled_from([None, 8]),
+    training=st.booleans(), checkpointing=st.booleans(), dense=st.sampled_from([8, 128, 2000]),
+    vocab=st.sampled_from([5, 3000]),
+)  # fmt: skip
+def test_layers_that_are_alike_need_not_be_gone_through(
+    layers: int,
+    first: int,
+    every: int,
+    experts: int | None,
+    training: bool,
+    checkpointing: bool,
+    dense: int,
+    vocab: int,
+) -> None:
+    config = replace(
+        TINY, num_hidden_layers=layers, first_k_dense_replace=first, moe_layer_freq=every, n_routed_experts=experts,
+        intermediate_size=dense, vocab_size=vocab,
+    )  # fmt: skip
+    checkpointing &= training
+    p = acc.memory.Pass(config=config, batch=2, seq=9, kv=9, width=2, absorbed=False)
+    assert acc.memory.peak(p, None, training, checkpointing) == layer_by_layer(p, training, checkpointing)
+
+
 def test_blocks_are_as_large_as_the_references() -> None:
     assert attention.SCORES_AT_ONCE == dsv2_ref.attend.SCORES_AT_ONCE
 
@@ -217,6 +287,17 @@ def test_what_cannot_be_counted_is_refused() -> None:
         acc.activation_peak(TINY, acc.Call(seq=4, kv=9), training=True)
     with pytest.raises(ValueError, match="wanted expanded"):
         acc.activation_peak(TINY, acc.Call(seq=4, kv=4, form="absorbed"), training=True)
+    absorbed = replace(TINY, mla_form="absorbed")
+    with pytest.raises(ValueError, match="wanted expanded"):
+        acc.activation_peak(absorbed, acc.Call(seq=4, kv=4), training=True)
+    cheap = replace(TINY, kv_lora_rank=8)
+    assert acc.report(cheap, acc.Call(seq=4, kv=4))["config"]["call"]["form"] == "absorbed"
+    trained = acc.report(cheap, acc.Call(seq=4, kv=4), training=True)
+    assert trained == acc.report(cheap, acc.Call(seq=4, kv=4, form="expanded"), training=True)
+    flash = replace(TINY, _attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="dtype is 'float32'; wanted float16 or bfloat16"):
+        acc.activation_peak(flash, acc.Call(seq=4, kv=4, dtype="float32"))
+    assert acc.activation_peak(flash, acc.Call(seq=1, kv=400, form="absorbed", dtype="float32")) > 0
     with pytest.raises(ValueError, match="layer is 4; wanted from 0 to 3"):
         acc.activation_peak(TINY, acc.Call(), 4)
 

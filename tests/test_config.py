@@ -164,6 +164,28 @@ def test_the_newer_rope_parameters(parameters: dict[str, Any], theta: float, sca
     assert config.rope_scaling == scaling
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1]", r"the configuration is \[1\]; wanted a JSON object"),
+        ("null", "the configuration is None; wanted a JSON object"),
+        ("7", "the configuration is 7; wanted a JSON object"),
+        ('{"language_config": [2]}', r"language_config is \[2\]; wanted a JSON object"),
+        ('{"rope_parameters": "yarn"}', "rope_parameters is 'yarn'; wanted a JSON object"),
+        ('{"rope_scaling": {"type": [], "factor": 2}}', r"rope_scaling type is \[\]; wanted linear"),
+        ('{"hidden_size": 0}', "hidden_size is 0; wanted"),
+        ("{", "is no JSON: "),
+        ("[" * 200_000, "is no JSON that can be read: nested too deeply"),
+        ("\xe9", "is no text in UTF-8: "),
+    ],
+)
+def test_files_that_hold_no_model_are_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"config.json:? {said}"):
+        DeepseekV2Config.from_published(path)
+
+
 @pytest.mark.parametrize("scaling", [None, {"type": "default"}, {"rope_type": "default"}])
 def test_no_scaling(scaling: dict[str, Any] | None) -> None:
     assert DeepseekV2Config.from_published(V2 | {"rope_scaling": scaling}).rope_scaling is None
@@ -288,6 +310,10 @@ def test_names(name: str, value: str, wanted: str, nothing: bool) -> None:
     [
         ({"qk_rope_head_dim": 7}, "an even number"),
         ({"num_key_value_heads": 64}, "128 or None: MLA has no KV heads"),
+        ({"vocab_size": 10**15 + 1}, "at most 10^15"),
+        ({"n_routed_experts": 10**400}, "or None, and at most 10^15"),
+        ({"rope_theta": 10**400}, "a finite number"),
+        ({"aux_loss_alpha": 10**400}, "a finite number"),
         (
             {"hidden_size": 1290, "use_mla": False, "num_attention_heads": 10},
             "a multiple of twice num_attention_heads=10",
@@ -330,6 +356,8 @@ def test_a_bias_in_the_mlp_is_refused_rather_than_dropped() -> None:
         ({"factor": 0.5}, "factor", "at least 1"),
         ({"factor": float("inf")}, "factor", "a finite number"),
         ({"factor": "40"}, "factor", "a finite number"),
+        ({"factor": 10**400}, "factor", "a finite number"),
+        ({"type": []}, "rope_scaling type", "linear, dynamic or yarn"),
         ({"beta_fast": 0.5}, "beta_fast", "at least 1"),
         ({"beta_fast": 1}, "beta_slow", "between 0 and beta_fast"),
         ({"beta_slow": 0}, "beta_slow", "between 0 and beta_fast"),

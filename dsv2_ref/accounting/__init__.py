@@ -9,19 +9,22 @@ from dsv2_ref.accounting.call import DTYPE_BYTES, FORMS, Call
 from dsv2_ref.accounting.operations import elementwise, products
 from dsv2_ref.accounting.summary import activation_peak, report
 from dsv2_ref.accounting.traffic import activations_moved, experts_read, weights_read
-from dsv2_ref.accounting.weights import model_parameters, parameters
+from dsv2_ref.accounting.weights import Matrix, matrices, model_matrices, model_parameters, parameters
 
 __all__ = [
     "CACHE_KINDS",
     "DTYPE_BYTES",
     "FORMS",
     "Call",
+    "Matrix",
     "activation_peak",
     "activations_moved",
     "cache_bytes",
     "cache_numbers",
     "elementwise",
     "experts_read",
+    "matrices",
+    "model_matrices",
     "model_parameters",
     "parameters",
     "products",

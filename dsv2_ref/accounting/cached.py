@@ -12,7 +12,8 @@ def cache_numbers(config: DeepseekV2Config, kind: str = "own") -> int:
 
     Args:
         kind: ``own``, what the package's cache holds; or what this model would hold as ``latent`` (MLA), ``expanded`` (keys and
-            values of all MLA heads), ``mha``, ``gqa`` (8 groups) or ``mqa``, with heads as wide as its values.
+            values of all MLA heads), ``mha``, ``gqa`` or ``mqa``, with heads as wide as its values. Groups of ``gqa`` are
+            the model's ``num_key_value_heads`` where heads share keys, else as many up to 8 as divide the heads.
     """
     require(kind in CACHE_KINDS, "kind", kind, ", ".join(CACHE_KINDS))
     heads = config.num_attention_heads
@@ -23,13 +24,27 @@ def cache_numbers(config: DeepseekV2Config, kind: str = "own") -> int:
         require(config.use_mla, "kind", kind, "own, mha, gqa or mqa: this model has no latent")
         latent = (config.kv_lora_rank or 0) + config.qk_rope_head_dim
         return latent if kind == "latent" else heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + width)
-    shared = {"kv": config.num_key_value_heads or heads, "mha": heads, "gqa": min(8, heads), "mqa": 1}
+    own = config.num_key_value_heads or heads
+    groups = own if own < heads else max(n for n in range(1, 9) if heads % n == 0)
+    shared = {"kv": own, "mha": heads, "gqa": groups, "mqa": 1}
     return 2 * shared[kind] * width
+
+
+def possible_kinds(config: DeepseekV2Config) -> list[str]:
+    """Kinds of cache that a model of these sizes could have."""
+    return [kind for kind in CACHE_KINDS[1:] if config.use_mla or kind not in ("latent", "expanded")]
 
 
 def cache_bytes(
     config: DeepseekV2Config, tokens: int, dtype: str = "bfloat16", kind: str = "own", layers: int | None = None
 ) -> int:
-    """Bytes of the caches of ``layers`` layers (None: all) for so many tokens, of all sequences together."""
+    """Bytes of the caches of ``layers`` layers (None: all) for so many tokens, of all sequences together.
+
+    Raises:
+        ValueError: for less than no tokens or layers, an unknown dtype or kind, a latent that the model has not.
+    """
     layers = config.num_hidden_layers if layers is None else layers
+    require(tokens >= 0, "tokens", tokens, "0 or more")
+    require(layers >= 0, "layers", layers, "0 or more")
+    require(dtype in DTYPE_BYTES, "dtype", dtype, ", ".join(DTYPE_BYTES))
     return layers * tokens * cache_numbers(config, kind) * DTYPE_BYTES[dtype]

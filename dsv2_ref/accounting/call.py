@@ -1,8 +1,8 @@
-"""One pass through a layer or a model, as it is counted, and how bad sizes are refused."""
+"""One pass through a layer or a model, as it is counted; layers that cost the same; how bad sizes are refused."""
 
 from dataclasses import dataclass
 
-from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.config import MOST, DeepseekV2Config
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of a number, by the name of its dtype."""
@@ -26,12 +26,13 @@ class Call:
 
     Attributes:
         batch: sequences B. seq: new tokens S of each. kv: tokens K that the last of them attends to, itself included.
-        form: of latent attention: ``expanded``, ``absorbed`` or ``auto``, the one with fewer FLOPs.
+        form: of latent attention: ``expanded``, ``absorbed`` or ``auto``: the configuration's ``mla_form``, and where that
+            is ``auto`` as well, the one with fewer FLOPs.
         causal: count the pairs that see each other, not all S · K.
         dtype: of weights, activations and cache, one of `DTYPE_BYTES`.
 
     Raises:
-        ValueError: for a size below 1, more new tokens than tokens attended to, an unknown form or dtype.
+        ValueError: for a size below 1 or above 10^15, more new tokens than tokens attended to, an unknown form or dtype.
     """
 
     batch: int = 1
@@ -44,8 +45,8 @@ class Call:
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "kv"):
             value = getattr(self, name)
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(good, name, value, "an integer of at least 1")
+            good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+            require(good, name, value, "an integer of at least 1, and at most 10^15")
         require(self.kv >= self.seq, "kv", self.kv, f"at least the {self.seq} new tokens")
         require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
         require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, ", ".join(DTYPE_BYTES))
@@ -70,5 +71,27 @@ class Call:
 def one_of(config: DeepseekV2Config, layer_idx: int) -> int:
     """``layer_idx``, if the model has such a layer; else ValueError."""
     layers = config.num_hidden_layers
-    require(isinstance(layer_idx, int) and 0 <= layer_idx < layers, "layer", layer_idx, f"from 0 to {layers - 1}")
+    good = isinstance(layer_idx, int) and not isinstance(layer_idx, bool) and 0 <= layer_idx < layers
+    require(good, "layer", layer_idx, f"from 0 to {layers - 1}")
     return layer_idx
+
+
+def moe_layers(config: DeepseekV2Config, end: int) -> int:
+    """How many of the first ``end`` layers hold experts."""
+    if config.n_routed_experts is None:
+        return 0
+    every = config.moe_layer_freq
+    return -(-end // every) - -(-min(config.first_k_dense_replace, end) // every)
+
+
+def layers_alike(config: DeepseekV2Config) -> list[tuple[int, int]]:
+    """The last dense layer and the last with experts, as far as there are any, in order; and how many there are like it."""
+    end, every = config.num_hidden_layers, config.moe_layer_freq
+    mixed = moe_layers(config, end)
+    last: dict[bool, int] = {}
+    # Two neighbours with experts mean that all have them from ``first_k_dense_replace`` on.
+    for layer_idx in (min(config.first_k_dense_replace, end) - 1, end - 2, (end - 1) // every * every, end - 1):
+        if layer_idx >= 0:
+            kind = config.is_moe_layer(layer_idx)
+            last[kind] = max(layer_idx, last.get(kind, 0))
+    return sorted((layer_idx, mixed if kind else end - mixed) for kind, layer_idx in last.items())

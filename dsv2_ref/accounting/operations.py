@@ -3,8 +3,11 @@
 A *product* counts a multiplication and its addition as two FLOPs. Everything else is counted by `elementwise`: per number a
 norm takes 4 (square, sum, two multiplications), a rotation 3 (4 multiplications and 2 additions a pair), a softmax 6 (scale,
 maximum, subtraction, exponential, sum, division), a SwiGLU 5 (exponential, addition, division, two multiplications), a
-residual sum 1.
+residual sum 1. What a fused kernel computes besides is not counted: zeros behind values that are narrower than keys, and
+pairs that a mask hides.
 """
+
+from dataclasses import replace
 
 from dsv2_ref.accounting.call import Call, Counts, one_of
 from dsv2_ref.accounting.weights import parameters, projections
@@ -12,13 +15,18 @@ from dsv2_ref.config import DeepseekV2Config
 
 
 def form_of(config: DeepseekV2Config, call: Call) -> str:
-    """The form of latent attention that a call takes: its own, or with ``auto`` the one with fewer FLOPs."""
-    if call.form != "auto":
-        return call.form
+    """The form of latent attention that a call takes: its own, or the configuration's, or the one with fewer FLOPs.
+
+    The last is what the layer takes by itself, for which causal pairs decide whatever is counted.
+    """
+    for form in (call.form, config.mla_form):
+        if form != "auto":
+            return form
+    pairs = replace(call, causal=True).pairs
     latent, rope, value = config.kv_lora_rank or 0, config.qk_rope_head_dim, config.v_head_dim
     expand = latent * (config.qk_nope_head_dim + value)
-    expanded = call.kv * expand + call.pairs * (config.qk_nope_head_dim + rope + value)
-    return "absorbed" if call.seq * expand + call.pairs * (2 * latent + rope) < expanded else "expanded"
+    expanded = call.kv * expand + pairs * (config.qk_nope_head_dim + rope + value)
+    return "absorbed" if call.seq * expand + pairs * (2 * latent + rope) < expanded else "expanded"
 
 
 def _attention_products(config: DeepseekV2Config, call: Call) -> Counts:

@@ -41,8 +41,8 @@ def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
 
     if not _launches(update, residual, weight):
-        total, normed, inverse_rms = (t.contiguous() for t in add_rmsnorm_definition(update, residual, weight, eps))
-        return total, normed, inverse_rms
+        defined = add_rmsnorm_definition(update, residual, weight, eps)
+        return defined[0].contiguous(), defined[1].contiguous(), defined[2].contiguous()
     total, normed, inverse_rms = add_rmsnorm_launch(update, residual, weight, eps)
     assert total is not None
     return total, normed, inverse_rms

@@ -202,7 +202,10 @@ def _last_blocks(ledger: Ledger, p: Pass, heads: int, width: int, parts: list[Si
 
 def _bias(ledger: Ledger, p: Pass, mask: Sized) -> Sized:
     """What is added to the scores of all heads."""
+    of_all = p.batch * p.config.num_attention_heads * mask.count
     added = ledger.make(mask.count, p.width)
     if p.config.num_attention_heads > 1:
-        added = ledger.make(p.batch * p.config.num_attention_heads * mask.count, p.width)
-    return ledger.make(added.count, p.width)
+        added = ledger.make(of_all, p.width)
+    made = ledger.make(of_all, p.width)
+    del added
+    return made

@@ -186,6 +186,13 @@ class Ledger:
         view = Sized(x.storage, x.count, x.width)
         return self._follow(view, (x, loss), (), lambda gradients: [gradients[0], self.make(1, width)])
 
+    def held(self, x: Sized, size: int) -> Sized:
+        """The same bytes, beside so many that are held until the way back comes here."""
+        if not (size and self.recording):
+            return x
+        beside = Sized(Storage(self, size), size, 1)
+        return self._follow(Sized(x.storage, x.count, x.width), (x,), (beside,), _unchanged)
+
     def checkpointed(self, run: Callable[[Sized], Sized], x: Sized) -> Sized:
         """``run`` on ``x`` keeping nothing but ``x``; the way back runs it once more."""
         count, width = x.count, x.width
@@ -196,7 +203,7 @@ class Ledger:
             again.step = leaf = self._step((), (), None)
             out = run(again)
             self.peak, out.storage = self._peak_when_kept, None  # it stops at the last number that it was for
-            self.backward(out, *gradients)
+            self.backward(out, gradients)
             return [leaf.received.get(0)]
 
         self.recording, recording = False, self.recording
@@ -204,19 +211,26 @@ class Ledger:
         self.recording = recording
         return self._follow(made, (x,), (), rule)
 
-    def backward(self, out: Sized, gradient: Sized | None) -> None:
-        """Go back from ``out``, the latest operation first; what an operation kept is let go when it is done."""
+    def backward(self, out: Sized, gradients: Gradients) -> None:
+        """Go back from ``out``, the latest operation first; what an operation kept is let go when it is done.
+
+        The gradient of ``out`` is taken from the list, so that no caller holds it longer than it is read.
+        """
+        gradient = gradients.pop()
         if out.step is None or gradient is None:
             return
         waiting: list[tuple[int, _Step]] = []
         self._receive(waiting, out.step, out.place, gradient)
+        del gradient
         while waiting:
             step = heappop(waiting)[1]
             if step.rule is None:  # a leaf, which keeps what it received
                 continue
             received, step.received = step.received, {}
-            made = step.rule([received.get(place) for place in range(1 + max(received))])
+            given = [received.get(place) for place in range(1 + max(received))]
             del received
+            made = step.rule(given)
+            del given
             step.kept, step.rule = [], None
             for edge in reversed(step.edges):
                 part = made.pop()
