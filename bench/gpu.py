@@ -15,7 +15,9 @@ FLUSHED_BYTES = 2**28
 """Written before each sample, so that nothing is found in the second-level cache: more than any GPU has there."""
 
 AHEAD_CYCLES = 20_000_000
-"""For so many cycles (some 10 ms) the GPU waits before each sample, so that Python is done queueing when it begins."""
+"""For so many cycles (some 10 ms) the GPU waits before each sample, so that Python is done queueing when it begins.
+
+Work that takes longer to queue, or that makes the host wait on its way, is timed with Python in it."""
 
 
 class GpuClock:

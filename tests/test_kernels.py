@@ -60,6 +60,32 @@ def test_machine_code_fits_the_gpu_and_spills_nothing(kernel: str, capability: i
     assert 0 < found.registers <= 255
 
 
+VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
+    "one new token": ("mla_partial", {"seq": 1}),
+    "one new token without padding": ("mla_partial", {"seq": 1, "HAS_PADDING": False}),
+    "norm without a residual": ("add_rmsnorm", {"HAS_RESIDUAL": False}),
+    "few rows a group": ("grouped_product", {"ROWS": 16}),
+    "weights transposed, as on the way back": ("grouped_product", {"weight_output": 1, "weight_input": 1536}),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_form_of_a_launch_fits_and_spills_nothing(variant: str, capability: int) -> None:
+    kernel, constants = VARIANTS[variant]
+    found = resources(kernel, capability, "bf16", **constants)
+    assert found.fits, found
+    assert found.stack == 0, found
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_machine_code_fits_in_float32(kernel: str, capability: int) -> None:
+    assert resources(kernel, capability, "fp32").fits
+
+
 @needs_triton
 def test_a_tile_too_large_is_caught() -> None:
     """The planted fault: 128 keys a tile."""

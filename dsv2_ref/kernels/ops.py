@@ -145,7 +145,7 @@ _mla_decode.register_autograd(_no_gradients)
 def rms_norm(
     x: Float[Tensor, "*batch hidden"], weight: Float[Tensor, "hidden"], eps: float
 ) -> Float[Tensor, "*batch hidden"]:
-    """``weight * round(x / rms(x))``, as `DeepseekV2RMSNorm`; differentiable by ``x`` and ``weight``."""
+    """``weight * round(x / rms(x))``, as `DeepseekV2RMSNorm`; differentiable by ``x`` and ``weight``, once."""
     return _rms_norm(x, weight, eps)[0]
 
 
@@ -155,7 +155,7 @@ def add_rms_norm(
     weight: Float[Tensor, "hidden"],
     eps: float,
 ) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch hidden"]]:
-    """``total = residual + update`` and ``rms_norm(total)``; differentiable by all three tensors."""
+    """``total = residual + update`` and ``rms_norm(total)``; differentiable by all three tensors, once."""
     total, normed, _ = _add_rms_norm(update, residual, weight, eps)
     return total, normed
 
