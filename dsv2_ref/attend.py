@@ -19,7 +19,7 @@ DECODED_AT_ONCE = 8
 """Queries of a sequence up to which the decoding kernel is used on a GPU; more of them suit plain products."""
 
 LARGEST_LATENT, LARGEST_ROPE = 512, 64
-"""Sizes of a cached token up to which the decoding kernel is used: larger tiles leave the memory of a multiprocessor."""
+"""Sizes of a cached token up to which the decoding kernel is used; larger tiles leave the memory of a multiprocessor."""
 
 SCORES_AT_ONCE = 2**24
 """Scores of a block of queries that may be in memory together, over all sequences and heads."""

@@ -25,7 +25,7 @@ PUBLISHED_DEFAULTS: Mapping[str, Any] = {
 }
 
 MOST = 10**15
-"""The largest size that is read: more is a slip, and products of sizes stay within what a float holds."""
+"""The largest size that is read; more is a slip, and products of sizes stay within what a float holds."""
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:

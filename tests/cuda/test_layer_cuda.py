@@ -240,6 +240,7 @@ def test_the_host_never_waits(name: str, layer_idx: int) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@gpu_only
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:TensorFloat32 tensor cores")
 def test_a_step_compiled_whole() -> None:
     """In float32, where compiled code rounds otherwise but chooses the same experts."""
