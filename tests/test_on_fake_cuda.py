@@ -132,7 +132,9 @@ def test_blocks_of_queries(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt, which is attended to a block of queries at a time."""
     monkeypatch.setattr("dsv2_ref.attend.SCORES_AT_ONCE", 8)
     for form in ("expanded", "absorbed"):
+        before = gpu.seen
         calls(layer_of(replace(SMALL, mla_form=form), 0, torch.float32, False), torch.float32, gpu)
+        assert gpu.seen > before  # the watch, which raises at a fault, was on
 
 
 def test_inside_the_operator_of_grouped_products(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:

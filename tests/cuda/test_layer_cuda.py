@@ -232,12 +232,13 @@ def test_the_host_never_waits(name: str, layer_idx: int) -> None:
     layer, _ = pair(name, layer_idx, torch.bfloat16)
     x = normal(2, SEQ + CHUNK + 2, MIDDLE.hidden_size).to(DEVICE, torch.bfloat16)
     with torch.no_grad():
-        pieces(layer, x, None)  # compiles
+        expected = pieces(layer, x, None)  # compiles
         try:
-            torch.cuda.set_sync_debug_mode("error")
-            pieces(layer, x, None)
+            torch.cuda.set_sync_debug_mode("error")  # a wait raises
+            actual = pieces(layer, x, None)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert_near(actual, expected.cpu().double(), torch.bfloat16)
 
 
 @gpu_only
