@@ -14,7 +14,8 @@ class LiveBytes(TorchDispatchMode):
     """Remembers after every operation which storages made since the mode was entered are alive.
 
     A storage is made by the first operation that returns it and did not take it. What an operation uses inside its own
-    kernel is not seen.
+    kernel is not seen. Where anyone watches, torch adds the bias of a product of strided rows into a new tensor; else it
+    adds in place.
     """
 
     def __init__(self) -> None:

@@ -9,14 +9,8 @@ Not counted: weights and their gradients, the optimizer, the input of a layer, t
 operation uses inside its own kernel. A sum of gradients is a new tensor, as it is where operations are watched; autograd
 itself may add in place, and then needs less.
 
-Against live storages nearly everything agrees to the byte, and the rest to 2 %, with these exceptions:
-
-- Fused attention in half precision on a CPU, without gradients, works in blocks of its own (`dsv2_ref.attend_cpu`); what a GPU
-  needs is counted.
-- A matrix that is both embedding and head has two gradients in training, and their sum; no gradient of a weight is counted.
-- A model in half precision that is trained with checkpointing, and the absorbed form with ``attention_bias``: up to about 4 %
-  either way.
-- Attention with a single head over a cache, or absorbed: up to a fifth too little.
+Live storages agree, nearly always to the byte and else to 0.5 %. Fused attention is counted as on a GPU: in half precision on a
+CPU, without gradients, it works in blocks of its own (`dsv2_ref.attend_cpu`). The absorbed form is counted without gradients.
 
 All layers of a kind cost the same, so a model of any depth is gone through in its last layer of each kind; what those before
 keep for the way back is measured once and held. Needs no torch.
@@ -27,8 +21,9 @@ from functools import partial
 from dsv2_ref.accounting.call import layers_alike, moe_layers
 from dsv2_ref.accounting.memory.attention import attend
 from dsv2_ref.accounting.memory.experts import moe
-from dsv2_ref.accounting.memory.ledger import Ledger, Sized
+from dsv2_ref.accounting.memory.ledger import Ledger
 from dsv2_ref.accounting.memory.parts import Pass, mlp, norm
+from dsv2_ref.accounting.memory.tape import Sized
 
 __all__ = ["Pass", "peak"]
 

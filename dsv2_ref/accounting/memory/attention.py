@@ -1,7 +1,8 @@
 """Attention in sizes: multi-head and latent, eager, fused and absorbed."""
 
-from dsv2_ref.accounting.memory.ledger import Ledger, Sized
+from dsv2_ref.accounting.memory.ledger import Ledger
 from dsv2_ref.accounting.memory.parts import Pass, Tables, norm, rotated
+from dsv2_ref.accounting.memory.tape import Sized
 
 SCORES_AT_ONCE = 2**24
 """Scores of a block of queries that may be in memory together, as in the reference's attention."""
@@ -19,9 +20,9 @@ Attended = tuple[Sized, Sized | None]
 """The heads' results, and the weights where all are held."""
 
 
-def _output(ledger: Ledger, p: Pass, out: Sized, in_order: bool = False) -> Sized:
-    """The last projection, of heads side by side."""
-    if not in_order and p.seq > 1 and p.config.num_attention_heads > 1:
+def _output(ledger: Ledger, p: Pass, out: Sized, side_by_side: bool) -> Sized:
+    """The last projection, for which the heads of a token are put ``side_by_side`` where they are not yet."""
+    if not side_by_side and p.config.num_attention_heads > 1:
         out = ledger.copied(out)
     return ledger.linear(out, out.count // p.tokens, p.config.hidden_size)
 
@@ -39,7 +40,7 @@ def _multi_head_attention(ledger: Ledger, p: Pass, x: Sized, tables: Tables) -> 
         out, weights = _eager_grouped(ledger, p, query, keys, values, heads // kv_heads)
     else:
         out, weights = _fused(ledger, p, ledger.reordered(query), keys, values), None
-    made = _output(ledger, p, out, in_order=p.whole and not p.eager)
+    made = _output(ledger, p, out, side_by_side=p.seq == 1 or (p.whole and not p.eager))
     del query, key, value, weights
     return made
 
@@ -54,13 +55,15 @@ def _eager_grouped(ledger: Ledger, p: Pass, query: Sized, key: Sized, value: Siz
 
 
 def _latent_attention(ledger: Ledger, p: Pass, x: Sized, tables: Tables) -> Sized:
+    config = p.config
     q_nope, q_pe = _queries(ledger, p, x, tables)
     present = _compressed(ledger, p, x, tables)
     if p.kv > p.seq:
         present = Sized(None, present.count // p.seq * p.kv, p.width)
     attend = _absorbed if p.absorbed else _expanded
     out, weights = attend(ledger, p, q_nope, q_pe, present)
-    made = _output(ledger, p, out)
+    narrowed = not p.eager and p.whole and config.v_head_dim < config.qk_nope_head_dim + config.qk_rope_head_dim
+    made = _output(ledger, p, out, side_by_side=p.absorbed or (p.seq == 1 and not narrowed))
     del q_nope, q_pe, present, weights
     return made
 
@@ -72,6 +75,7 @@ def _queries(ledger: Ledger, p: Pass, x: Sized, tables: Tables) -> tuple[Sized, 
         x = norm(ledger, ledger.linear(x, inputs, config.q_lora_rank), config.q_lora_rank, p.wide)
         inputs = config.q_lora_rank
     query = ledger.reordered(ledger.linear(x, inputs, config.num_attention_heads * width))
+    del x
     q_nope, q_pe = ledger.split(query, heads * config.qk_nope_head_dim, heads * config.qk_rope_head_dim)
     return q_nope, rotated(ledger, q_pe, tables)
 
@@ -165,7 +169,7 @@ def _absorbed(ledger: Ledger, p: Pass, q_nope: Sized, q_pe: Sized, present: Size
     latent = config.kv_lora_rank or 0
     q_latent = ledger.make(p.tokens * heads * latent, p.width, q_nope)
     attended = _attend_latent(ledger, p, ledger.join(q_latent, q_pe), latent)
-    by_head = ledger.copied(attended) if p.batch > 1 and heads > 1 else attended
+    by_head = ledger.copied(attended) if min(p.batch, p.seq, heads) > 1 else attended
     out = ledger.make(p.tokens * heads * config.v_head_dim, p.width, by_head)
     del q_latent, attended, present
     return out, None

@@ -1,7 +1,8 @@
 """The mixture of experts in sizes: scores of the gate, rows sorted by expert, the float32 sum of what experts say."""
 
-from dsv2_ref.accounting.memory.ledger import Gradients, Ledger, Sized
+from dsv2_ref.accounting.memory.ledger import Ledger
 from dsv2_ref.accounting.memory.parts import Pass, mlp
+from dsv2_ref.accounting.memory.tape import Gradients, Sized
 
 INTEGER = 8
 """Bytes of an index."""

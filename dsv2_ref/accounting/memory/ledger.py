@@ -9,55 +9,17 @@ depend on the call.
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
-
-class Storage:
-    """Bytes that are alive as long as anyone holds this."""
-
-    __slots__ = ("_ledger", "_size")
-
-    def __init__(self, ledger: "Ledger", size: int) -> None:
-        self._ledger, self._size = ledger, size
-        ledger.alive += size
-        ledger.peak = max(ledger.peak, ledger.alive)
-
-    def __del__(self) -> None:
-        self._ledger.alive -= self._size
+from dsv2_ref.accounting.memory.tape import Checkpoint, Gradients, Meter, Rule, Sized, Step, Storage
 
 
-class Sized:
-    """Stands for a tensor of ``count`` numbers of ``width`` bytes; views share its storage."""
-
-    __slots__ = ("count", "place", "step", "storage", "width")
-
-    def __init__(self, storage: Storage | None, count: int, width: int) -> None:
-        self.storage, self.count, self.width = storage, count, width
-        self.step: _Step | None = None
-        self.place = 0
-
-
-Gradients = list[Sized | None]
-Rule = Callable[[Gradients], Gradients]
-"""From the gradients of an operation's results to those of its inputs."""
-
-
-class _Step:
-    """An operation that gradients will go back through."""
-
-    __slots__ = ("edges", "kept", "order", "received", "rule")
-
-    def __init__(self, order: int, inputs: Sequence[Sized], keep: Sequence[Sized], rule: Rule | None) -> None:
-        self.order, self.rule = order, rule
-        self.edges = [None if x.step is None else (x.step, x.place) for x in inputs]
-        self.kept: list[Storage | None] = [x.storage for x in keep]
-        self.received: dict[int, Sized] = {}
-
-
-class Ledger:
-    """Counts the bytes ``alive`` and the most there ever were, ``peak``; ``recording`` keeps what gradients need."""
+class Ledger(Meter):
+    """Counts bytes as they come and go; ``recording`` keeps what gradients need."""
 
     def __init__(self, recording: bool) -> None:
+        super().__init__()
         self.recording = recording
-        self.alive = self.peak = self._peak_when_kept = self._steps = 0
+        self._peak_when_kept = self._steps = 0
+        self._checkpoint: Checkpoint | None = None
 
     def make(
         self, count: int, width: int, *inputs: Sized, keep: Sequence[Sized] = (), rule: Rule | None = None
@@ -73,7 +35,7 @@ class Ledger:
     def leaf(self, count: int, width: int, counted: bool = False) -> Sized:
         """A tensor from outside, whose own bytes are not ``counted``; its gradient's are."""
         x = self.make(count, width) if counted else Sized(None, count, width)
-        x.step = self._step((), (), None) if self.recording else None
+        x.step = self._step((), None) if self.recording else None
         return x
 
     def view(self, x: Sized, count: int | None = None, rule: Rule | None = None) -> Sized:
@@ -97,7 +59,7 @@ class Ledger:
         """Parts of the same bytes, whose gradients are put together in one new tensor."""
         parts = [Sized(x.storage, count, x.width) for count in counts]
         if self.recording and x.step is not None:
-            step = self._step((x,), (), self.fresh(x))
+            step = self._step((x,), self.fresh(x))
             for place, part in enumerate(parts):
                 part.step, part.place = step, place
         return parts
@@ -131,7 +93,7 @@ class Ledger:
     def with_result(self, made: Sized) -> Sized:
         """The same, whose derivative reads the result as well."""
         if made.step is not None:
-            made.step.kept.append(made.storage)
+            self._keep(made.step, made)
             self._peak_when_kept = self.peak
         return made
 
@@ -139,16 +101,24 @@ class Ledger:
         """A sum, whose gradient is that of both."""
         return self.make(x.count, max(x.width, y.width), x, y, rule=lambda gradients: [gradients[0], gradients[0]])
 
+    def subtract(self, x: Sized, y: Sized) -> Sized:
+        """A difference, whose gradient is that of ``x`` and, in a new tensor with the other sign, that of ``y``."""
+
+        def rule(gradients: Gradients) -> Gradients:
+            return [gradients[0], self.make(y_count, y_width)]
+
+        y_count, y_width = y.count, y.width
+        return self.make(x.count, max(x.width, y.width), x, y, rule=rule)
+
     def times(self, x: Sized, y: Sized) -> Sized:
-        """Elementwise; a smaller factor is repeated, and its gradient summed from one of full size."""
+        """Elementwise; a smaller factor is repeated, and has a gradient of full size."""
         count, width = max(x.count, y.count), max(x.width, y.width)
-        sizes = [(z.count, z.width, z.step is not None) for z in (x, y)]
+        wants = [z.step is not None for z in (x, y)]
 
         def rule(_: Gradients) -> Gradients:
-            full = [self.make(count, width) if wants else None for _, _, wants in sizes]
-            return [z and self._summed(z, *size[:2]) for z, size in zip(full, sizes, strict=True)]
+            return [self.make(count, width) if wanted else None for wanted in wants]
 
-        keep = [y] * sizes[0][2] + [x] * sizes[1][2]
+        keep = [y] * wants[0] + [x] * wants[1]
         return self.make(count, width, x, y, keep=keep, rule=rule)
 
     def times_weight(self, x: Sized) -> Sized:
@@ -194,22 +164,23 @@ class Ledger:
         return self._follow(Sized(x.storage, x.count, x.width), (x,), (beside,), _unchanged)
 
     def checkpointed(self, run: Callable[[Sized], Sized], x: Sized) -> Sized:
-        """``run`` on ``x`` keeping nothing but ``x``; the way back runs it once more."""
+        """``run`` on ``x`` keeping nothing but ``x``; the way back runs it once more when it first wants more."""
+        if not self.recording:
+            return run(x)
         count, width = x.count, x.width
-        storage = x.storage
 
-        def rule(gradients: Gradients) -> Gradients:
-            again = Sized(storage, count, width)
-            again.step = leaf = self._step((), (), None)
-            out = run(again)
-            self.peak, out.storage = self._peak_when_kept, None  # it stops at the last number that it was for
-            self.backward(out, gradients)
-            return [leaf.received.get(0)]
+        def again() -> None:
+            taken = Sized(checkpoint.taken, count, width)
+            taken.step = self._step((), None)
+            self._checkpoint = checkpoint
+            run(taken)
+            self._checkpoint = None
+            self.peak = self._peak_when_kept  # it stops at the last number that it was for
 
-        self.recording, recording = False, self.recording
+        self._checkpoint = checkpoint = Checkpoint(x.storage, again)
         made = run(x)
-        self.recording = recording
-        return self._follow(made, (x,), (), rule)
+        self._checkpoint = None
+        return made
 
     def backward(self, out: Sized, gradients: Gradients) -> None:
         """Go back from ``out``, the latest operation first; what an operation kept is let go when it is done.
@@ -219,7 +190,7 @@ class Ledger:
         gradient = gradients.pop()
         if out.step is None or gradient is None:
             return
-        waiting: list[tuple[int, _Step]] = []
+        waiting: list[tuple[int, Step]] = []
         self._receive(waiting, out.step, out.place, gradient)
         del gradient
         while waiting:
@@ -229,7 +200,13 @@ class Ledger:
             received, step.received = step.received, {}
             given = [received.get(place) for place in range(1 + max(received))]
             del received
+            if step.checkpoint is not None:
+                step.kept = step.checkpoint.hand_over(step.place)
             made = step.rule(given)
+            if step.checkpoint is not None:
+                step.kept, step.checkpoint = [], None
+            for place, size in enumerate(step.sizes):
+                made[place] = self._fitted(made[place], *size)
             del given
             step.kept, step.rule = [], None
             for edge in reversed(step.edges):
@@ -239,7 +216,7 @@ class Ledger:
                 del part
             step.edges = []
 
-    def _receive(self, waiting: list[tuple[int, _Step]], step: _Step, place: int, gradient: Sized) -> None:
+    def _receive(self, waiting: list[tuple[int, Step]], step: Step, place: int, gradient: Sized) -> None:
         """Add to what has come for this result; a sum is a new tensor."""
         if not step.received:
             heappush(waiting, (-step.order, step))
@@ -249,7 +226,8 @@ class Ledger:
 
     def _follow(self, made: Sized, inputs: Sequence[Sized], keep: Sequence[Sized], rule: Rule | None) -> Sized:
         if self.recording and any(x.step is not None for x in inputs):
-            made.step = self._step(inputs, keep, rule or self.fresh(*inputs))
+            made.step = self._step(inputs, rule or self.fresh(*inputs))
+            self._keep(made.step, *keep)
         return made
 
     def fresh(self, *inputs: Sized) -> Rule:
@@ -257,13 +235,30 @@ class Ledger:
         sizes = [(x.count, x.width) if x.step is not None else None for x in inputs]
         return lambda _: [size and self.make(*size) for size in sizes]
 
-    def _summed(self, gradient: Sized, count: int, width: int) -> Sized:
-        gradient = self.cast(gradient, width)
-        return gradient if gradient.count == count else self.make(count, width)
+    def _fitted(self, gradient: Sized | None, count: int, width: int) -> Sized | None:
+        """As large and as wide as what it is the gradient of: summed where that was repeated, and cast."""
+        if gradient is None:
+            return None
+        if gradient.count != count:
+            gradient = self.make(count, gradient.width)
+        return self.cast(gradient, width)
 
-    def _step(self, inputs: Sequence[Sized], keep: Sequence[Sized], rule: Rule | None) -> _Step:
+    def _step(self, inputs: Sequence[Sized], rule: Rule | None) -> Step:
         self._steps += 1
-        return _Step(self._steps, inputs, keep, rule)
+        step = Step(self._steps, inputs, rule)
+        if self._checkpoint is not None:
+            step.place = len(self._checkpoint.steps)
+            self._checkpoint.steps.append(step)
+        return step
+
+    def _keep(self, step: Step, *read: Sized) -> None:
+        """Hold what the derivative will read, or know where to get it."""
+        if not read:
+            return
+        if self._checkpoint is not None and self._checkpoint.again is not None:
+            step.checkpoint = self._checkpoint
+        else:
+            step.kept += [x.storage for x in read]
 
 
 def _unchanged(gradients: Gradients) -> Gradients:

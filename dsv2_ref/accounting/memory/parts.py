@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from dsv2_ref.accounting.memory.ledger import Gradients, Ledger, Sized
+from dsv2_ref.accounting.memory.ledger import Ledger
+from dsv2_ref.accounting.memory.tape import Gradients, Sized
 from dsv2_ref.config import DeepseekV2Config
 
 Tables = tuple[Sized, Sized]
@@ -69,13 +70,11 @@ def rotated(ledger: Ledger, x: Sized, tables: Tables) -> Sized:
     width, half = x.width, x.count // 2
     first, second = ledger.split(ledger.cast(x, tables[0].width), half, half)
     cos, sin = tables
-    return ledger.cast(
-        ledger.join(_turned(ledger, first, cos, second, sin), _turned(ledger, first, sin, second, cos)), width
+    turned = ledger.join(
+        ledger.subtract(ledger.scaled(first, cos), ledger.scaled(second, sin)),
+        ledger.add(ledger.scaled(first, sin), ledger.scaled(second, cos)),
     )
-
-
-def _turned(ledger: Ledger, first: Sized, by: Sized, second: Sized, and_by: Sized) -> Sized:
-    return ledger.add(ledger.scaled(first, by), ledger.scaled(second, and_by))
+    return ledger.cast(turned, width)
 
 
 def mlp(ledger: Ledger, x: Sized, hidden: int, wide: int) -> Sized:
