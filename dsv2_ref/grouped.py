@@ -28,8 +28,7 @@ def _triton_should(rows: Tensor, weights: Tensor) -> bool:
     if not kernels.serve(rows, weights):
         return False
     generation = torch.cuda.get_device_capability(rows.device)[0]
-    fast = generation in (9, 10) and rows.dtype == torch.bfloat16 and _torch_can(rows, weights)
-    return generation >= 8 and not fast
+    return not (generation in (9, 10) and rows.dtype == torch.bfloat16 and _torch_can(rows, weights))
 
 
 def _groups(group_ends: Tensor) -> list[slice]:

@@ -1,5 +1,6 @@
 """The fused kernels without a GPU: their numbers in Triton's interpreter, their machine code, and how torch sees them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -96,6 +97,9 @@ def test_a_tile_too_large_is_caught() -> None:
 def test_spills_are_caught() -> None:
     """The planted fault: rows so many that the sum of a program does not fit the registers of four warps."""
     assert resources("mla_partial", 80, "bf16", ROWS=128).stack > 0
+    assert resources("mla_partial", 80, "bf16", ROWS=32).stack > 0
+    shared_out = resources("mla_partial", 80, "bf16", ROWS=32, num_warps=8)
+    assert (shared_out.stack, shared_out.warps) == (0, 8)
 
 
 def test_blocks_that_a_multiprocessor_keeps() -> None:
@@ -278,6 +282,7 @@ def test_groups_go_where_nothing_waits_for_their_sizes(
     generation: int, aligned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To torch in bfloat16 on sm_90 and sm_100, if rows begin at 16 bytes; else to the kernel; before Ampere to torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (generation, 0))
     width = 16 if aligned else 5
     with FakeTensorMode():
@@ -286,14 +291,26 @@ def test_groups_go_where_nothing_waits_for_their_sizes(
         assert grouped._triton_should(rows, weights) == (generation >= 8 and not by_torch)
 
 
-def test_operators_launch_from_ampere_on_and_for_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_triton
+def test_kernels_serve_from_ampere_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
-        half, double = (torch.empty(2, device="cuda", dtype=dtype) for dtype in (torch.float16, torch.float64))
-        for capability, launches in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        half = torch.empty(2, device="cuda", dtype=torch.float16)
+        for capability, serves in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
-            assert ops._launches(half, half) == launches
-            assert not ops._launches(double, double)
-            assert not ops._launches(half, double)
+            assert kernels.serve(half, half) == serves
+
+
+@needs_triton
+def test_kernels_are_not_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        half = torch.empty(2, device="cuda", dtype=torch.float16)
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        try:
+            assert not importlib.reload(kernels).serve(half)
+        finally:
+            monkeypatch.undo()
+            assert importlib.reload(kernels).serve(half)
 
 
 @pytest.mark.usefixtures("as_shipped")

@@ -1,8 +1,8 @@
 """Fused kernels for CUDA, each beside the plain PyTorch that defines it, in Triton.
 
 The reference calls them by itself for CUDA tensors in float32, float16 and bfloat16 where Triton is installed and the
-GPU is of the Ampere generation or newer; everywhere else the definitions run. `enabled` turns them off for a
-comparison, and so does the environment variable ``DSV2_KERNELS=0``.
+GPU is NVIDIA's, of the Ampere generation or newer; everywhere else it goes on as on a CPU. `enabled` turns them off for
+a comparison, and so does the environment variable ``DSV2_KERNELS=0``.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-_installed = importlib.util.find_spec("triton") is not None
+_installed = importlib.util.find_spec("triton") is not None and torch.version.hip is None  # AMD's GPUs are "cuda" as well
 _enabled = os.environ.get("DSV2_KERNELS", "1") != "0"
 
 
@@ -29,12 +29,17 @@ def enabled(on: bool = True) -> Iterator[None]:
         _enabled = before
 
 
-def serve(*tensors: Shaped[Tensor, "..."]) -> bool:
-    """Whether the kernels are to be used for these: on CUDA, all of one dtype that the kernels know, and not turned off.
+def _from_ampere_on(device: torch.device) -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
-    True of fake CUDA tensors as well, for which the operators only tell shapes.
+
+def serve(*tensors: Shaped[Tensor, "..."]) -> bool:
+    """Whether the kernels are to be used for these: on a GPU they were made for, all of one dtype that they know.
+
+    True of fake CUDA tensors as well, for which the operators only tell shapes. False where they are turned off.
     """
     if not (_enabled and _installed):
         return False
-    known = tensors[0].dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and all(x.is_cuda and x.dtype == tensors[0].dtype for x in tensors)
+    dtype, device = tensors[0].dtype, tensors[0].device
+    known = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return known and all(x.is_cuda and x.dtype == dtype for x in tensors) and _from_ampere_on(device)

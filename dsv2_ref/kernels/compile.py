@@ -105,7 +105,7 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
         kernel: one of `KERNELS`.
         capability: 80, 89, 90 or 100.
         dtype: fp16, bf16 or fp32.
-        **constants: block sizes in place of the shipped ones.
+        **constants: block sizes, ``num_warps`` and ``num_stages`` in place of the shipped ones.
 
     Raises:
         ValueError: for a kernel or capability that is not known.
@@ -126,6 +126,7 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
         options["num_stages"] = 3 if itemsize == 2 else 1
     if kernel == "grouped_product":
         fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize), strict=True)
+    options |= {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     fixed |= constants
     jitted = getattr(module, function)
     signature = {
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsv2_ref.kernels.compile", description=main.__doc__)
     parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
     parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="bf16")
-    parser.add_argument("--set", type=_constant, action="append", default=[], metavar="NAME=SIZE", help="a block size")
+    parser.add_argument("--set", type=_constant, action="append", default=[], metavar="NAME=SIZE", help="a block size, or num_warps")
     chosen = parser.parse_args(arguments)
     print(f"{chosen.dtype:22}{'registers':>10}{'spilled':>9}{'shared':>9}{'at once':>9}")
     good = True

@@ -1,7 +1,7 @@
 """The kernels as operators of torch (``dsv2_ref::…``): with shapes for the compiler, and gradients.
 
-An operator runs its kernel for CUDA tensors, and the definition for all others and on GPUs older than Ampere. The
-kernels' modules are imported when one first runs, so that importing the package never imports Triton.
+An operator runs its kernel where kernels `serve`, and the definition for all others. The kernels' modules are imported
+when one first runs, so that importing the package never imports Triton.
 """
 
 from typing import Any
@@ -10,13 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-
-def _launches(*tensors: Tensor) -> bool:
-    """Whether the kernel computes this: on CUDA, from Ampere on, all of one dtype that it knows."""
-    first = tensors[0]
-    known = first.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    alike = all(x.dtype == first.dtype for x in tensors)
-    return first.is_cuda and known and alike and torch.cuda.get_device_capability(first.device) >= (8, 0)
+from dsv2_ref.kernels import serve
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -30,7 +24,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
 
-    if _launches(x, weight):
+    if serve(x, weight):
         return add_rmsnorm_launch(x, None, weight, eps)[1:]
     _, normed, inverse_rms = add_rmsnorm_definition(x, None, weight, eps)
     return normed.contiguous(), inverse_rms.contiguous()
@@ -40,7 +34,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
 
-    if not _launches(update, residual, weight):
+    if not serve(update, residual, weight):
         defined = add_rmsnorm_definition(update, residual, weight, eps)
         return defined[0].contiguous(), defined[1].contiguous(), defined[2].contiguous()
     total, normed, inverse_rms = add_rmsnorm_launch(update, residual, weight, eps)
@@ -52,7 +46,7 @@ def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 def _rms_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
     from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_backward_definition, add_rmsnorm_backward_launch
 
-    if _launches(grad, total, weight):
+    if serve(grad, total, weight):
         return add_rmsnorm_backward_launch(grad, total, weight, inverse_rms)
     by_input, by_weight = add_rmsnorm_backward_definition(grad, total, weight, inverse_rms)
     return by_input.contiguous(), by_weight
@@ -100,7 +94,7 @@ _add_rms_norm.register_autograd(_backward_of_add_norm, setup_context=_save)
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     from dsv2_ref.kernels.rotate import rotate_definition, rotate_launch
 
-    if _launches(x):
+    if serve(x):
         return rotate_launch(x, cos, sin, backward)
     return rotate_definition(x, cos, -sin if backward else sin).contiguous()
 
@@ -126,7 +120,7 @@ _rotate.register_autograd(_backward_of_rotation, setup_context=_save_tables)
 def _mla_decode(query: Tensor, remembered: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
     from dsv2_ref.kernels.mla_decode import mla_decode_definition, mla_decode_launch
 
-    decode = mla_decode_launch if _launches(query, remembered) else mla_decode_definition
+    decode = mla_decode_launch if serve(query, remembered) else mla_decode_definition
     return decode(query, remembered, latent, scale, padding)
 
 
