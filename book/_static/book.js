@@ -24,12 +24,18 @@ function setRoles() {
   sidebar?.setAttribute("aria-label", "Book");
 }
 
-function setText() {
-  // Names in tables may break where a word in them begins, so that a phone shows more than one column.
-  for (const name of document.querySelectorAll("article table code .pre, article table.indextable code")) {
-    const parts = name.textContent.split(/(?<=[._/=,(])(?=\w)|(?<=[a-z0-9])(?=[A-Z][a-z])/);
-    name.replaceChildren(...parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
+function breakLongTexts(selector, places) {
+  for (const text of [...document.querySelectorAll(selector)].flatMap((element) => [...element.childNodes])) {
+    if (text.nodeType !== Node.TEXT_NODE || text.data.length <= 12) continue;
+    const parts = text.data.split(places);
+    text.replaceWith(...parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part])));
   }
+}
+
+function setText() {
+  // Long names in tables may break where a word in them begins, so that a phone shows more than one column.
+  breakLongTexts("article table code .pre, article table.indextable code", /(?<=[._/=,(])(?=\w)|(?<=[a-z0-9])(?=[A-Z][a-z])/);
+  breakLongTexts(".claims td, .claims td p", /(?<=_)(?=[a-z])/);
   // The link to an exercise begins with the space before it.
   for (const link of document.querySelectorAll(".solution > .admonition-title > a")) {
     if (!link.textContent.startsWith(" ")) continue;

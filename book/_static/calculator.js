@@ -2,48 +2,62 @@
 "use strict";
 
 (() => {
-  // A model's dimensions: name, least value, whether it may be left empty (no such part), and which models have it.
+  // A model's dimensions, by what they are of: name, least value, what leaving it empty means (null: it may not be), and
+  // which models have it.
   const always = () => true;
   const latent = (config) => config.use_mla;
   const mixed = (config) => config.n_routed_experts !== null;
-  const DIMENSIONS = [
-    ["hidden_size", 1n, false, always],
-    ["num_hidden_layers", 1n, false, always],
-    ["vocab_size", 1n, false, always],
-    ["intermediate_size", 1n, false, always],
-    ["num_attention_heads", 1n, false, always],
-    ["num_key_value_heads", 1n, true, (config) => !config.use_mla],
-    ["q_lora_rank", 1n, true, latent],
-    ["kv_lora_rank", 1n, false, latent],
-    ["qk_nope_head_dim", 1n, false, latent],
-    ["qk_rope_head_dim", 1n, false, latent],
-    ["v_head_dim", 1n, false, latent],
-    ["n_routed_experts", 1n, true, always],
-    ["num_experts_per_tok", 1n, false, mixed],
-    ["n_shared_experts", 1n, true, mixed],
-    ["moe_intermediate_size", 1n, false, mixed],
-    ["first_k_dense_replace", 0n, false, mixed],
-    ["moe_layer_freq", 1n, false, mixed],
+  const grouped = (config) => mixed(config) && config.topk_method === "group_limited_greedy";
+  const OF_THE_MODEL = [
+    ["hidden_size", 1n, null, always],
+    ["num_hidden_layers", 1n, null, always],
+    ["vocab_size", 1n, null, always],
   ];
+  const OF_ATTENTION = [
+    ["num_attention_heads", 1n, null, always],
+    ["num_key_value_heads", 1n, "one per head", (config) => !config.use_mla],
+    ["q_lora_rank", 1n, "not compressed", latent],
+    ["kv_lora_rank", 1n, null, latent],
+    ["qk_nope_head_dim", 1n, null, latent],
+    ["qk_rope_head_dim", 1n, null, latent],
+    ["v_head_dim", 1n, null, latent],
+  ];
+  const OF_NETWORKS = [
+    ["intermediate_size", 1n, null, always],
+    ["n_routed_experts", 1n, "none, all dense", always],
+    ["num_experts_per_tok", 1n, null, mixed],
+    ["n_shared_experts", 1n, "none", mixed],
+    ["moe_intermediate_size", 1n, null, mixed],
+    ["first_k_dense_replace", 0n, null, mixed],
+    ["moe_layer_freq", 1n, null, mixed],
+  ];
+  const OF_GROUPS = [
+    ["n_group", 1n, null, grouped],
+    ["topk_group", 1n, null, grouped],
+  ];
+  const DIMENSIONS = [...OF_THE_MODEL, ...OF_ATTENTION, ...OF_NETWORKS, ...OF_GROUPS];
+  const SWITCHES = ["use_mla", "attention_bias", "tie_word_embeddings"];
+  const METHODS = { greedy: "greedy", group_limited_greedy: "group_limited_greedy" };
   const CALL = [
-    ["batch", "sequences", 1n],
-    ["seq", "new tokens of each", 1n],
-    ["kv", "tokens attended to, new ones included", 8192n],
+    ["batch", "batch: sequences", 1n],
+    ["seq", "seq: new tokens of each", 1n],
+    ["kv", "kv: tokens attended to, new ones included", 8192n],
   ];
-  const MOST = 10n ** 9n;
+  const MOST = 10n ** 15n;
   const BYTES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n, int8: 1n };
   const FORMS = { auto: "the cheaper one", absorbed: "absorbed", expanded: "expanded" };
 
   // The presets of DeepseekV2Config, as far as the dimensions above say; a test compares them.
   const SHARED = {
-    use_mla: true, tie_word_embeddings: false, vocab_size: 102400n, num_key_value_heads: null, q_lora_rank: 1536n,
-    kv_lora_rank: 512n, qk_nope_head_dim: 128n, qk_rope_head_dim: 64n, v_head_dim: 128n, n_shared_experts: 2n,
+    use_mla: true, attention_bias: false, tie_word_embeddings: false, vocab_size: 102400n, num_key_value_heads: null,
+    q_lora_rank: 1536n, kv_lora_rank: 512n, qk_nope_head_dim: 128n, qk_rope_head_dim: 64n, v_head_dim: 128n, n_shared_experts: 2n,
     moe_intermediate_size: 1408n, first_k_dense_replace: 1n, moe_layer_freq: 1n, num_experts_per_tok: 6n,
+    topk_method: "greedy", n_group: 1n, topk_group: 1n,
   };
   const PRESETS = {
     deepseek_v2: {
       ...SHARED, hidden_size: 5120n, num_hidden_layers: 60n, intermediate_size: 12288n, num_attention_heads: 128n,
-      n_routed_experts: 160n, moe_intermediate_size: 1536n,
+      n_routed_experts: 160n, moe_intermediate_size: 1536n, topk_method: "group_limited_greedy", n_group: 8n, topk_group: 3n,
     },
     deepseek_v2_lite: {
       ...SHARED, hidden_size: 2048n, num_hidden_layers: 27n, intermediate_size: 10944n, num_attention_heads: 16n,
@@ -77,14 +91,27 @@
     const known = (...values) => !values.includes(undefined);
     const { num_attention_heads: heads, n_routed_experts: experts, num_key_value_heads: shared } = config;
     if (config.use_mla) {
-      if (known(config.qk_rope_head_dim) && config.qk_rope_head_dim % 2n) refuse("qk_rope_head_dim", config.qk_rope_head_dim, "an even number");
+      const rope = config.qk_rope_head_dim;
+      if (known(rope) && rope % 2n) refuse("qk_rope_head_dim", rope, "an even number");
     } else {
-      if (known(config.hidden_size, heads) && config.hidden_size % (2n * heads))
-        refuse("hidden_size", config.hidden_size, `a multiple of twice num_attention_heads=${heads}`);
+      const hidden = config.hidden_size;
+      if (known(hidden, heads) && hidden % (2n * heads))
+        refuse("hidden_size", hidden, `a multiple of twice num_attention_heads=${heads}, for heads that rotate in pairs`);
       if (known(shared, heads) && shared !== null && heads % shared) refuse("num_key_value_heads", shared, `a divisor of ${heads}`);
     }
-    if (known(experts, config.num_experts_per_tok) && experts !== null && config.num_experts_per_tok > experts)
-      refuse("num_experts_per_tok", config.num_experts_per_tok, `at most n_routed_experts=${experts}`);
+    if (mixed(config) && known(experts)) {
+      const { n_group: groups, topk_group: kept, num_experts_per_tok: chosen } = config;
+      let [allowed, wanted] = [experts, `at most n_routed_experts=${experts}`];
+      if (grouped(config) && known(groups, kept)) {
+        if (experts % groups) refuse("n_group", groups, `a divisor of n_routed_experts=${experts}`);
+        else if (kept <= groups) {
+          allowed = (kept * experts) / groups;
+          wanted = `at most ${allowed}, the experts in topk_group=${kept} of n_group=${groups} groups`;
+        }
+        if (kept > groups) refuse("topk_group", kept, `at most n_group=${groups}`);
+      }
+      if (known(chosen) && chosen > allowed) refuse("num_experts_per_tok", chosen, wanted);
+    }
     if (known(call.kv, call.seq) && call.kv < call.seq) refuse("kv", call.kv, `at least the ${call.seq} new tokens`);
     return found;
   }
@@ -101,16 +128,19 @@
     return { dense: layers - withExperts, mixed: withExperts };
   }
 
+  // Sizes of the projections' matrices, and of all vectors beside them: norms, and biases where there are any.
   function attention(config) {
     const { hidden_size: D, num_attention_heads: H, q_lora_rank: Q, kv_lora_rank: C } = config;
     const { qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
     if (!config.use_mla) {
       const kv = (config.num_key_value_heads ?? H) * (D / H);
-      return { matrices: { q_proj: D * D, k_proj: D * kv, v_proj: D * kv, o_proj: D * D }, norms: 0n };
+      const matrices = { q_proj: D * D, k_proj: D * kv, v_proj: D * kv, o_proj: D * D };
+      return { matrices, vectors: config.attention_bias ? 2n * (D + kv) : 0n };
     }
     const query = Q === null ? { q_proj: D * H * (N + R) } : { q_a_proj: D * Q, q_b_proj: Q * H * (N + R) };
     const rest = { kv_a_proj_with_mqa: D * (C + R), kv_b_proj: C * H * (N + V), o_proj: H * V * D };
-    return { matrices: { ...query, ...rest }, norms: (Q ?? 0n) + C };
+    const biases = config.attention_bias ? (Q ?? 0n) + C + R + D : 0n;
+    return { matrices: { ...query, ...rest }, vectors: (Q ?? 0n) + C + biases };
   }
 
   // Weights of the feed-forward part of one layer with experts, of which a token passes through `chosen` routed ones.
@@ -123,12 +153,12 @@
   function parameters(config, active) {
     const D = config.hidden_size;
     const { dense, mixed: withExperts } = layersByKind(config);
-    const { matrices, norms } = attention(config);
+    const { matrices, vectors } = attention(config);
     const chosen = active ? config.num_experts_per_tok : config.n_routed_experts;
     const tied = config.tie_word_embeddings;
     return {
       embedding: D * (active && !tied ? 1n : config.vocab_size),
-      attention: config.num_hidden_layers * (total(matrices) + norms),
+      attention: config.num_hidden_layers * (total(matrices) + vectors),
       "dense networks": dense * 3n * D * config.intermediate_size,
       "gates and experts": withExperts ? withExperts * experts(config, chosen) : 0n,
       norms: config.num_hidden_layers * 2n * D + D,
@@ -209,21 +239,33 @@
     made.append(...children);
     return made;
   };
-  const grouped = (count) => count.toLocaleString("en-US");
+  const withCommas = (count) => count.toLocaleString("en-US");
 
+  // Three digits of a whole number; beyond the units, as a power of ten.
   function inUnits(count, units) {
-    let value = Number(count);
-    let unit = 0;
-    while (value >= 1000 && unit < units.length - 1) [value, unit] = [value / 1000, unit + 1];
-    return `${value >= 100 ? value.toFixed(0) : value.toPrecision(3)} ${units[unit]}`;
+    const [digits, power] = Number(count).toExponential(2).split("e").map(Number);
+    const [unit, more] = [Math.floor(power / 3), power % 3];
+    if (unit === 0) return `${count} ${units[0]}`.trim();
+    if (unit < units.length) return `${(digits * 10 ** more).toFixed(2 - more)} ${units[unit]}`;
+    const raised = String(power).replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);
+    return `${digits.toFixed(2)} × 10${raised} ${units[0]}`.trim();
   }
-  const inBytes = (count) => inUnits(count, ["B", "kB", "MB", "GB", "TB", "PB"]);
-  const inFlops = (count) => inUnits(count, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"]);
+  const prefixed = (unit) => ["", "k", "M", "G", "T", "P", "E", "Z", "Y"].map((prefix) => prefix + unit);
+  const inBytes = (count) => inUnits(count, prefixed("B"));
+  const inFlops = (count) => inUnits(count, prefixed("FLOP"));
+  const inWords = (count) => inUnits(count, ["", "thousand", "million", "billion", "trillion", "quadrillion"]);
+  const inTokens = (count) => (count < 10n ** 9n ? withCommas(count) : inWords(count));
+  const atATick = (bytes) => inBytes(bytes).replace(/\.0+(?=\D)/, "").replace("1 × ", "");
 
-  function field(name, label, value) {
+  function inPercent(part, whole) {
+    const share = (100 * Number(part)) / Number(whole);
+    return share < 0.1 ? "below 0.1 %" : `${share.toFixed(1)} %`;
+  }
+
+  function field(name, label, value, empty) {
     const input = element("input", {
       id: `calculator-${name}`, name, inputmode: "numeric", autocomplete: "off", value: value ?? "",
-      "aria-describedby": `calculator-${name}-refusal`,
+      placeholder: empty ?? "", "aria-describedby": `calculator-${name}-refusal`,
     });
     const refusal = element("span", { id: `calculator-${name}-refusal`, class: "refusal" });
     return element("div", { "data-field": name }, element("label", { for: input.id }, label), input, refusal);
@@ -268,18 +310,18 @@
     const x = (context) => left + (Math.log2(context / 256) / 12) * (width - left - right);
     const y = (bytes) => height - bottom - ((Math.log10(bytes) - low) / (high - low)) * (height - top - bottom);
     const named = { cache: "the cache", expanded: "keys and values of all heads", weights: "all weights" };
-    const said = `Cache over context: ${inBytes(found.bytes.kv_cache)} at ${grouped(call.kv)} tokens, `
-      + `${inBytes(Math.round(curves.cache * contexts[12]))} at ${grouped(contexts[12])}; the weights take ${inBytes(weights)}.`;
+    const said = `Cache over context: ${inBytes(found.bytes.kv_cache)} at ${inTokens(call.kv)} tokens, `
+      + `${inBytes(Math.round(curves.cache * contexts[12]))} at ${withCommas(contexts[12])}; the weights take ${inBytes(weights)}.`;
     const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": said });
     const ink = { stroke: "currentColor", "stroke-width": 1, opacity: 0.35 };
     for (let power = Math.ceil(low); power <= high; power += Math.max(1, Math.round((high - low) / 6))) {
       svg.append(element("line", { x1: left, x2: width - right, y1: y(10 ** power), y2: y(10 ** power), ...ink }));
-      svg.append(element("text", { x: left - 6, y: y(10 ** power) + 4, "text-anchor": "end" }, inBytes(10 ** power)));
+      svg.append(element("text", { x: left - 6, y: y(10 ** power) + 4, "text-anchor": "end" }, atATick(10 ** power)));
     }
     for (const context of contexts.filter((_, i) => i % (narrow ? 6 : 3) === 0)) {
       svg.append(element("line", { x1: x(context), x2: x(context), y1: top, y2: height - bottom, ...ink }));
       const place = { x: x(context), y: height - bottom + 18, "text-anchor": "middle" };
-      svg.append(element("text", place, grouped(context)));
+      svg.append(element("text", place, withCommas(context)));
     }
     svg.append(element("text", { x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, "tokens of context"));
     const draw = (name, path, dashes) => svg.append(element("path", {
@@ -299,44 +341,52 @@
     return element("figure", { class: "chart" }, svg, element("ul", { class: "legend" }, ...legend));
   }
 
-  function show(output, config, call) {
-    const found = account(config, call);
-    const share = Number((found.parameters.active_per_token * 1000n) / found.parameters.total) / 10;
-    const { by_part: stored, active_by_part: active } = found.parameters;
+  function inShort(found, call) {
+    const { total: stored, active_per_token: active } = found.parameters;
+    return `Parameters ${inWords(stored)}, ${inWords(active)} active; weights ${inBytes(found.bytes.weights)}, cache of `
+      + `${inTokens(call.batch * call.kv)} tokens ${inBytes(found.bytes.kv_cache)}; the call takes ${inFlops(found.flops.products)}.`;
+  }
+
+  function show(output, config, call, found) {
+    const { by_part: stored, active_by_part: active, total: all, active_per_token: used } = found.parameters;
     const formText = found.form ? `, ${found.form}` : "";
     output.replaceChildren(
       table("In short", ["of the model", "amount"], [
-        ["parameters", inUnits(found.parameters.total, ["", "thousand", "million", "billion", "trillion"])],
-        ["active for a token", `${inUnits(found.parameters.active_per_token, ["", "thousand", "million", "billion", "trillion"])} (${share} %)`],
+        ["parameters", inWords(all)],
+        ["active for a token", `${inWords(used)} (${inPercent(used, all)})`],
         ["weights", inBytes(found.bytes.weights)],
-        [`cache of ${grouped(call.batch * call.kv)} tokens`, inBytes(found.bytes.kv_cache)],
+        [`cache of ${inTokens(call.batch * call.kv)} tokens`, inBytes(found.bytes.kv_cache)],
         ...(found.bytes.kv_cache_expanded === found.bytes.kv_cache ? []
           : [["cache, expanded", inBytes(found.bytes.kv_cache_expanded)]]),
-        ["cache, a token", `${grouped(found.bytes.a_token)} B`],
+        ["cache, a token", `${withCommas(found.bytes.a_token)} B`],
         [`products of the call${formText}`, inFlops(found.flops.products)],
       ]),
       plot(config, call, found, output.clientWidth),
       table("Parameters", ["part", "stored", "active"], [
-        ...Object.keys(stored).map((part) => [part, grouped(stored[part]), grouped(active[part])]),
-        ["total", grouped(found.parameters.total), grouped(found.parameters.active_per_token)],
+        ...Object.keys(stored).map((part) => [part, withCommas(stored[part]), withCommas(active[part])]),
+        ["total", withCommas(all), withCommas(used)],
       ]),
       table("FLOPs of the call", ["part", "FLOPs"], [
-        ...Object.entries(found.flops.by_part).map(([part, count]) => [part, grouped(count)]),
-        ["total", grouped(found.flops.products)],
+        ...Object.entries(found.flops.by_part).map(([part, count]) => [part, withCommas(count)]),
+        ["total", withCommas(found.flops.products)],
       ]),
     );
   }
 
   function start(root) {
-    const modelFields = DIMENSIONS.map(([name]) => field(name, name, ""));
+    const fields = (dimensions) => dimensions.map(([name, , empty]) => field(name, name, "", empty));
     const form = element("form", { novalidate: "" },
-      group("Model", choice("preset", "start from", { ...NAMES, own: "my own" }), checkbox("use_mla", "use_mla (latent attention)"),
-        checkbox("tie_word_embeddings", "tie_word_embeddings"), ...modelFields),
+      group("Model", choice("preset", "start from", { ...NAMES, own: "my own" }), ...fields(OF_THE_MODEL),
+        checkbox("tie_word_embeddings", "tie_word_embeddings")),
+      group("Attention", checkbox("use_mla", "use_mla (latent attention)"), ...fields(OF_ATTENTION),
+        checkbox("attention_bias", "attention_bias")),
+      group("Feed-forward networks", ...fields(OF_NETWORKS), choice("topk_method", "topk_method", METHODS), ...fields(OF_GROUPS)),
       group("Call", ...CALL.map(([name, label, value]) => field(name, label, value)),
         choice("dtype", "numbers are", Object.fromEntries(Object.keys(BYTES).map((name) => [name, name]))),
         choice("form", "form of MLA", FORMS), checkbox("causal", "count causal pairs only")));
-    const output = element("div", { "aria-live": "polite", class: "results" });
-    root.replaceChildren(form, output);
+    const status = element("p", { role: "status" });
+    const output = element("div", { class: "results" });
+    root.replaceChildren(form, status, output);
     const control = (name) => form.elements.namedItem(name);
     const fieldOf = (name) => form.querySelector(`[data-field="${name}"]`);
 
@@ -345,38 +395,48 @@
       fieldOf(name).querySelector(".refusal").textContent = sentence;
     }
 
-    function read(name, least, optional) {
-      const text = control(name).value.trim().replaceAll(",", "").replaceAll("_", "");
-      if (text === "" && optional) return null;
-      const good = /^\d{1,10}$/.test(text) && BigInt(text) >= least && BigInt(text) <= MOST;
-      if (good) return BigInt(text);
-      refuse(name, `${name} is '${text}'; wanted a whole number from ${least} to ${grouped(MOST)}${optional ? ", or nothing" : ""}`);
+    // A whole number, in groups of three digits or not; null for nothing, undefined for what is refused.
+    function read(name, least, empty) {
+      const text = control(name).value.trim();
+      if (text === "" && empty) return null;
+      const digits = /^\d{1,3}([,_ ]\d{3})+$/.test(text) ? text.replace(/\D/g, "") : text;
+      if (/^\d{1,40}$/.test(digits) && BigInt(digits) >= least && BigInt(digits) <= MOST) return BigInt(digits);
+      const typed = text.length > 40 ? `${text.slice(0, 40)}…` : text;
+      const wanted = `a whole number from ${least} to ${withCommas(MOST)}${empty ? ", or nothing" : ""}`;
+      refuse(name, `${name} is '${typed}'; wanted ${wanted}`);
       return undefined;
     }
 
     function fill(preset) {
-      for (const name of ["use_mla", "tie_word_embeddings"]) control(name).checked = preset[name];
-      for (const [name] of DIMENSIONS) control(name).value = preset[name] || name === "first_k_dense_replace" ? preset[name] : "";
+      for (const name of SWITCHES) control(name).checked = preset[name];
+      control("topk_method").value = preset.topk_method;
+      for (const [name, least] of DIMENSIONS) control(name).value = preset[name] === null || preset[name] < least ? "" : preset[name];
     }
 
     function update() {
-      const config = { use_mla: control("use_mla").checked, tie_word_embeddings: control("tie_word_embeddings").checked };
+      const config = Object.fromEntries(SWITCHES.map((name) => [name, control(name).checked]));
       const call = { dtype: control("dtype").value, form: control("form").value, causal: control("causal").checked };
       for (const name of [...DIMENSIONS, ...CALL].map(([each]) => each)) refuse(name, "");
+      config.topk_method = control("topk_method").value;
       config.n_routed_experts = read("n_routed_experts", 1n, true);
-      for (const [name, least, optional, wanted] of DIMENSIONS) {
+      for (const [name, least, empty, wanted] of DIMENSIONS) {
         fieldOf(name).hidden = !wanted(config);
-        if (name !== "n_routed_experts") config[name] = wanted(config) ? read(name, least, optional) : null;
+        if (name !== "n_routed_experts") config[name] = wanted(config) ? read(name, least, empty) : null;
       }
+      fieldOf("topk_method").hidden = !mixed(config);
       fieldOf("form").hidden = !config.use_mla;
-      for (const [name] of CALL) call[name] = read(name, 1n, false);
-      const unread = [...Object.values(config), ...Object.values(call)].includes(undefined);
-      const refused = refusals(config, call);
-      for (const [name, sentence] of refused) refuse(name, sentence);
-      output.classList.toggle("stale", unread || refused.length > 0);
-      if (unread || refused.length) return;
-      shown = [config, call];
-      show(output, config, call);
+      for (const [name] of CALL) call[name] = read(name, 1n, null);
+      for (const [name, sentence] of refusals(config, call)) refuse(name, sentence);
+      const [first, ...others] = [...form.querySelectorAll(".refusal:not(:empty)")].map((refusal) => refusal.textContent);
+      output.classList.toggle("stale", first !== undefined);
+      if (first) {
+        const more = others.length ? ` (and ${others.length} more)` : "";
+        status.textContent = `${first}${more}. The numbers below are those of the last input that could be read.`;
+        return;
+      }
+      shown = [config, call, account(config, call)];
+      status.textContent = inShort(shown[2], call);
+      show(output, ...shown);
     }
 
     let shown;
@@ -384,12 +444,12 @@
     new ResizeObserver(() => {
       if (output.clientWidth === room) return;
       room = output.clientWidth;
-      if (shown) output.querySelector(".chart")?.replaceWith(plot(...shown, account(...shown), room));
+      if (shown) output.querySelector(".chart")?.replaceWith(plot(...shown, room));
     }).observe(output);
 
     form.addEventListener("input", (event) => {
       if (event.target.name === "preset" && event.target.value !== "own") fill(PRESETS[event.target.value]);
-      else if (fieldOf(event.target.name).closest("fieldset") === form.firstElementChild) control("preset").value = "own";
+      else if (fieldOf(event.target.name).closest("fieldset") !== form.lastElementChild) control("preset").value = "own";
       update();
     });
     form.addEventListener("submit", (event) => event.preventDefault());
@@ -399,7 +459,7 @@
     update();
   }
 
-  window.dsv2 = { PRESETS, account, refusals };
+  window.dsv2 = { PRESETS, account, refusals, start };
   document.addEventListener("DOMContentLoaded", () => {
     const root = document.getElementById("cost-calculator");
     if (root) start(root);

@@ -1,36 +1,81 @@
 """What a reader sees: every page in a browser, light and dark, on a desk and on a phone."""
 
 import gzip
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, ViewportSize, expect
 
 from tests.site.conftest import CHAPTERS, PAGES, SITE
+from tests.site.test_pages import loaded
 
 PHONE, DESK = ViewportSize(width=390, height=844), ViewportSize(width=1280, height=900)
 NARROW = ViewportSize(width=320, height=640)  # a page enlarged to 400 %
+SCREENS = (("light", DESK), ("dark", DESK), ("dark", NARROW), ("dark", PHONE))
 # Source code is shown alike everywhere: one page of it is enough for the checks that take long.
-OTHER_PAGES = [
+KINDS_OF_PAGE = [
+    *CHAPTERS,
     "search.html",
     "genindex.html",
     "py-modindex.html",
     "_modules/index.html",
     "_modules/dsv2_ref/rmsnorm.html",
 ]
-KINDS_OF_PAGE = [*CHAPTERS, *OTHER_PAGES]
 FIRST_VISIT, NEXT_PAGE = 1.5e6, 0.3e6  # bytes, compressed
+BEHIND_STYLES = {"_static/basic.css", "_static/vendor/fontawesome/webfonts/fa-solid-900.woff2"}
 
+DRAWN = """async () => {
+    await window.MathJax?.startup.promise;
+    await new Promise(done => setTimeout(done));
+    await document.fonts.ready;
+}"""
 UNFOLD = """() => {
     document.querySelectorAll(".toggle-hidden .toggle-button").forEach(button => button.click());
     document.querySelectorAll("article details").forEach(folded => { folded.open = true; });
-    return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
 }"""
+TWO_FRAMES = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+UNREAD = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
+BESIDE_FORMULAS = """() => {
+    const article = (document.querySelector("article") ?? document.body).cloneNode(true);
+    article.querySelectorAll("pre, code, script, mjx-container").forEach(element => element.remove());
+    return article.textContent;
+}"""
+OUT_OF_REACH = """() => [...document.querySelectorAll("article pre, article mjx-container[display]")]
+    .filter(box => box.checkVisibility() && box.scrollWidth > box.clientWidth && box.tabIndex < 0)
+    .map(box => box.textContent.slice(0, 60))"""
+# Code and signatures are thousands of words that only a class tells apart. Of those with the same classes and colours,
+# around them too, the first stays an element and the others become text, so that each look is judged once: also those of
+# one letter, whose contrast axe-core leaves open.
+KEEP_ONE_OF_EACH = """() => {
+    const paths = new Map([[null, ""]]);
+    function path(at) {
+        if (!paths.has(at)) {
+            const style = getComputedStyle(at);
+            const look = [at.tagName, at.className, style.color, style.backgroundColor, style.opacity, style.fontSize, style.fontWeight];
+            paths.set(at, `${path(at.parentElement)} ${look}`);
+        }
+        return paths.get(at);
+    }
+    const plain = word => !word.children.length && word.textContent.trim() && word.checkVisibility()
+        && [...word.attributes].every(each => each.name === "class");
+    const kept = new Map();
+    for (let changed = true; changed;) {
+        const words = [...document.querySelectorAll("article :is(span, em, strong, code):not(mjx-container *)")].filter(plain);
+        for (const word of words)
+            if (word.textContent.trim().length > 1 && !kept.has(path(word))) kept.set(path(word), word);
+        const others = words.filter(word => kept.get(path(word)) !== word);
+        for (const word of others) word.replaceWith(word.textContent);
+        changed = others.length > 0;
+    }
+    document.querySelector("article")?.normalize();
+}"""
 
 
 @dataclass
@@ -67,24 +112,50 @@ class Record:
 def show(page: Page, address: str) -> None:
     """Open a page and wait until its formulas are drawn and the book's own script is done."""
     page.goto(address)
-    page.evaluate("() => window.MathJax?.startup.promise.then(() => new Promise(done => setTimeout(done)))")
+    page.evaluate(DRAWN)
 
 
-def violations(page: Page) -> list[tuple[str, str]]:
+def colour(page: Page, theme: str) -> None:
+    """Have the reader's machine change to light or dark, and the page with it."""
+    page.emulate_media(color_scheme=theme)
+    expect(page.locator("html")).to_have_attribute("data-theme", theme)
+
+
+def violations(page: Page, **options: Any) -> list[tuple[str, str]]:
     """What axe-core has against a page. All formulas are made alike, by MathJax: it need not look into each."""
-    options = {"resultTypes": ["violations"]}
+    page.evaluate(KEEP_ONE_OF_EACH)
+    options |= {"resultTypes": ["violations"]}
     found = Axe().run(page, context={"exclude": [["mjx-container > *"]]}, options=options).response["violations"]
     return [(violation["id"], node["html"]) for violation in found for node in violation["nodes"]]
 
 
-@pytest.fixture(scope="module", params=["light", "dark"])
-def theme(request: pytest.FixtureRequest) -> str:
-    return request.param
+def shut_solutions(page: Page) -> list[str]:
+    """Unfold every solution; those that were open before or are shut after."""
+    wrong = []
+    for solution in page.locator("div.solution.dropdown").all():
+        content = solution.locator("section > *").last
+        open_before = content.is_visible()
+        solution.locator("button").first.click()
+        if open_before or not content.is_visible():
+            wrong.append(solution.inner_text()[:60])
+    return wrong
 
 
-@pytest.fixture(scope="module", params=[DESK, PHONE], ids=["desk", "phone"])
-def screen(request: pytest.FixtureRequest) -> ViewportSize:
-    return request.param
+def expect_nothing(name: str, found: dict[str, list[Any]]) -> None:
+    """Fail with all that was found on a page, by check."""
+    wrong = [f"{name}: {check}: {str(each)[:300]}" for check, complaints in found.items() for each in complaints]
+    assert not wrong, "\n".join(wrong)
+
+
+def path_of(address: str) -> str:
+    """The file that the first page means."""
+    return urlsplit(urljoin("book/index.html", address)).path
+
+
+@cache
+def weight(path: str) -> int:
+    """Bytes of a file of the book, compressed."""
+    return len(gzip.compress((SITE / path).read_bytes()))
 
 
 @pytest.fixture
@@ -94,84 +165,67 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
-@pytest.fixture(scope="module")
-def unfolded(request: pytest.FixtureRequest, browser: Browser, origin: str) -> Iterator[Page]:
-    """A page in dark on a phone, with everything open that can be unfolded."""
-    page = browser.new_page(color_scheme="dark", viewport=PHONE, reduced_motion="reduce")
-    show(page, f"{origin}/{request.param}")
-    page.evaluate(UNFOLD)
-    yield page
-    page.close()
-
-
-def test_pages_show_without_complaint_or_request_elsewhere(
-    browser: Browser, theme: str, screen: ViewportSize, origin: str
-) -> None:
-    context = browser.new_context(color_scheme=theme, viewport=screen, reduced_motion="reduce")
-    record, page = Record(), context.new_page()
+# Whoever opens the folder is led on at once.
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "index.html"])
+def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
+    """All that is looked at on a page, after one load: as it opens, in other colours and sizes, and unfolded."""
+    record, found = Record(), dict[str, list[Any]]()
     record.listen(page, origin)
-    too_wide, unread = [], []
-    # Whoever opens the folder is led on at once. Colours are those of the style sheets, so light and dark need not both
-    # see all pages.
-    every = PAGES if (theme == "light") == (screen is DESK) else KINDS_OF_PAGE
-    for name in (name for name in every if name != "index.html"):
-        show(page, f"{origin}/{name}")
-        assert page.evaluate("document.documentElement.dataset.theme") == theme
-        too_wide += [name] * page.evaluate(TOO_WIDE)
-        if screen is PHONE and theme == "dark":
-            page.set_viewport_size(NARROW)
-            too_wide += [f"{name} at 320"] * page.evaluate(TOO_WIDE)
-            page.set_viewport_size(PHONE)
-        unread += page.evaluate("[...document.images].filter(image => !image.naturalWidth).map(image => image.src)")
-    context.close()
-    assert record.complaints == []
-    assert record.elsewhere == []
-    assert too_wide == []
-    assert unread == []
-
-
-@pytest.mark.parametrize("name", KINDS_OF_PAGE)
-def test_pages_are_accessible_and_their_formulas_drawn(page: Page, origin: str, name: str) -> None:
-    """As they open, light and on a desk."""
     show(page, f"{origin}/{name}")
-    assert page.locator("article mjx-container").count() == page.locator("article .math").count()
-    assert page.locator("mjx-merror").count() == 0
-    prose = page.evaluate(
-        """() => {
-            const article = (document.querySelector("article") ?? document.body).cloneNode(true);
-            article.querySelectorAll("pre, code, script, mjx-container").forEach(element => element.remove());
-            return article.textContent;
-        }"""
-    )
-    assert re.findall(r"\$[^$]+\$|\\[(\[]|\\begin", prose) == []
-    assert violations(page) == []
+    found["images that cannot be read"] = page.evaluate(UNREAD)
+    formulas = page.locator("article mjx-container").count(), page.locator("article .math").count()
+    found["formulas drawn, and formulas"] = [formulas] if formulas[0] != formulas[1] else []
+    found["formulas with errors"] = page.locator("mjx-merror").all_text_contents()
+    found["TeX in the text"] = re.findall(r"\$[^$]+\$|\\[(\[]|\\begin", page.evaluate(BESIDE_FORMULAS))
+    for theme, screen in SCREENS:
+        colour(page, theme)
+        page.set_viewport_size(screen)
+        found[f"wider than {screen['width']} px in {theme}"] = page.evaluate(f"{TOO_WIDE} ? [document.title] : []")
+    exercises, solutions = page.locator("div.exercise").count(), page.locator("div.solution.dropdown").count()
+    found["exercises, and solutions"] = [(exercises, solutions)] if exercises != solutions else []
+    found["solutions that do not unfold"] = shut_solutions(page)
+    page.evaluate(UNFOLD)
+    page.evaluate(TWO_FRAMES)
+    found["wider than a phone once unfolded"] = page.evaluate(f"{TOO_WIDE} ? [document.title] : []")
+    found["wide and out of a keyboard's reach"] = page.evaluate(OUT_OF_REACH)
+    # Before axe-core fetches styles, and complains where it cannot.
+    found |= {"complaints": [*record.complaints], "requests elsewhere": [*record.elsewhere]}
+    if name in KINDS_OF_PAGE:
+        found["not accessible, unfolded, dark, on a phone"] = violations(page)
+        page.set_viewport_size(DESK)
+        colour(page, "light")
+        found["not accessible, unfolded, light, on a desk"] = violations(page)
+    expect_nothing(name, found)
 
 
-@pytest.mark.parametrize("unfolded", KINDS_OF_PAGE, indirect=True)
-def test_unfolded_pages_are_accessible(unfolded: Page) -> None:
-    assert violations(unfolded) == []
-
-
-@pytest.mark.parametrize("unfolded", CHAPTERS, indirect=True)
-def test_what_is_wide_scrolls_by_keyboard(unfolded: Page) -> None:
-    unreachable = unfolded.evaluate(
-        """() => [...document.querySelectorAll("article pre, article mjx-container[display]")]
-            .filter(box => box.checkVisibility() && box.scrollWidth > box.clientWidth && box.tabIndex < 0)
-            .map(box => box.textContent.slice(0, 60))"""
-    )
-    assert unreachable == []
-
-
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_solutions_unfold(page: Page, origin: str, name: str) -> None:
-    page.goto(f"{origin}/{name}")
-    solutions = page.locator("div.solution.dropdown")
-    assert page.locator("div.exercise").count() == solutions.count()
-    for solution in solutions.all():
-        content = solution.locator("section > *").last
-        expect(content).to_be_hidden()
-        solution.locator("button").first.click()
-        expect(content).to_be_visible()
+@pytest.mark.parametrize("name", [*CHAPTERS, "genindex.html"])
+def test_a_page_opens_from_files_and_is_light(browser: Browser, name: str) -> None:
+    """In dark and on a phone, as it opens; and what a browser fetches for it."""
+    context = browser.new_context(color_scheme="dark", viewport=PHONE, reduced_motion="reduce")
+    page, record, fetched = context.new_page(), Record(), set[str]()
+    record.listen(page, "file://")
+    page.on("request", lambda request: fetched.add(request.url))
+    show(page, (SITE / name).as_uri())
+    found: dict[str, list[Any]] = {"images that cannot be read": page.evaluate(UNREAD)}
+    found["wider than a phone"] = page.evaluate(f"{TOO_WIDE} ? [document.title] : []")
+    theme = page.evaluate("document.documentElement.dataset.theme")
+    found["not dark"] = [theme] if theme != "dark" else []
+    files = {
+        unquote(urlsplit(address).path).removeprefix(f"{SITE}/") for address in fetched if address.startswith("file:")
+    }
+    # What every page fetches, a browser has after any other.
+    shared = {
+        path for path in map(path_of, loaded("book/index.html")) if path.endswith((".css", ".js"))
+    } | BEHIND_STYLES
+    found["what every page fetches and this one does not"] = sorted(shared - files)
+    first, more = (sum(map(weight, some)) for some in (files, files - shared))
+    found["bytes of a first visit, compressed"] = [first] if first > FIRST_VISIT else []
+    found["bytes after any other page, compressed"] = [more] if more > NEXT_PAGE else []
+    # Before axe-core fetches styles, and complains where it cannot.
+    found |= {"complaints": [*record.complaints], "requests elsewhere": [*record.elsewhere]}
+    found["not accessible, colours aside"] = violations(page, rules={"color-contrast": {"enabled": False}})
+    context.close()
+    expect_nothing(name, found)
 
 
 def test_a_formula_stays_with_its_punctuation(page: Page, origin: str) -> None:
@@ -272,11 +326,9 @@ def test_dark_pages_are_printed_in_light(browser: Browser, origin: str) -> None:
     page.close()
 
 
-def test_pages_open_from_files(page: Page) -> None:
+def test_the_folder_opens_from_files(page: Page) -> None:
     record = Record()
     record.listen(page, "file://")
-    for name in [*CHAPTERS, "genindex.html"]:
-        show(page, (SITE / name).as_uri())
     page.goto((SITE / "index.html").as_uri())
     page.wait_for_url("**/book/index.html")
     assert record.complaints == []
@@ -286,26 +338,3 @@ def test_pages_open_from_files(page: Page) -> None:
 def test_the_reference_lists_its_modules(page: Page, origin: str) -> None:
     page.goto(f"{origin}/book/reference.html")
     expect(page.locator(".bd-sidebar-secondary a", has_text="rmsnorm").first).to_be_visible()
-
-
-def test_pages_are_light(browser: Browser, origin: str) -> None:
-    weights: dict[str, int] = {}  # of what is fetched, once it is known
-    fetched: dict[str, set[str]] = {}
-
-    def weigh(response: Response) -> None:
-        if response.url not in weights:
-            weights[response.url] = len(gzip.compress(response.body()))
-
-    for name in CHAPTERS:
-        context = browser.new_context(viewport=DESK)
-        page = context.new_page()
-        page.on("response", weigh)
-        to = fetched[name] = set()
-        page.on("response", lambda response, to=to: to.add(response.url))
-        show(page, f"{origin}/{name}")
-        page.wait_for_load_state("networkidle")
-        context.close()
-        assert sum(weights[address] for address in fetched[name]) < FIRST_VISIT, name
-    for before, name in itertools.product(CHAPTERS, CHAPTERS):
-        more = sum(weights[address] for address in fetched[name] - fetched[before])
-        assert more < NEXT_PAGE, f"{name} after {before}"

@@ -3,7 +3,8 @@
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,18 +12,44 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from dsv2_ref import accounting as acc
-from dsv2_ref.config import DeepseekV2Config
-from tests.site.conftest import ROOT
+from dsv2_ref.config import MOST, DeepseekV2Config
+from tests.site.conftest import ROOT, SITE
 
-ACCOUNT = """cases => cases.map(([config, call]) => {
-    const integers = object => Object.fromEntries(Object.entries(object).map(
-        ([name, value]) => [name, typeof value === "number" ? BigInt(value) : value]));
+PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr")
+INTEGERS = """const integers = object => Object.fromEntries(Object.entries(object).map(
+    ([name, value]) => [name, typeof value === "number" ? BigInt(value) : value]));"""
+ACCOUNT = f"""cases => cases.map(([config, call]) => {{
+    {INTEGERS}
     const found = dsv2.account(integers(config), integers(call));
     const text = value => typeof value === "bigint" ? value.toString() : value;
     return JSON.parse(JSON.stringify(found, (_, value) => text(value)));
-})"""
+}})"""
+REFUSE = f"""cases => cases.map(([config, call]) => {{
+    {INTEGERS}
+    return dsv2.refusals(integers(config), integers(call)).map(([, sentence]) => sentence);
+}})"""
+# Each value in each field that is shown, one after the other, and whether the page refuses it.
+TYPE = """values => {
+    const shown = field => field.checkVisibility() && field.type === "text";
+    const fields = [...document.querySelectorAll("#cost-calculator input")].filter(shown);
+    const type = (field, value) => {
+        field.value = value;
+        field.dispatchEvent(new Event("input", { bubbles: true }));
+    };
+    return fields.flatMap(field => values.map(value => {
+        const before = field.value;
+        type(field, value);
+        const refused = document.querySelectorAll("#cost-calculator [aria-invalid=true]").length > 0;
+        type(field, before);
+        return [field.name, value, refused];
+    }));
+}"""
+TABLES = """() => Object.fromEntries([...document.querySelectorAll("#cost-calculator table")].map(table =>
+    [table.caption.textContent, Object.fromEntries([...table.tBodies[0].rows].map(row =>
+        [row.cells[0].textContent, [...row.cells].slice(1).map(cell => cell.textContent)]))]))"""
 NAMES = [
     "use_mla",
+    "attention_bias",
     "tie_word_embeddings",
     "vocab_size",
     "hidden_size",
@@ -41,82 +68,241 @@ NAMES = [
     "moe_intermediate_size",
     "first_k_dense_replace",
     "moe_layer_freq",
+    "topk_method",
+    "n_group",
+    "topk_group",
 ]
+CALL = ("batch", "seq", "kv", "form", "causal", "dtype")
 
 
-@pytest.fixture
-def page(browser: Browser, origin: str) -> Iterator[Page]:
-    context = browser.new_context(viewport=ViewportSize(width=1280, height=900), reduced_motion="reduce")
+@pytest.fixture(scope="module")
+def opened(browser: Browser, origin: str) -> Iterator[Page]:
+    context = browser.new_context(reduced_motion="reduce")
     page = context.new_page()
     page.goto(f"{origin}/book/calculator.html")
     yield page
     context.close()
 
 
-def random_case(draw: random.Random) -> tuple[DeepseekV2Config, acc.Call]:
+@pytest.fixture
+def page(opened: Page) -> Page:
+    """The page with the calculator as it starts."""
+    opened.set_viewport_size(ViewportSize(width=1280, height=900))
+    opened.evaluate("dsv2.start(document.getElementById('cost-calculator'))")
+    return opened
+
+
+def random_sizes(draw: random.Random) -> dict[str, Any]:
+    """Fields of a model, whose groups and heads may not fit each other."""
     heads, mla = draw.choice([1, 2, 8, 16, 128]), draw.random() < 0.7
     experts = draw.choice([None, 4, 64, 160])
-    config = DeepseekV2Config(
-        vocab_size=draw.randrange(1, 200_000), hidden_size=2 * heads * draw.randrange(1, 60),
-        intermediate_size=draw.randrange(1, 20_000), num_hidden_layers=draw.randrange(1, 80),
-        num_attention_heads=heads, use_mla=mla, num_key_value_heads=None if mla else draw.choice([None, 1, heads]),
-        q_lora_rank=draw.choice([None, 1536, 7]), kv_lora_rank=draw.randrange(1, 600),
-        qk_nope_head_dim=draw.randrange(1, 200), qk_rope_head_dim=2 * draw.randrange(1, 50),
-        v_head_dim=draw.randrange(1, 200), n_routed_experts=experts, n_shared_experts=draw.choice([None, 1, 2]),
-        num_experts_per_tok=draw.randrange(1, (experts or 6) + 1), moe_intermediate_size=draw.randrange(1, 2000),
-        first_k_dense_replace=draw.randrange(0, 90), moe_layer_freq=draw.randrange(1, 5),
-        tie_word_embeddings=draw.random() < 0.5,
-    )  # fmt: skip
+    return {
+        "vocab_size": draw.randrange(1, 200_000), "hidden_size": heads * draw.randrange(1, 120),
+        "intermediate_size": draw.randrange(1, 20_000), "num_hidden_layers": draw.randrange(1, 80),
+        "num_attention_heads": heads, "use_mla": mla,
+        "num_key_value_heads": None if mla else draw.choice([None, 1, 3, heads]),
+        "q_lora_rank": draw.choice([None, 1536, 7]), "kv_lora_rank": draw.randrange(1, 600),
+        "qk_nope_head_dim": draw.randrange(1, 200), "qk_rope_head_dim": draw.choice([63, 2 * draw.randrange(1, 50)]),
+        "v_head_dim": draw.randrange(1, 200), "n_routed_experts": experts, "n_shared_experts": draw.choice([None, 1, 2]),
+        "num_experts_per_tok": draw.randrange(1, (experts or 6) + 2), "moe_intermediate_size": draw.randrange(1, 2000),
+        "first_k_dense_replace": draw.randrange(0, 90), "moe_layer_freq": draw.randrange(1, 5),
+        "topk_method": draw.choice(["greedy", "group_limited_greedy"]), "n_group": draw.choice([1, 2, 4, 5, 8]),
+        "topk_group": draw.randrange(1, 6), "attention_bias": draw.random() < 0.5, "tie_word_embeddings": draw.random() < 0.5,
+    }  # fmt: skip
+
+
+def random_call(draw: random.Random) -> acc.Call:
     seq = draw.choice([1, 7, 2048, draw.randrange(1, 100_000)])
-    call = acc.Call(
+    return acc.Call(
         batch=draw.randrange(1, 512), seq=seq, kv=seq + draw.choice([0, 8191, draw.randrange(200_000)]),
         form=draw.choice(acc.FORMS), causal=draw.random() < 0.5, dtype=draw.choice(list(acc.DTYPE_BYTES)),
     )  # fmt: skip
-    return config, call
+
+
+def refusal(**fields: Any) -> str | None:
+    """What the package says against a model of these sizes."""
+    try:
+        DeepseekV2Config(**fields)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def given(config: DeepseekV2Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in NAMES}
 
 
+def part_of_parameters(name: str) -> str:
+    if name.startswith(("layers.mlp.gate", "layers.mlp.experts", "layers.mlp.shared_experts")):
+        return "gates and experts"
+    starts = {
+        "embed_tokens": "embedding",
+        "layers.self_attn": "attention",
+        "layers.mlp": "dense networks",
+        "lm_head": "head",
+    }
+    return next((part for start, part in starts.items() if name.startswith(start)), "norms")
+
+
+def part_of_products(name: str) -> str | None:
+    """None for what is no matrix product."""
+    if name in ("self_attn.scores", "self_attn.values"):
+        return "scores and values"
+    starts = {
+        "self_attn.": "projections of attention",
+        "mlp.": "gates and experts",
+        "mlp": "dense networks",
+        "lm_head": "head",
+    }
+    return next((part for start, part in starts.items() if name.startswith(start)), None)
+
+
+def by_part(counts: dict[str, int], part_of: Callable[[str], str | None]) -> dict[str, str]:
+    sums: dict[str, int] = {}
+    for name, count in counts.items():
+        if part := part_of(name):
+            sums[part] = sums.get(part, 0) + count
+    return {part: str(count) for part, count in sums.items()}
+
+
 def expected(config: DeepseekV2Config, call: acc.Call) -> dict[str, Any]:
     found = acc.report(config, call)
+    parameters, flops, sizes = found["parameters"], found["flops"], found["bytes"]
     expanded = "expanded" if config.use_mla else "mha"
     return {
-        "total": str(found["parameters"]["total"]),
-        "active": str(found["parameters"]["active_per_token"]),
-        "products": str(found["flops"]["products"]),
-        "weights": str(found["bytes"]["weights"]),
-        "kv_cache": str(found["bytes"]["kv_cache"]),
+        "total": str(parameters["total"]),
+        "active": str(parameters["active_per_token"]),
+        "stored parts": by_part(parameters["by_module"], part_of_parameters),
+        "active parts": by_part(parameters["active_by_module"], part_of_parameters),
+        "products": str(flops["products"]),
+        "parts of products": by_part(flops["by_operation"], part_of_products),
+        "weights": str(sizes["weights"]),
+        "kv_cache": str(sizes["kv_cache"]),
         "expanded": str(acc.cache_bytes(config, call.batch * call.kv, call.dtype, kind=expanded)),
+        "a token": str(acc.cache_bytes(config, 1, call.dtype)),
         "form": found["config"]["call"]["form"],
     }
 
 
-def test_results_are_those_of_the_accounting_on_random_models(page: Page) -> None:
+def answered(answer: dict[str, Any]) -> dict[str, Any]:
+    def parts(counts: dict[str, str]) -> dict[str, str]:
+        return {part: count for part, count in counts.items() if count != "0"}
+
+    parameters, flops, sizes = answer["parameters"], answer["flops"], answer["bytes"]
+    return {
+        "total": parameters["total"],
+        "active": parameters["active_per_token"],
+        "stored parts": parts(parameters["by_part"]),
+        "active parts": parts(parameters["active_by_part"]),
+        "products": flops["products"],
+        "parts of products": parts(flops["by_part"]),
+        "weights": sizes["weights"],
+        "kv_cache": sizes["kv_cache"],
+        "expanded": sizes["kv_cache_expanded"],
+        "a token": sizes["a_token"],
+        "form": answer["form"],
+    }
+
+
+def test_models_are_accepted_and_refused_as_by_the_package_and_cost_the_same(page: Page) -> None:
     draw = random.Random(0)
-    cases = [random_case(draw) for _ in range(250)]
-    fields = ("batch", "seq", "kv", "form", "causal", "dtype")
-    sent = [(given(config), {name: getattr(call, name) for name in fields}) for config, call in cases]
+    models = [random_sizes(draw) for _ in range(400)]
+    refused = [refusal(**fields) for fields in models]
+    any_call = {name: getattr(acc.Call(), name) for name in CALL}
+    for fields, wanted, said in zip(
+        models, refused, page.evaluate(REFUSE, [[fields, any_call] for fields in models]), strict=True
+    ):
+        assert (wanted in said) if wanted else said == [], fields
+    kinds = {sentence.split(" is ")[0] for sentence in refused if sentence}
+    assert kinds == {
+        "hidden_size",
+        "num_key_value_heads",
+        "qk_rope_head_dim",
+        "n_group",
+        "topk_group",
+        "num_experts_per_tok",
+    }
+    cases = [
+        (DeepseekV2Config(**fields), random_call(draw))
+        for fields, wanted in zip(models, refused, strict=True)
+        if wanted is None
+    ]
+    assert len(cases) > 100
+    sent = [(given(config), {name: getattr(call, name) for name in CALL}) for config, call in cases]
     answers = page.evaluate(ACCOUNT, json.loads(json.dumps(sent)))
     for (config, call), answer in zip(cases, answers, strict=True):
-        found = {
-            "total": answer["parameters"]["total"],
-            "active": answer["parameters"]["active_per_token"],
-            "products": answer["flops"]["products"],
-            "weights": answer["bytes"]["weights"],
-            "kv_cache": answer["bytes"]["kv_cache"],
-            "expanded": answer["bytes"]["kv_cache_expanded"],
-            "form": answer["form"],
-        }
-        assert found == expected(config, call), (config, call)
+        assert answered(answer) == expected(config, call), (config, call)
+
+
+@pytest.mark.parametrize("preset", ["deepseek_v2", "deepseek_ocr"])
+def test_a_field_takes_what_the_package_takes(page: Page, preset: str) -> None:
+    page.get_by_label("start from").select_option(preset)
+    config = getattr(DeepseekV2Config, preset)()
+
+    def is_taken(name: str, value: str) -> bool:
+        number = int(value) if value else None
+        try:
+            if name in CALL:
+                replace(acc.Call(kv=8192), **{name: number})
+            else:
+                replace(config, **{name: number})
+        except ValueError:
+            return False
+        return True
+
+    tried = page.evaluate(TYPE, ["", "-1", "0", "1", "7", "20", str(MOST), str(MOST + 1)])
+    names = set(NAMES) - {"use_mla", "attention_bias", "tie_word_embeddings", "topk_method"} | {"batch", "seq", "kv"}
+    latent = {
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "n_group",
+        "topk_group",
+    }
+    assert {name for name, _, _ in tried} == names - ({"num_key_value_heads"} if config.use_mla else latent)
+    assert [(name, value) for name, value, refused in tried if refused == is_taken(name, value)] == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_tables_show_the_accounting_of_every_preset(page: Page, preset: str) -> None:
+    page.get_by_label("start from").select_option(preset)
+    found = expected(getattr(DeepseekV2Config, preset)(), acc.Call(kv=8192))
+    shown = page.evaluate(TABLES)
+
+    def exact(caption: str, column: int) -> dict[str, str]:
+        return {row: cells[column].replace(",", "") for row, cells in shown[caption].items()}
+
+    assert exact("Parameters", 0) == found["stored parts"] | {"total": found["total"]}
+    assert exact("Parameters", 1) == found["active parts"] | {"total": found["active"]}
+    assert exact("FLOPs of the call", 0) == found["parts of products"] | {"total": found["products"]}
+    short = shown["In short"]
+    share = 100 * int(found["active"]) / int(found["total"])
+    assert short["active for a token"][0].endswith(f"({share:.1f} %)")
+    assert short["cache, a token"] == [f"{int(found['a token']):,} B"]
+
+
+def test_groups_bound_the_choice_of_experts(page: Page) -> None:
+    chosen, invalid = page.get_by_label("num_experts_per_tok"), page.locator("#cost-calculator [aria-invalid=true]")
+    chosen.fill("60")  # all of 3 of 8 groups of 160 experts
+    expect(invalid).to_have_count(0)
+    chosen.fill("61")
+    expect(page.locator("#calculator-num_experts_per_tok-refusal")).to_have_text(
+        "num_experts_per_tok is 61; wanted at most 60, the experts in topk_group=3 of n_group=8 groups"
+    )
+    page.get_by_label("topk_method").select_option("greedy")
+    expect(invalid).to_have_count(0)
+    expect(page.get_by_label("n_group")).to_be_hidden()
+    page.get_by_label("n_routed_experts").fill("")
+    expect(page.get_by_label("topk_method")).to_be_hidden()
 
 
 def test_presets_are_the_packages(page: Page) -> None:
     told = page.evaluate(
         "JSON.parse(JSON.stringify(dsv2.PRESETS, (_, value) => typeof value === 'bigint' ? Number(value) : value))"
     )
-    assert sorted(told) == sorted(["card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr"])
+    assert sorted(told) == sorted(PRESETS)
     for name, preset in told.items():
         assert preset == given(getattr(DeepseekV2Config, name)()), name
 
@@ -138,14 +324,16 @@ def test_a_reader_chooses_a_model_and_a_context(page: Page) -> None:
 @pytest.mark.parametrize(
     ("label", "typed", "said"),
     [
-        ("hidden_size", "many", "hidden_size is 'many'; wanted a whole number from 1 to 1,000,000,000"),
+        ("hidden_size", "many", "hidden_size is 'many'; wanted a whole number from 1 to 1,000,000,000,000,000"),
         ("num_hidden_layers", "-3", "num_hidden_layers is '-3'"),
         ("num_hidden_layers", "", "num_hidden_layers is ''"),
         ("vocab_size", "1.5", "vocab_size is '1.5'"),
         ("vocab_size", "9999999999999999999999", "wanted a whole number"),
+        ("vocab_size", "1,5", "vocab_size is '1,5'"),
+        ("vocab_size", "9" * 500, f"vocab_size is '{'9' * 40}…'; wanted a whole number"),
         ("qk_rope_head_dim", "63", "qk_rope_head_dim is 63; wanted an even number"),
-        ("num_experts_per_tok", "161", "wanted at most n_routed_experts=160"),
-        ("new tokens of each", "9000", "kv is 8192; wanted at least the 9000 new tokens"),
+        ("num_experts_per_tok", "161", "wanted at most 60, the experts in topk_group=3 of n_group=8 groups"),
+        ("seq: new tokens of each", "9000", "kv is 8192; wanted at least the 9000 new tokens"),
     ],
 )
 def test_nonsense_is_named_beside_the_field_and_never_shown(page: Page, label: str, typed: str, said: str) -> None:
@@ -156,6 +344,9 @@ def test_nonsense_is_named_beside_the_field_and_never_shown(page: Page, label: s
     described = invalid.get_attribute("aria-describedby")
     expect(page.locator(f"#{described}")).to_contain_text(said)
     expect(page.locator("#cost-calculator .results")).to_have_class("results stale")
+    status = page.locator("#cost-calculator").get_by_role("status")
+    expect(status).to_contain_text(said)
+    expect(status).to_contain_text("The numbers below are those of the last input that could be read.")
     text = page.locator("#cost-calculator").inner_text()
     assert not any(word in text for word in ("NaN", "Infinity", "undefined"))
 
@@ -171,12 +362,55 @@ def test_two_errors_are_named_each_beside_its_field(page: Page) -> None:
     ):
         expect(page.locator(f"#calculator-{name}-refusal")).to_contain_text(said)
     expect(page.locator("#cost-calculator [aria-invalid=true]")).to_have_count(3)
+    expect(page.locator("#cost-calculator").get_by_role("status")).to_contain_text("(and 2 more)")
     results = page.locator("#cost-calculator .results > *").first
     assert float(results.evaluate("element => getComputedStyle(element).opacity")) < 0.8
     page.get_by_label("vocab_size").fill("100")
     page.get_by_label("qk_rope_head_dim").fill("64")
     page.get_by_label("new tokens of each").fill("1")
     expect(page.locator("#cost-calculator .results.stale")).to_have_count(0)
+
+
+def test_one_line_is_read_out_when_a_number_changes(page: Page) -> None:
+    live = page.locator("#cost-calculator :is([role=status], [role=alert], [aria-live])")
+    expect(live).to_have_text("Parameters 236 billion, 20.9 billion active; weights 471 GB, cache of 8,192 tokens 566 MB; "
+        "the call takes 179 GFLOP.")  # fmt: skip
+    page.get_by_label("numbers are").select_option("int8")
+    expect(live).to_contain_text("weights 236 GB, cache of 8,192 tokens 283 MB")
+
+
+@pytest.mark.parametrize("typed", ["100000", " 100000 ", "100,000", "100_000", "100 000"])
+def test_digits_may_stand_in_groups_of_three(page: Page, typed: str) -> None:
+    page.get_by_label("tokens attended to").fill(typed)
+    expect(page.get_by_role("rowheader", name="cache of")).to_have_text("cache of 100,000 tokens")
+
+
+def test_numbers_beyond_all_units_are_powers_of_ten(page: Page) -> None:
+    page.set_viewport_size(ViewportSize(width=320, height=640))
+    for name in [*NAMES[3:-3], "batch", "seq", "kv"]:
+        field = page.locator(f"#calculator-{name}")
+        if field.is_visible() and name not in ("n_routed_experts", "first_k_dense_replace"):
+            field.fill(str(MOST))
+    page.get_by_label("num_experts_per_tok").fill("6")
+    text = page.locator("#cost-calculator").inner_text()
+    assert "The numbers below" not in text
+    assert re.search(r"parameters\t[1-9]\.\d\d × 10[⁰-⁹²³¹]{2}\n", text)
+    assert not any(word in text for word in ("NaN", "Infinity", "undefined"))
+    assert re.findall(r"\d{4,}(?:\.\d+)? [kMGTPEZY]?(?:B|FLOP)\b", text) == []
+    labels = page.locator("#cost-calculator svg text").all_text_contents()
+    assert len(labels) > 6
+    assert all(re.fullmatch(r"10+ [kMGTPEZY]?B|10[⁰-⁹²³¹]+ B|[\d,]+|tokens of context", label) for label in labels)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [(1, "34.6 kB"), (28, "968 kB"), (29, "1.00 MB"), (10**12, "34.6 PB"), (10**15, "34.6 EB")],
+)
+def test_units_go_on_where_three_digits_end(page: Page, tokens: int, shown: str) -> None:
+    page.get_by_label("numbers are").select_option("int8")
+    page.get_by_label("tokens attended to").fill(str(tokens))
+    expect(page.get_by_role("row", name="cache of").get_by_role("cell")).to_have_text(shown)
 
 
 def test_every_dtype_of_the_accounting_can_be_chosen(page: Page) -> None:
@@ -229,7 +463,17 @@ def test_every_kind_of_model_is_accessible_and_fits_a_phone(browser: Browser, or
     page.close()
 
 
-def test_it_is_small_and_asks_for_nothing() -> None:
-    source = (ROOT / "book/_static/calculator.js").read_text(encoding="utf-8")
-    assert len(source.encode()) < 40_000
-    assert not any(word in source for word in ("fetch(", "XMLHttpRequest", "import(", "https://"))
+def test_it_works_from_files(browser: Browser) -> None:
+    page = browser.new_page(offline=True)
+    page.goto((SITE / "book/calculator.html").as_uri())
+    page.get_by_label("start from").select_option("deepseek_v2_lite")
+    expect(page.locator("#cost-calculator .results")).to_contain_text("15,706,484,224")
+    page.close()
+
+
+def test_the_books_scripts_are_small_and_ask_for_nothing() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "book/_static").glob("*.js")]
+    assert len(sources) == 2
+    assert sum(len(source.encode()) for source in sources) < 40_000
+    for source in sources:
+        assert not any(word in source for word in ("fetch(", "XMLHttpRequest", "import(", "https://"))
