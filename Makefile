@@ -8,6 +8,8 @@ NBVAL := $(BIN)/python -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbv
 # Without vector instructions and with two threads, products are summed in another order: outputs must not depend on it.
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
+on_a_gpu = $(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make $(1): torch sees no CUDA GPU here")'
+
 .DEFAULT_GOAL := help
 .PHONY: help book test lint unit site notebooks serve bench test-cuda bench-cuda clean
 
@@ -43,11 +45,12 @@ bench: $(INSTALLED) ## time the layer against transformers and the machine
 	@$(BIN)/python -m bench
 
 test-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: every path of the layer and its kernels against float64, and every notebook
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-cuda: torch sees no CUDA GPU here")'
-	@DSV2_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/cuda
+	@$(call on_a_gpu,$@)
+	@DSV2_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/cuda
 	@$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env book
 
 bench-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: time the layer's parts there, against transformers and flash-attn
+	@$(call on_a_gpu,$@)
 	@$(BIN)/python -m bench.cuda
 
 clean: ## remove what was built, the environment included

@@ -26,6 +26,8 @@ def load_flash_attn() -> Any:
         import flash_attn
     except ImportError as error:
         raise ImportError(FLASH_ATTN_NEEDED) from error
+    if getattr(flash_attn.__spec__, "origin", "") is None:  # a bare folder of that name, which flash-attn 4 makes
+        raise ImportError(FLASH_ATTN_NEEDED)
     return flash_attn
 
 

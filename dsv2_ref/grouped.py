@@ -24,8 +24,15 @@ def _torch_can(*matrices: Tensor) -> bool:
 
 
 def _triton_should(rows: Tensor, weights: Tensor) -> bool:
-    """On GPUs where torch would loop over the groups and wait for their sizes: all but bfloat16 on sm_90 and sm_100."""
+    """On GPUs where torch would loop over the groups and wait for their sizes: all but bfloat16 on sm_90 and sm_100.
+
+    Not for some four million rows and more, which are too many for one launch.
+    """
     if not kernels.serve(rows, weights):
+        return False
+    from dsv2_ref.kernels.grouped_experts import MOST_TILES, most_tiles
+
+    if most_tiles(len(rows), len(weights), rows.element_size()) > MOST_TILES:
         return False
     generation = torch.cuda.get_device_capability(rows.device)[0]
     return not (generation in (9, 10) and rows.dtype == torch.bfloat16 and _torch_can(rows, weights))

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, kernels
+from dsv2_ref.kernels import mla_decode
 from tests.fake_cuda import fake_cuda
 from tests.peers import SMALL, assert_close, randomised, tokens
 
@@ -95,6 +97,31 @@ def test_compiled_decoding_makes_few_graphs(config: DeepseekV2Config, compiler: 
     assert compiler.frame_count <= 6
 
 
+@all_the_way
+def test_compiled_decoding_through_the_operators(
+    compiler: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where kernels serve: one graph for any place. On the CPU the operators run their definitions."""
+    layer, x = layer_of(SMALL), tokens(2, 12, torch.float64)
+    with torch.no_grad():
+        expected = layer(x)[0][:, 8:]
+        _, cache = layer(x[:, :8], use_cache=True)
+        called: list[str] = []
+        monkeypatch.setattr(kernels, "serve", lambda *_: True)
+        monkeypatch.setattr("dsv2_ref.grouped._triton_should", lambda *_: False)
+        decode = mla_decode.mla_decode_definition
+        monkeypatch.setattr(
+            mla_decode, "mla_decode_definition", lambda *args: (called.append("step"), decode(*args))[1]
+        )
+        run, parts = compiled(layer, compiler), []
+        for place in range(8, 12):
+            out, cache = run(x[:, place : place + 1], past_key_value=cache, use_cache=True)
+            parts.append(out)
+    assert_close(torch.cat(parts, dim=1), expected, "output")
+    assert called == ["step"] * 4
+    assert compiler.frame_count <= 2
+
+
 def test_compiled_code_refuses_bad_positions(compiler: CompileCounterWithBackend) -> None:
     layer = layer_of(SMALL)
     run = compiled(layer, compiler)
@@ -131,6 +158,39 @@ def test_exported_for_cuda_names_no_other_device(config: DeepseekV2Config) -> No
         layer, x = DeepseekV2DecoderLayer(config, layer_idx=1).eval(), torch.empty(2, 9, config.hidden_size)
         with watch:
             program = torch.export.export(layer, (x,))
+    assert_on_cuda_alone(program)
+
+
+class Step(nn.Module):
+    """A decoding step as a function of tensors: a token, and what is remembered before it and after it."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__()
+        self.layer = DeepseekV2DecoderLayer(config, layer_idx=1)
+
+    def forward(self, token: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        batch, seq = past.shape[:2]
+        cache = self.layer.self_attn.empty_cache(batch, capacity=seq + 1).append(past)
+        out, cache = self.layer(token, past_key_value=cache, use_cache=True)
+        return out, cache.tokens
+
+
+@both_kinds
+@pytest.mark.skipif(not kernels._installed, reason="Triton, which is published for Linux alone, is not here")
+def test_a_decoding_step_exported_for_cuda_calls_the_kernels(config: DeepseekV2Config) -> None:
+    with fake_cuda() as watch:
+        step = Step(config).eval()
+        given = torch.empty(2, 1, config.hidden_size), torch.empty(2, 8, *step.layer.self_attn.cache_features)
+        with watch, torch.no_grad():
+            program = torch.export.export(step, given)
+    assert_on_cuda_alone(program)
+    called = {str(node.target).split(".")[1] for node in program.graph.nodes if "dsv2_ref" in str(node.target)}
+    assert called == {"rms_norm", "add_rms_norm", "grouped_product"} | (
+        {"rotate", "mla_decode"} if config.use_mla else set()
+    )
+
+
+def assert_on_cuda_alone(program: torch.export.ExportedProgram) -> None:
     values = [node.meta["val"] for node in program.graph.nodes if "val" in node.meta]
     named = [node.kwargs["device"] for node in program.graph.nodes if node.kwargs.get("device") is not None]
     devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}

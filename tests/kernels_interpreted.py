@@ -1,16 +1,22 @@
 """The kernels in Triton's interpreter, beside their definitions; `test_kernels` runs these with TRITON_INTERPRET=1.
 
-Inputs lie between bands of NaN, so that a read past an edge shows in the result. Tolerances: float32 sums of up to 1,300
-terms in another order, 1e-5; float16 rounds at 2**-11 and a few roundings differ, 4e-3.
+Inputs lie between bands of NaN, so that a read past an edge shows in the result. So do outputs between bands of a mark, which
+a write past an edge would change. Tolerances: float32 sums of up to 1,300 terms in another order, 1e-5; float16 rounds at
+2**-11 and a few roundings differ, 4e-3.
 """
 
+import importlib.util
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dsv2_ref import DeepseekV2DecoderLayer, kernels
 from dsv2_ref.kernels import add_rmsnorm as norm
@@ -24,12 +30,50 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 both = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16"])
 
 
-def guarded(*shape: int, dtype: torch.dtype, seed: int = 0, band: int = 4096) -> Tensor:
-    """Normal numbers with NaN before and after them in memory."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    memory = torch.full((values.numel() + 2 * band,), float("nan"), dtype=dtype)
-    memory[band : band + values.numel()] = values.flatten()
-    return memory[band : band + values.numel()].view(shape)
+BAND = 2**14
+"""Numbers of a band: more than one program reads or writes of any tensor here."""
+
+
+def between(values: Tensor, mark: float = float("nan")) -> Tensor:
+    """The same numbers, with bands of ``mark`` before and behind them in memory."""
+    memory = torch.full((values.numel() + 2 * BAND,), mark, dtype=values.dtype)
+    memory[BAND : BAND + values.numel()] = values.flatten()
+    return memory[BAND : BAND + values.numel()].view(values.shape)
+
+
+def guarded(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers between bands of NaN."""
+    return between(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+class OutputsBetweenBands(TorchFunctionMode):
+    """What is made empty inside holds NaN, so that what nobody writes is seen, and lies between bands, which nobody may write."""
+
+    MARK = 7.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like) and out.is_floating_point() and out.device.type == "cpu":
+            out = between(torch.full(out.shape, float("nan"), dtype=out.dtype), self.MARK)
+            self.made.append(out)
+        return out
+
+    def check(self) -> None:
+        for made in self.made:
+            memory = made.as_strided((made.numel() + 2 * BAND,), (1,), 0)
+            for band in (memory[:BAND], memory[-BAND:]):
+                assert (band == self.MARK).all(), "written past an edge"
+
+
+@pytest.fixture(autouse=True)
+def outputs() -> Iterator[OutputsBetweenBands]:
+    with OutputsBetweenBands() as outputs:
+        yield outputs
+    outputs.check()
 
 
 def assert_near(actual: Any, expected: Any) -> None:
@@ -55,7 +99,7 @@ def test_add_rmsnorm(rows: int, features: int, dtype: torch.dtype) -> None:
     assert_near(alone[1:], norm.add_rmsnorm_definition(update, None, weight, 1e-6)[1:])
     total, _, inverse = expected
     assert_near(
-        norm.add_rmsnorm_backward_launch(grad, total, weight, inverse),
+        norm.add_rmsnorm_backward_launch(grad, between(total), weight, between(inverse)),
         norm.add_rmsnorm_backward_definition(grad, total, weight, inverse),
     )
 
@@ -121,11 +165,18 @@ def test_mla_decode(heads: int, seq: int, kv_seq: int, splits: int | None, dtype
     assert_near([actual], [expected])
 
 
+def test_shares_may_be_many() -> None:
+    """More than a launch by itself would make."""
+    query, keys = guarded(1, 2, 1, 56, dtype=torch.float32), guarded(1, 3000, 56, dtype=torch.float32, seed=1)
+    expected = mla.mla_decode_definition(query, keys, 40, 0.2)
+    assert_near([mla.mla_decode_launch(query, keys, 40, 0.2, splits=100)], [expected])
+
+
 @both
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sizes", [[1], [0, 3, 0, 18], [70, 0, 1]])
 def test_grouped_product(sizes: list[int], transposed: bool, dtype: torch.dtype) -> None:
-    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    ends = between(torch.tensor(sizes).cumsum(0).to(torch.int32), 10**6)
     rows = guarded(sum(sizes), 37, dtype=dtype)
     weights = guarded(len(sizes), *((37, 67) if transposed else (67, 37)), dtype=dtype, seed=1)
     weights = weights.mT if transposed else weights
@@ -170,22 +221,78 @@ def test_the_whole_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_lost_mask_shows_in_the_guard_bands(tmp_path: Any) -> None:
-    """The planted fault: the norm without the mask of its loads reads NaN behind the row, and is not near any more."""
-    import importlib.util
-    from pathlib import Path
+# Planted faults
 
-    source = Path(norm.__file__).read_text()
-    faulty = source.replace("+ feature, mask=inside, other=0.0)", "+ feature)")
-    assert faulty != source
-    (tmp_path / "faulty.py").write_text(faulty)
-    spec = importlib.util.spec_from_file_location("faulty", tmp_path / "faulty.py")
+
+def altered(module: ModuleType, right: str, wrong: str, folder: Path) -> Any:
+    """The module with one part of its source replaced."""
+    source = Path(str(module.__file__)).read_text()
+    assert right in source
+    (folder / "faulty.py").write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("faulty", folder / "faulty.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    faulty = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    return faulty
+
+
+def test_a_lost_mask_of_a_load_shows_in_the_result(tmp_path: Path) -> None:
+    """The norm without it reads NaN behind the row, and is not near any more."""
+    faulty = altered(norm, "+ feature, mask=inside, other=0.0)", "+ feature)", tmp_path)
     x, weight = guarded(1, 7, dtype=torch.float32), guarded(7, dtype=torch.float32)
     with pytest.raises(AssertionError):
         assert_near(
-            module.add_rmsnorm_launch(x, None, weight, 1e-6)[1:], norm.add_rmsnorm_definition(x, None, weight, 1e-6)[1:]
+            faulty.add_rmsnorm_launch(x, None, weight, 1e-6)[1:], norm.add_rmsnorm_definition(x, None, weight, 1e-6)[1:]
         )
+
+
+def add_rmsnorm(module: Any) -> None:
+    x, weight = guarded(3, 7, dtype=torch.float32), guarded(7, dtype=torch.float32, seed=1)
+    _, _, inverse = module.add_rmsnorm_launch(x, x, weight, 1e-6)
+    module.add_rmsnorm_backward_launch(x, x, weight, inverse)
+
+
+def turn(module: Any) -> None:
+    cos, sin = (guarded(5, 3, dtype=torch.float32, seed=s) for s in (1, 2))
+    module.rotate_launch(guarded(5, 6, dtype=torch.float32), cos, sin)
+
+
+def decode(module: Any) -> None:
+    query, keys = guarded(1, 3, 1, 56, dtype=torch.float32), guarded(1, 40, 56, dtype=torch.float32, seed=1)
+    module.mla_decode_launch(query, keys, 40, 0.2)
+
+
+def multiply(module: Any) -> None:
+    rows, weights = guarded(3, 37, dtype=torch.float32), guarded(2, 67, 37, dtype=torch.float32, seed=1)
+    module.grouped_product_launch(rows, weights, torch.tensor([1, 3], dtype=torch.int32))
+
+
+LOST: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
+    "sum": (norm, add_rmsnorm, "feature, h, mask=inside)", "feature, h)"),
+    "norm": (norm, add_rmsnorm, "feature, y, mask=inside)", "feature, y)"),
+    "gradient by input": (norm, add_rmsnorm, "dx.to(x.dtype), mask=inside)", "dx.to(x.dtype))"),
+    "gradient by weight": (norm, add_rmsnorm, "share, mask=inside)", "share)"),
+    "rotated": (rotate, turn, "both.to(turned.dtype), mask=inside)", "both.to(turned.dtype))"),
+    "log-sums": (mla, decode, 'float("-inf")), mask=row < rows)', 'float("-inf")))'),
+    "rows of shares": (mla, decode, "mask=real & (c < latent)[None, :])\n\n\n@jit", "mask=(c < latent)[None, :])\n\n\n@jit"),
+    "columns of shares": (mla, decode, "mask=real & (c < latent)[None, :])\n\n\n@jit", "mask=real)\n\n\n@jit"),
+    "attended": (mla, decode, "element_ty), mask=c < latent)", "element_ty))"),
+    "rows of a product": (
+        grouped, multiply, "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(column < outputs)[None, :]",
+    ),
+    "columns of a product": (
+        grouped, multiply, "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(row < end)[:, None]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("store", LOST)
+def test_a_lost_mask_of_a_store_shows_behind_the_output(store: str, tmp_path: Path) -> None:
+    module, launch, right, wrong = LOST[store]
+    with OutputsBetweenBands() as outputs:
+        launch(module)
+        outputs.check()
+        launch(altered(module, right, wrong, tmp_path))
+    with pytest.raises(AssertionError, match="past an edge"):
+        outputs.check()

@@ -92,7 +92,57 @@ def test_what_is_wrong_is_said_and_never_timed() -> None:
     assert row["times_faster_than"] == {}
     said = "\n".join(cuda.notes([row]))
     assert "transformers, b is WRONG, by 0.1" in said
+    assert "transformers, c is WRONG, not finite" in said
     assert "flash attn, d not measured: ImportError" in said
+
+
+class OutOfResourcesError(Exception):
+    """As Triton's, which is none of Python's own kinds."""
+
+
+def test_results_that_are_not_finite_and_errors_of_any_kind_end_one_contestant_alone() -> None:
+    def fails(error: Exception) -> cuda.Step:
+        def step() -> Tensor:
+            raise error
+
+        return step
+
+    made = contest(
+        ours={
+            "nan": lambda: ONE * float("nan"),
+            "resources": fails(OutOfResourcesError("shared memory")),
+            "a": lambda: ONE,
+        },
+        transformers={"b": fails(TypeError("an unexpected keyword argument")), "c": lambda: ONE},
+    )
+    row = cuda.judge(cuda.measure(made, torch.bfloat16, lambda step: 1.0, rounds=1), 1.0, 1.0)
+    assert list(row["seconds"]) == ["ours, a", "transformers, c"]
+    assert row["wrong"] == {"ours, nan": None}
+    assert row["not_measured"] == {
+        "ours, resources": "OutOfResourcesError: shared memory",
+        "transformers, b": "TypeError: an unexpected keyword argument",
+    }
+    json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "missing", "failed"),
+    [
+        (
+            {},
+            {"transformers, a": "TypeError", "flash-attn, b": "ImportError", "ours, c": "OutOfMemoryError: 3 GiB"},
+            False,
+        ),
+        ({}, {"without kernels, a": "TypeError"}, True),
+        ({}, {"all": "ValueError: no such size"}, True),
+        ({"transformers, a": None}, {}, True),
+    ],
+)
+def test_the_command_fails_for_what_is_wrong_and_for_errors_of_ours(
+    wrong: dict[str, Any], missing: dict[str, str], failed: bool
+) -> None:
+    fine: dict[str, Any] = {"wrong": {}, "not_measured": {}}
+    assert cuda.failed([fine, {"wrong": wrong, "not_measured": missing}]) == failed
 
 
 def test_rates_shares_and_ratios_follow_from_the_times() -> None:

@@ -4,8 +4,10 @@ Results are held against SDPA in float64, on the same half-precision weights and
 rounds once; the layer's own products round to 2**-11 (float16) or 2**-8 (bfloat16) some ten times on the way.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,8 +211,6 @@ def test_the_front_end_without_its_compiled_module_is_not_installed(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when it was built without CUDA: importing it fails inside, and the error says what to do."""
-    import sys
-
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", None)
@@ -219,17 +219,32 @@ def test_the_front_end_without_its_compiled_module_is_not_installed(
         dsv2_ref.attend_flash.load_flash_attn()
 
 
+def test_a_folder_of_that_name_is_not_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flash-attn 4 makes, which lies in ``flash_attn/cute``: it can be imported, and has none of the functions."""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # what is imported below is taken out again
+    del sys.modules["flash_attn"]
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match="pip install flash-attn"):
+        DeepseekV2DecoderLayer(replace(SMALL, _attn_implementation="flash_attention_2"), 0)
+
+
 # On a GPU
 
 
 @every_config
-def test_it_stays_on_the_device(config: DeepseekV2Config, double: Double) -> None:
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("layer_idx", [0, 1], ids=["dense", "experts"])
+def test_it_stays_on_the_device(config: DeepseekV2Config, train: bool, layer_idx: int, double: Double) -> None:
     """With fake CUDA tensors, through the shapes that flash-attn itself tells of its operators."""
-    with fake_cuda() as watch, torch.no_grad():
+    config = replace(config, first_k_dense_replace=1)
+    with fake_cuda() as watch, torch.set_grad_enabled(train):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            layer = DeepseekV2DecoderLayer(replace(config, _attn_implementation="flash_attention_2"), 0).eval()
+            config = replace(config, _attn_implementation="flash_attention_2")
+            layer = DeepseekV2DecoderLayer(config, layer_idx).train(train)
         finally:
             torch.set_default_dtype(before)
         for mask in (None, torch.ones(2, 9, dtype=torch.bool)):

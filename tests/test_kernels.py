@@ -4,7 +4,9 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dsv2_ref import grouped, kernels, rope
 from dsv2_ref.attend import DECODED_AT_ONCE, LARGEST_LATENT, LARGEST_ROPE, attend_latent
 from dsv2_ref.grouped import grouped_product
-from dsv2_ref.kernels import ops
+from dsv2_ref.kernels import add_rmsnorm as norm_kernels
+from dsv2_ref.kernels import grouped_experts, mla_decode, ops, rotate
 from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
-from dsv2_ref.kernels.compile import KERNELS, SHARED_BYTES, Resources, main, resources
+from dsv2_ref.kernels.compile import KERNELS, SHARED_BYTES, Resources, launched_with, main, resources
 from dsv2_ref.kernels.mla_decode import mla_decode_definition, split_keys
 from dsv2_ref.kernels.rotate import rotate_definition
 from dsv2_ref.masks import Visibility
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
+from tests.fake_cuda import DeviceFaultError, fake_cuda
 
 needs_triton = pytest.mark.skipif(
     not kernels._installed, reason="Triton, which is published for Linux alone, is not here"
@@ -83,8 +87,10 @@ def test_every_form_of_a_launch_fits_and_spills_nothing(variant: str, capability
 @needs_triton
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_machine_code_fits_in_float32(kernel: str, capability: int) -> None:
-    assert resources(kernel, capability, "fp32").fits
+def test_machine_code_fits_and_spills_nothing_in_float32(kernel: str, capability: int) -> None:
+    found = resources(kernel, capability, "fp32")
+    assert found.fits, found
+    assert found.stack == 0, found
 
 
 @needs_triton
@@ -118,6 +124,106 @@ def test_the_command_prints_a_row_for_each_generation(capsys: pytest.CaptureFixt
     assert rows[0].split()[2] == str(resources("rotate", 80).registers)
     assert main(["--kernel", "mla_partial", "--set", "KEYS=128"]) == 1
     assert capsys.readouterr().out.count("none") == 4
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("norm", 90), "kernel is 'norm'; wanted one of"),
+        (("rotate", 75), "capability is 75; wanted one of"),
+        (("rotate", 90, "fp64"), "dtype is 'fp64'; wanted one of"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        resources(*given)
+
+
+@needs_triton
+def test_constants_that_a_kernel_does_not_have_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"a constant is 'KEY'; wanted one of .*'KEYS'"):
+        resources("mla_partial", 90, KEY=64)
+    with pytest.raises(SystemExit):
+        main(["--set", "KEYS=64"])
+    assert "--set is for one kernel" in capsys.readouterr().err
+
+
+# Launches: what the kernels are started with, where, and what the host does before
+
+
+MODULES = (norm_kernels, rotate, mla_decode, grouped_experts)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, dict[str, Any]]]:
+    """By kernel, the device that was current and the constants and options given; nothing runs. Device 0 is current before."""
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    current = [0]
+
+    def exchange(device: int) -> int:
+        before, current[0] = current[0], device
+        return before
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **options: found.update({self.name: (current[0], options)})
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    for module in MODULES:
+        for name in KERNELS:
+            if hasattr(module, f"{name}_kernel"):
+                monkeypatch.setattr(module, f"{name}_kernel", Kernel(name))
+    return found
+
+
+def launch_all(itemsize: int) -> None:
+    """At the sizes of DeepSeek-V2, on a device that is not the current one."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32 if itemsize == 4 else torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda:1")
+
+    x, weight, statistics = empty(3, 5120), empty(5120), empty(3, dtype=torch.float32)
+    norm_kernels.add_rmsnorm_launch(x, x, weight, 1e-6)
+    norm_kernels.add_rmsnorm_backward_launch(x, x, weight, statistics)
+    tables = [empty(2, 1, 3, 32, dtype=torch.float32) for _ in range(2)]
+    rotate.rotate_launch(empty(2, 3, 128, 192).transpose(1, 2)[..., 128:], *tables)
+    query, cache, padding = empty(2, 128, 1, 576), empty(2, 100, 576), empty(2, 70, dtype=torch.bool)
+    mla_decode.mla_decode_launch(query, cache[:, :70], 512, 0.1, padding)
+    ends = empty(160, dtype=torch.int32)
+    grouped_experts.grouped_product_launch(empty(160 * 64, 5120), empty(160, 3072, 5120), ends)
+
+
+@needs_triton
+@pytest.mark.usefixtures("as_shipped")
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_kernels_start_on_their_tensors_gpu_as_they_were_compiled(
+    itemsize: int, launches: dict[str, tuple[int, dict[str, Any]]]
+) -> None:
+    """And nothing on the way to them is on the CPU or waits."""
+    with fake_cuda() as watch, watch:
+        launch_all(itemsize)
+    assert launches.keys() == set(KERNELS)
+    assert torch.cuda._exchange_device(0) == 0  # given back
+    for name, (device, given) in launches.items():
+        fixed, options = launched_with(name, itemsize)
+        arguments = {"p_token", "weight_input"}  # constants only because they are 1
+        assert given == {key: value for key, value in fixed.items() if key not in arguments} | options, name
+        assert device == 1, name
+
+
+@needs_triton
+@pytest.mark.usefixtures("as_shipped")
+def test_a_launch_that_waits_is_seen(launches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: as many tiles as the groups need, for which the host asks the device."""
+    monkeypatch.setattr(grouped_experts, "most_tiles", lambda *_: int(torch.empty((), device="cuda:1")))
+    with fake_cuda() as watch, pytest.raises(DeviceFaultError, match="the host reads a number"), watch:
+        launch_all(2)
 
 
 # Operators
@@ -191,6 +297,26 @@ def test_decoding_refuses_gradients() -> None:
         out.sum().backward()
 
 
+@pytest.mark.usefixtures("as_shipped")
+def test_gradients_that_operators_do_not_give_are_refused() -> None:
+    """Instead of none, or an error from inside: a gradient's gradient, and the gradient of the rotation's tables."""
+    x, weight = normal(2, 8).requires_grad_(), normal(8).requires_grad_()
+    for out in (ops.rms_norm(x, weight, 1e-6), ops.add_rms_norm(x, x, weight, 1e-6)[1]):
+        grad = torch.autograd.grad(out.square().sum(), x, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=r"run within kernels\.enabled\(False\)"):
+            grad.sum().backward()
+    cos, sin = normal(2, 4).requires_grad_(), normal(2, 4, seed=1)
+    with pytest.raises(RuntimeError, match="gives its tables no gradients"):
+        ops.rotate(x, cos, sin).sum().backward()
+
+
+@pytest.mark.usefixtures("as_shipped")
+def test_operators_take_a_single_token() -> None:
+    x, weight = normal(8).requires_grad_(), normal(8, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: ops.rms_norm(*a, 1e-6), (x, weight))
+    assert torch.autograd.gradcheck(lambda *a: ops.add_rms_norm(a[0], *a, 1e-6), (x, weight))
+
+
 @pytest.mark.parametrize("kv_seq", [0, 1, 31, 33, 4096, 131072])
 @pytest.mark.parametrize("programs", [1, 8, 1000])
 def test_shares_of_the_keys_cover_them_once(kv_seq: int, programs: int) -> None:
@@ -213,6 +339,7 @@ def test_only_cuda_tensors_of_one_known_dtype_are_served() -> None:
         assert kernels.serve(half, half)
         assert not kernels.serve(half, single)
         assert not kernels.serve(double)
+        assert not kernels.serve(half, torch.empty(2, device="cuda:1", dtype=torch.float16))
         with kernels.enabled(False):
             assert not kernels.serve(half)
         assert kernels.serve(half)
@@ -292,6 +419,18 @@ def test_groups_go_where_nothing_waits_for_their_sizes(
 
 
 @needs_triton
+def test_rows_too_many_for_a_launch_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch has 65,535 tiles of rows at most."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    with FakeTensorMode():
+        weights = torch.empty(160, 16, 16, device="cuda", dtype=torch.float16)
+        most = 64 * (65_535 - len(weights))
+        for count, serves in ((most, True), (most + 1, False)):
+            rows = torch.empty(count, 16, device="cuda", dtype=torch.float16)
+            assert grouped._triton_should(rows, weights) == serves
+
+
+@needs_triton
 def test_kernels_serve_from_ampere_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
@@ -299,6 +438,30 @@ def test_kernels_serve_from_ampere_on(monkeypatch: pytest.MonkeyPatch) -> None:
         for capability, serves in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
             assert kernels.serve(half, half) == serves
+
+
+@needs_triton
+def test_the_environment_turns_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        half = torch.empty(2, device="cuda", dtype=torch.float16)
+        monkeypatch.setenv("DSV2_KERNELS", "0")
+        try:
+            assert not importlib.reload(kernels).serve(half)
+            with kernels.enabled():
+                assert kernels.serve(half)
+        finally:
+            monkeypatch.undo()
+            assert importlib.reload(kernels).serve(half)
+
+
+def test_a_compiled_step_asks_once_for_the_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in its graph, where the question would run in every step."""
+    asked: list[torch.device] = []
+    gpu = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda x: (asked.append(x), (9, 0))[1])
+    monkeypatch.setattr(kernels, "torch", SimpleNamespace(cuda=gpu))
+    step = torch.compile(lambda x: x + 1 if kernels._from_ampere_on(x.device) else x, backend="eager", fullgraph=True)
+    assert torch.equal(step(torch.ones(2)), step(torch.ones(2)))
+    assert asked == [torch.device("cpu")]
 
 
 @needs_triton

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, experts, grouped
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, experts, grouped, kernels
+from dsv2_ref.attend import attend_latent
 from dsv2_ref.attention import DeepseekV2Attention
 from dsv2_ref.masks import Visibility
 from tests.fake_cuda import DeviceFaultError, Watch, fake_cuda
@@ -126,6 +129,45 @@ def test_a_cache_is_grown_and_its_sequences_chosen_on_the_device(gpu: Watch) -> 
         for _ in range(5):
             cache = layer(x, past_key_value=cache, use_cache=True)[1]
         assert cache.select(chosen).tokens.device.type == "cuda"
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many bytes the largest tensor has that is made inside; views and what is written in place are not made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given]
+        self.nbytes = max([self.nbytes, *(x.nbytes for x in made)])
+        return out
+
+
+def largest_in_a_step(padded: bool) -> float:
+    """Bytes of the largest tensor that a step of MLA over 4,096 tokens makes, over those of its cache."""
+    layer = layer_of(replace(SMALL, mla_form="auto"), 0, torch.float32, False)
+    cache = layer.self_attn.empty_cache(BATCH, capacity=4100).append(
+        torch.empty(BATCH, 4096, *layer.self_attn.cache_features)
+    )
+    mask = torch.ones(BATCH, 4097, dtype=torch.bool) if padded else None
+    with torch.no_grad(), Largest() as largest:
+        layer(torch.empty(BATCH, 1, layer.hidden_size), mask, past_key_value=cache, use_cache=True)
+    return largest.nbytes / cache.nbytes
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_does_not_copy_its_cache(fused: bool, padded: bool, gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the planted fault, in which it does."""
+    with kernels.enabled(fused):
+        assert largest_in_a_step(padded) < 0.5  # the scores of four heads
+        monkeypatch.setattr(
+            "dsv2_ref.attention.attend_latent", lambda query, kept, *rest: attend_latent(query, kept.clone(), *rest)
+        )
+        assert largest_in_a_step(padded) >= 1
 
 
 def test_blocks_of_queries(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-_installed = importlib.util.find_spec("triton") is not None and torch.version.hip is None  # AMD's GPUs are "cuda" as well
+# AMD's GPUs are "cuda" as well.
+_installed = importlib.util.find_spec("triton") is not None and torch.version.hip is None
 _enabled = os.environ.get("DSV2_KERNELS", "1") != "0"
 
 
@@ -29,12 +30,14 @@ def enabled(on: bool = True) -> Iterator[None]:
         _enabled = before
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _from_ampere_on(device: torch.device) -> bool:
+    """A compiled step asks once and not in its graph."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def serve(*tensors: Shaped[Tensor, "..."]) -> bool:
-    """Whether the kernels are to be used for these: on a GPU they were made for, all of one dtype that they know.
+    """Whether the kernels are to be used for these: on one GPU they were made for, all of one dtype that they know.
 
     True of fake CUDA tensors as well, for which the operators only tell shapes. False where they are turned off.
     """
@@ -42,4 +45,5 @@ def serve(*tensors: Shaped[Tensor, "..."]) -> bool:
         return False
     dtype, device = tensors[0].dtype, tensors[0].device
     known = dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and all(x.is_cuda and x.dtype == dtype for x in tensors) and _from_ampere_on(device)
+    alike = device.type == "cuda" and all(x.device == device and x.dtype == dtype for x in tensors)
+    return known and alike and _from_ampere_on(device)

@@ -44,7 +44,7 @@ def add_rmsnorm_backward_definition(
     unit = total.to(r.dtype) * r
     g = (grad * weight).to(r.dtype)
     by_input = r * (g - unit * (g * unit).mean(-1, keepdim=True))
-    by_weight = (grad.to(r.dtype) * unit.to(total.dtype)).flatten(0, -2).sum(0)
+    by_weight = (grad.to(r.dtype) * unit.to(total.dtype)).reshape(-1, len(weight)).sum(0)
     return by_input.to(total.dtype), by_weight.to(weight.dtype)
 
 

@@ -60,8 +60,11 @@ class Resources:
         return min(by_shared, REGISTERS // (registers * 32 * self.warps), WARPS[self.capability] // self.warps)
 
 
+DTYPES = ("fp16", "bf16", "fp32")
+"""What the kernels know, as Triton calls it."""
+
 _MLA = {"HAS_PADDING": True, "ROWS": 16, "LATENT": 512, "ROPE": 64}
-_KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, int]]] = {
+_KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, Any]]] = {
     # name: module, function, types of its arguments ("x" stands for the dtype), constants, options
     "add_rmsnorm": (
         "add_rmsnorm", "add_rmsnorm_kernel",
@@ -76,7 +79,7 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, in
     "rotate": (
         "rotate", "rotate_kernel",
         {"x": "*x", "out": "*x", "cos": "*fp32", "sin": "*fp32", "sign": "fp32"},
-        {"BLOCK": 16, "PAIRS": 32}, {"num_warps": 4},
+        {"BLOCK": 16, "PAIRS": 32}, {"num_warps": 4, "enable_fp_fusion": False},
     ),
     "mla_partial": (
         "mla_decode", "mla_partial_kernel",
@@ -98,6 +101,19 @@ KERNELS = tuple(_KERNELS)
 """Names that `resources` knows; sizes are those of DeepSeek-V2 (D up to 8192, C = 512, R = 64, up to 256 experts)."""
 
 
+def launched_with(kernel: str, itemsize: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a kernel as it is launched at the sizes of DeepSeek-V2, for numbers of ``itemsize`` bytes."""
+    place, _, _, fixed, options = _KERNELS[kernel]
+    module = importlib.import_module(f"dsv2_ref.kernels.{place}")
+    fixed, options = dict(fixed), dict(options)
+    if kernel == "mla_partial":
+        fixed["KEYS"] = module.keys_at_once(itemsize)
+        options["num_stages"] = 3 if itemsize == 2 else 1
+    if kernel == "grouped_product":
+        fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize), strict=True)
+    return fixed, options
+
+
 def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: int) -> Resources:
     """Compile a kernel to machine code and read what the compiler says of it.
 
@@ -108,27 +124,26 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
         **constants: block sizes, ``num_warps`` and ``num_stages`` in place of the shipped ones.
 
     Raises:
-        ValueError: for a kernel or capability that is not known.
+        ValueError: for a kernel, capability, dtype or constant that is not known.
         ImportError: without Triton.
     """
     require(kernel in _KERNELS, "kernel", kernel, "one of {}", KERNELS)
     require(capability in SHARED_BYTES, "capability", capability, "one of {}", tuple(SHARED_BYTES))
+    require(dtype in DTYPES, "dtype", dtype, "one of {}", DTYPES)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    place, function, types, fixed, options = _KERNELS[kernel]
+    place, function, types, *_ = _KERNELS[kernel]
     module = importlib.import_module(f"dsv2_ref.kernels.{place}")
-    itemsize = 4 if dtype == "fp32" else 2
-    fixed, options = dict(fixed), dict(options)
-    if kernel == "mla_partial":
-        fixed["KEYS"] = module.keys_at_once(itemsize)
-        options["num_stages"] = 3 if itemsize == 2 else 1
-    if kernel == "grouped_product":
-        fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize), strict=True)
+    fixed, options = launched_with(kernel, 4 if dtype == "fp32" else 2)
     options |= {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    fixed |= constants
     jitted = getattr(module, function)
+    for name in constants:
+        require(
+            name in jitted.arg_names, "a constant", name, "one of {}", (*jitted.arg_names, "num_warps", "num_stages")
+        )
+    fixed |= constants
     signature = {
         name: "constexpr" if name in fixed else types.get(name, "i32").replace("*x", f"*{dtype}")
         for name in jitted.arg_names
@@ -163,9 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table of `resources`, and return 0, or 1 if anything does not fit or spills."""
     parser = argparse.ArgumentParser(prog="python -m dsv2_ref.kernels.compile", description=main.__doc__)
     parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
-    parser.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="bf16")
-    parser.add_argument("--set", type=_constant, action="append", default=[], metavar="NAME=SIZE", help="a block size, or num_warps")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument(
+        "--set", type=_constant, action="append", default=[], metavar="NAME=SIZE", help="a block size, or num_warps"
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.set and chosen.kernel is None:
+        parser.error("--set is for one kernel: say which with --kernel")
     print(f"{chosen.dtype:22}{'registers':>10}{'spilled':>9}{'shared':>9}{'at once':>9}")
     good = True
     for kernel in KERNELS if chosen.kernel is None else (chosen.kernel,):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dsv2_ref.kernels.language import jit, power_of_two, tl
 
+MOST_TILES = 2**16 - 1
+"""Programs of a launch along its second axis (CUDA C++ Programming Guide, technical specifications)."""
+
 
 def grouped_product_definition(
     rows: Float[Tensor, "rows inputs"],
@@ -90,6 +93,12 @@ def tile_sizes(rows: int, groups: int, itemsize: int) -> tuple[int, int, int]:
     return (tall, 128, 64) if itemsize == 2 else (tall, 64, 32)
 
 
+def most_tiles(rows: int, groups: int, itemsize: int) -> int:
+    """Tiles of rows that the groups could need at most: no more than `MOST_TILES` fit one launch."""
+    tall, _, _ = tile_sizes(rows, groups, itemsize)
+    return -(-rows // tall) + groups
+
+
 def grouped_product_launch(
     rows: Float[Tensor, "rows inputs"],
     weights: Float[Tensor, "groups outputs inputs"],
@@ -102,7 +111,7 @@ def grouped_product_launch(
     if out.numel():
         tall, wide, deep = tile_sizes(len(rows), groups, rows.element_size())
         with torch.cuda.device_of(rows):
-            grouped_product_kernel[(-(-outputs // wide), -(-len(rows) // tall) + groups)](
+            grouped_product_kernel[(-(-outputs // wide), most_tiles(len(rows), groups, rows.element_size()))](
                 rows,
                 weights,
                 group_ends.contiguous(),

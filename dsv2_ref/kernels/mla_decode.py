@@ -213,7 +213,7 @@ def mla_decode_launch(
             latent,
             splits,
             LATENT=max(16, power_of_two(latent)),
-            SPLITS=MAX_SPLITS,
+            SPLITS=max(MAX_SPLITS, power_of_two(splits)),
             num_warps=4,
         )
     return out

@@ -86,15 +86,20 @@ def _backward_of_add_norm(ctx: Any, grad_total: Tensor, grad: Tensor, _: Any) ->
     return by_input, by_input, by_weight, None
 
 
+def _once_only(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("the gradient of a fused norm gives no gradients in turn; run within kernels.enabled(False)")
+
+
 _rms_norm.register_autograd(_backward_of_norm, setup_context=_save)
 _add_rms_norm.register_autograd(_backward_of_add_norm, setup_context=_save)
+_rms_norm_backward.register_autograd(_once_only)
 
 
 @torch.library.custom_op("dsv2_ref::rotate", mutates_args=())
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     from dsv2_ref.kernels.rotate import rotate_definition, rotate_launch
 
-    if serve(x):
+    if serve(x) and serve(cos, sin) and cos.device == x.device:
         return rotate_launch(x, cos, sin, backward)
     return rotate_definition(x, cos, -sin if backward else sin).contiguous()
 
@@ -110,6 +115,8 @@ def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: 
 
 
 def _backward_of_rotation(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    if any(ctx.needs_input_grad[1:3]):
+        raise RuntimeError("rotate gives its tables no gradients; run within kernels.enabled(False)")
     return _rotate(grad, *ctx.saved_tensors, not ctx.was_backward), None, None, None
 
 
@@ -139,7 +146,11 @@ _mla_decode.register_autograd(_no_gradients)
 def rms_norm(
     x: Float[Tensor, "*batch hidden"], weight: Float[Tensor, "hidden"], eps: float
 ) -> Float[Tensor, "*batch hidden"]:
-    """``weight * round(x / rms(x))``, as `DeepseekV2RMSNorm`; differentiable by ``x`` and ``weight``, once."""
+    """``weight * round(x / rms(x))``, as `DeepseekV2RMSNorm`; differentiable by ``x`` and ``weight``, once.
+
+    Raises:
+        RuntimeError: when a gradient's gradient is asked for.
+    """
     return _rms_norm(x, weight, eps)[0]
 
 
@@ -149,7 +160,11 @@ def add_rms_norm(
     weight: Float[Tensor, "hidden"],
     eps: float,
 ) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch hidden"]]:
-    """``total = residual + update`` and ``rms_norm(total)``; differentiable by all three tensors, once."""
+    """``total = residual + update`` and ``rms_norm(total)``; differentiable by all three tensors, once.
+
+    Raises:
+        RuntimeError: when a gradient's gradient is asked for.
+    """
     total, normed, _ = _add_rms_norm(update, residual, weight, eps)
     return total, normed
 
@@ -157,7 +172,11 @@ def add_rms_norm(
 def rotate(
     x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*table pairs"], sin: Float[Tensor, "*table pairs"]
 ) -> Float[Tensor, "*batch dim"]:
-    """Turn the pairs (0, 1), (2, 3), … of at most four axes; differentiable by ``x``, not by the tables."""
+    """Turn the pairs (0, 1), (2, 3), … of at most four axes; differentiable by ``x``, not by the tables.
+
+    Raises:
+        RuntimeError: when the tables' gradients are asked for.
+    """
     return _rotate(x, cos, sin, False)
 
 
