@@ -98,7 +98,7 @@ def _table(found: dict[str, Any]) -> str:
 
 
 def _refuse(error: Exception) -> int:
-    print(f"{error}".replace("\n", " "), file=sys.stderr)
+    print(*f"{error}".splitlines(), file=sys.stderr)
     return 2
 
 

@@ -82,7 +82,7 @@ class Double(ModuleType):
         check(dropout == 0, "the double has no dropout")
         parts = [_attend(*sequence, scale, causal) for sequence in zip(q, k, v, strict=True)]
         out_, logs = (torch.stack(x) for x in zip(*parts, strict=True))
-        return out_.to(q.dtype), logs, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
+        return torch.empty_like(q).copy_(out_), logs, q.new_empty(0), torch.zeros(2, dtype=torch.int64)
 
     def varlen_fwd(
         self, q: Tensor, k: Tensor, v: Tensor, out: None, q_ends: Tensor, k_ends: Tensor, used: None, left_pad: None,

@@ -319,12 +319,21 @@ def test_what_a_token_would_take_in_every_kind_of_cache() -> None:
 def test_caches_that_cannot_be_are_refused() -> None:
     for given_, said in (
         ({"tokens": -1}, "tokens is -1"), ({"tokens": 1, "layers": -2}, "layers is -2"),
+        ({"tokens": 1.5}, r"tokens is 1\.5; wanted an integer"), ({"tokens": True}, "tokens is True"),
+        ({"tokens": 1, "layers": 1.0}, r"layers is 1\.0"),
         ({"tokens": 1, "dtype": "fp3"}, "dtype is 'fp3'; wanted float64"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             acc.cache_bytes(preset("card"), **given_)
     with pytest.raises(ValueError, match="layer is True"):
         acc.parameters(preset("card"), True)
+
+
+@pytest.mark.parametrize("given_", [{"batch": True}, {"seq": 1.0}, {"kv": 0}, {"kv": 10**15 + 1}, {"causal": "no"}])
+def test_calls_that_cannot_be_are_refused(given_: dict[str, Any], as_shipped: None) -> None:
+    ((name, value),) = given_.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; wanted "):
+        acc.Call(**given_)
 
 
 def test_a_model_of_any_depth_is_counted_at_once() -> None:
@@ -363,7 +372,9 @@ def test_experts_that_a_batch_reads_on_average() -> None:
     mean = sum(len(choice.unique()) for choice in choices) / 400
     # The mean of 400 batches is known to a twentieth of their standard deviation, which is below 5 experts.
     assert acc.experts_read(card, 64) == pytest.approx(mean, abs=1)
-    assert acc.experts_read(replace(card, n_routed_experts=None), 64) == 0
+    assert acc.experts_read(card, 0) == acc.experts_read(replace(card, n_routed_experts=None), 64) == 0
+    with pytest.raises(ValueError, match="tokens is -1; wanted 0 or more"):
+        acc.experts_read(card, -1)
 
 
 def test_active_parameters_are_all_but_the_experts_not_chosen() -> None:
@@ -456,6 +467,7 @@ def test_the_command_reads_a_published_file_and_prints_a_table(
         (["--layer", "x"], "argument --layer: invalid int value: 'x'"),
         (["--preset", "card", "--config", "b"], "argument --config: not allowed with argument --preset"),
         (["--sequences", "3"], "unrecognized arguments: --sequences 3"),
+        (["a\r\nb\u2028c"], "unrecognized arguments: a b c"),
         (["--config", "BROKEN"], "BROKEN is no JSON"),
         (["--config", "NOWHERE"], "No such file"),
         (["--config", "WRONG"], "num_experts_per_tok"),
@@ -464,6 +476,7 @@ def test_the_command_reads_a_published_file_and_prints_a_table(
         (["--config", "LATIN"], "LATIN is no text in UTF-8"),
         (["--config", "HUGE"], "HUGE: hidden_size is 1000"),
         (["--config", "ROPE"], "ROPE: rope_theta is 1000"),
+        (["--config", "CROWD"], "num_experts_per_tok is 1000000000; wanted at most 1000"),
     ],
 )
 def test_the_command_refuses_in_one_line(
@@ -475,6 +488,7 @@ def test_the_command_refuses_in_one_line(
     (tmp_path / "LATIN").write_bytes(b"\xe9")
     (tmp_path / "HUGE").write_text(f'{{"hidden_size": {10**400}}}')
     (tmp_path / "ROPE").write_text(f'{{"rope_theta": {10**400}}}')
+    (tmp_path / "CROWD").write_text(f'{{"n_routed_experts": {10**9}, "num_experts_per_tok": {10**9}}}')
     (tmp_path / "WRONG").write_text('{"n_routed_experts": 4, "num_experts_per_tok": 9, "hidden_size": 64}')
     if arguments[0] == "--config":
         arguments = ["--config", str(tmp_path / arguments[1])]

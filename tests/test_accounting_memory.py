@@ -5,9 +5,13 @@ as large as they ever are; hence the tolerances.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,12 +150,67 @@ def test_flash_attention_over_a_cache(
     config = replace(config, _attn_implementation="flash_attention_2")
     call = acc.Call(batch=batch, seq=seq, kv=kv)
     assert acc.activation_peak(config, call, layer_idx) == pytest.approx(of_layer(config, call, layer_idx), rel=1e-3)
+    if seq == kv:  # its state of random numbers takes 16 bytes
+        trained = acc.activation_peak(config, call, layer_idx, training=True)
+        assert trained == pytest.approx(of_layer(config, call, layer_idx, training=True), rel=5e-3)
 
 
 def test_absorbed_with_one_head() -> None:
     config = replace(LATENT, num_attention_heads=1, mla_form="absorbed", n_routed_experts=None)
     call = acc.Call(batch=3, seq=60, kv=60, form="absorbed", dtype="float32")
     assert acc.activation_peak(config, call, 0) == of_layer(config, call, 0)
+
+
+def test_a_query_whose_compression_is_wider_than_all_else() -> None:
+    """Its norm then takes the most, and whoever calls a module holds what it is given."""
+    config = replace(LATENT, num_attention_heads=1, hidden_size=16, intermediate_size=16, q_lora_rank=400)
+    for dtype, training in itertools.product(DTYPES, (False, True)):
+        call = acc.Call(batch=2, seq=5, kv=5, form="expanded", dtype=dtype)
+        counted = acc.activation_peak(config, call, 0, training)
+        assert counted == pytest.approx(of_layer(config, call, 0, training), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "config", [LATENT, PLAIN, replace(LATENT, mla_form="absorbed")], ids=["mla", "mha", "absorbed"]
+)
+@pytest.mark.parametrize("seq", [1, 2, 3])
+def test_a_few_queries_over_a_long_cache(config: DeepseekV2Config, seq: int) -> None:
+    """Where the places of all keys, of which the mask is made, may take more than the scores."""
+    form = "absorbed" if config.mla_form == "absorbed" else "expanded"
+    config = replace(config, mla_form=form)
+    call = acc.Call(seq=seq, kv=3000, form=form)
+    assert acc.activation_peak(config, call, 0) == pytest.approx(of_layer(config, call, 0), rel=1e-3)
+
+
+NARROW: dict[str, int | None] = {"hidden_size": 16, "intermediate_size": 8, "n_routed_experts": None}
+
+
+@pytest.mark.parametrize(
+    ("variant", "layer_idx", "at_once", "seq", "kv"),
+    [
+        (NARROW | {"mla_form": "absorbed"}, 0, 14_000, 12, 300),  # what a block of queries leaves to the next
+        (NARROW | {"num_attention_heads": 1, "kv_lora_rank": 200}, 0, 2**24, 4, 64),  # a copy of what is remembered
+        (
+            NARROW | {"num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 2, "qk_nope_head_dim": 2,
+                      "qk_rope_head_dim": 2, "v_head_dim": 3},
+            0, 2**24, 1, 1,
+        ),  # in training, results that are cut to values
+        (
+            {"hidden_size": 8, "num_attention_heads": 1, "moe_intermediate_size": 8, "n_routed_experts": 256,
+             "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 2, "num_experts_per_tok": 6},
+            1, 2**24, 20, 20,
+        ),  # scores of the groups that are left
+    ],
+    ids=["blocks", "remembered", "cut", "groups"],
+)  # fmt: skip
+def test_what_takes_the_most_in_no_usual_layer(
+    variant: dict[str, object], layer_idx: int, at_once: int, seq: int, kv: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dsv2_ref.attend, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
+    config = replace(TINY, **{"mla_form": "expanded"} | variant)
+    call = acc.Call(batch=2, seq=seq, kv=kv, form=config.mla_form, dtype="float32")
+    assert acc.activation_peak(config, call, layer_idx, seq == 1) == of_layer(config, call, layer_idx, seq == 1)
 
 
 def test_a_checkpointed_model_whose_last_layer_is_narrow() -> None:
@@ -307,6 +366,15 @@ def test_what_cannot_be_counted_is_refused() -> None:
     assert acc.report(cheap, acc.Call(seq=4, kv=4))["config"]["call"]["form"] == "absorbed"
     trained = acc.report(cheap, acc.Call(seq=4, kv=4), training=True)
     assert trained == acc.report(cheap, acc.Call(seq=4, kv=4, form="expanded"), training=True)
+    noisy = replace(TINY, attention_dropout=0.1)
+    assert acc.activation_peak(noisy, acc.Call(seq=4, kv=4)) == acc.activation_peak(TINY, acc.Call(seq=4, kv=4))
+    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1; wanted 0"):
+        acc.activation_peak(noisy, acc.Call(seq=4, kv=4), training=True)
+    crowd = replace(TINY, n_routed_experts=1_001, num_experts_per_tok=1_001)
+    with pytest.raises(ValueError, match="num_experts_per_tok is 1001; wanted at most 1000"):
+        acc.activation_peak(crowd, acc.Call())
+    assert acc.activation_peak(replace(crowd, num_experts_per_tok=1_000), acc.Call(), training=True) > 0
+    assert acc.activation_peak(replace(crowd, n_routed_experts=None), acc.Call()) > 0
     flash = replace(TINY, _attn_implementation="flash_attention_2")
     with pytest.raises(ValueError, match="dtype is 'float32'; wanted float16 or bfloat16"):
         acc.activation_peak(flash, acc.Call(seq=4, kv=4, dtype="float32"))
@@ -340,3 +408,13 @@ def test_a_copy_forgotten_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None
         forgets = f"dsv2_ref.accounting.memory.ledger.Ledger.{name}"
         monkeypatch.setattr(forgets, lambda ledger, x: ledger.make(x.count, x.width, x))
     assert acc.activation_peak(LATENT, call, 1, training=True) < 0.98 * found
+
+
+def test_all_of_this_where_signatures_are_not_checked() -> None:
+    """Who checks a call holds what it passes on: layer and ledger could agree here, and for nobody else."""
+    here = Path(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here.name, "-k", "not signatures"]
+    unchecked = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    unchecked["DSV2_TEST_DEVICE"] = "cpu"  # see conftest.py
+    done = subprocess.run(command, cwd=here.parent, env=unchecked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,6 +1,6 @@
 """Bytes of caches, of every kind a model of these sizes could have."""
 
-from dsv2_ref.accounting.call import DTYPE_BYTES, require
+from dsv2_ref.accounting.call import DTYPE_BYTES, is_count, require
 from dsv2_ref.config import DeepseekV2Config
 
 CACHE_KINDS = ("own", "latent", "expanded", "mha", "gqa", "mqa")
@@ -41,10 +41,11 @@ def cache_bytes(
     """Bytes of the caches of ``layers`` layers (None: all) for so many tokens, of all sequences together.
 
     Raises:
-        ValueError: for less than no tokens or layers, an unknown dtype or kind, a latent that the model has not.
+        ValueError: for tokens or layers that are no integer of at least 0, an unknown dtype or kind, a latent that the
+            model has not.
     """
     layers = config.num_hidden_layers if layers is None else layers
-    require(tokens >= 0, "tokens", tokens, "0 or more")
-    require(layers >= 0, "layers", layers, "0 or more")
+    require(is_count(tokens), "tokens", tokens, "an integer of at least 0")
+    require(is_count(layers), "layers", layers, "an integer of at least 0")
     require(dtype in DTYPE_BYTES, "dtype", dtype, ", ".join(DTYPE_BYTES))
     return layers * tokens * cache_numbers(config, kind) * DTYPE_BYTES[dtype]

@@ -20,6 +20,11 @@ def require(condition: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"{name} is {value!r}; wanted {wanted}")
 
 
+def is_count(value: object, least: int = 0) -> bool:
+    """Whether this is an integer that large, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One pass through a layer or a model.
@@ -32,7 +37,8 @@ class Call:
         dtype: of weights, activations and cache, one of `DTYPE_BYTES`.
 
     Raises:
-        ValueError: for a size below 1 or above 10^15, more new tokens than tokens attended to, an unknown form or dtype.
+        ValueError: for a size below 1 or above 10^15 or no integer, more new tokens than tokens attended to, an unknown
+            form or dtype.
     """
 
     batch: int = 1
@@ -45,9 +51,9 @@ class Call:
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "kv"):
             value = getattr(self, name)
-            good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
-            require(good, name, value, "an integer of at least 1, and at most 10^15")
+            require(is_count(value, 1) and value <= MOST, name, value, "an integer of at least 1, and at most 10^15")
         require(self.kv >= self.seq, "kv", self.kv, f"at least the {self.seq} new tokens")
+        require(isinstance(self.causal, bool), "causal", self.causal, "True or False")
         require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
         require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, ", ".join(DTYPE_BYTES))
 
@@ -71,8 +77,7 @@ class Call:
 def one_of(config: DeepseekV2Config, layer_idx: int) -> int:
     """``layer_idx``, if the model has such a layer; else ValueError."""
     layers = config.num_hidden_layers
-    good = isinstance(layer_idx, int) and not isinstance(layer_idx, bool) and 0 <= layer_idx < layers
-    require(good, "layer", layer_idx, f"from 0 to {layers - 1}")
+    require(is_count(layer_idx) and layer_idx < layers, "layer", layer_idx, f"from 0 to {layers - 1}")
     return layer_idx
 
 

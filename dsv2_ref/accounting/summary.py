@@ -11,6 +11,9 @@ from dsv2_ref.accounting.traffic import Moved, activations_moved, weights_read
 from dsv2_ref.accounting.weights import by_module, matrices, model_matrices
 from dsv2_ref.config import DeepseekV2Config
 
+MOST_CHOSEN = 1_000
+"""So many experts of a token at most, where activations are counted, as their sum is gone through one by one."""
+
 
 def _settled(config: DeepseekV2Config, call: Call, training: bool) -> Call:
     """The call in the form that it takes, if it can be made."""
@@ -40,14 +43,19 @@ def activation_peak(
         checkpointing: keep the inputs of layers only, and compute a layer once more when its gradient is due.
 
     Raises:
-        ValueError: in training, for a call over a cache or in the absorbed form; for checkpointing without training; for
-            ``flash_attention_2`` in a dtype that it does not take.
+        ValueError: in training, for a call over a cache, in the absorbed form or with dropout; for checkpointing without
+            training; for ``flash_attention_2`` in a dtype that it does not take; for more experts of a token than
+            `MOST_CHOSEN`.
     """
     call = _settled(config, call, training)
     absorbed = config.use_mla and call.form == "absorbed"
     require(training or not checkpointing, "checkpointing", checkpointing, "False where nothing is trained")
     require(not training or call.kv == call.seq, "kv", call.kv, f"the {call.seq} new tokens: training has no cache")
     require(not (training and absorbed), "form", "absorbed", "expanded: the absorbed form is counted in inference only")
+    dropout, chosen = config.attention_dropout, config.num_experts_per_tok or 0
+    require(not (training and dropout), "attention_dropout", dropout, "0: what it draws in training is not counted")
+    counted = config.n_routed_experts is None or chosen <= MOST_CHOSEN
+    require(counted, "num_experts_per_tok", chosen, f"at most {MOST_CHOSEN}, for activations to be counted")
     sizes = memory.Pass(
         config=config, batch=call.batch, seq=call.seq, kv=call.kv, width=call.bytes_each, absorbed=absorbed
     )

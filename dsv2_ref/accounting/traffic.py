@@ -5,7 +5,7 @@ fuse operations move less, and that is why they are written; the scores of fused
 are never written at all.
 """
 
-from dsv2_ref.accounting.call import Call, one_of
+from dsv2_ref.accounting.call import Call, one_of, require
 from dsv2_ref.accounting.operations import form_of
 from dsv2_ref.accounting.weights import parameters, projections
 from dsv2_ref.config import DeepseekV2Config
@@ -16,6 +16,7 @@ Moved = dict[str, tuple[int, int]]
 
 def experts_read(config: DeepseekV2Config, tokens: int) -> float:
     """Different routed experts that so many tokens visit, on average, if they choose evenly and by themselves."""
+    require(tokens >= 0, "tokens", tokens, "0 or more")
     experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok or 0
     return experts * (1 - (1 - chosen / experts) ** tokens) if experts else 0.0
 

@@ -5,8 +5,9 @@ that holds, as long: the float32 copies inside a norm, the copies of the scores 
 *Fused* attention (``sdpa``, ``flash_attention_2``) holds queries, keys, values, its result and a float32 number for each
 query and head, but no scores. Training goes back through the operations as autograd does.
 
-Not counted: weights and their gradients, the optimizer, the input of a layer, the cache, the loss and its gradient, and what an
-operation uses inside its own kernel. A sum of gradients is a new tensor, as it is where operations are watched; autograd
+Not counted: weights and their gradients (two of them where an embedding is the head as well), the optimizer, the input of a layer, the cache, the loss and its gradient, and what an
+operation uses inside its own kernel. A cache is taken to have room for more tokens, so what several sequences remember is
+copied where it is expanded. A sum of gradients is a new tensor, as it is where operations are watched; autograd
 itself may add in place, and then needs less.
 
 Live storages agree, nearly always to the byte and else to 0.5 %. Fused attention is counted as on a GPU: in half precision on a

@@ -1,7 +1,7 @@
 """Attention in sizes: multi-head and latent, eager, fused and absorbed."""
 
 from dsv2_ref.accounting.memory.ledger import Ledger
-from dsv2_ref.accounting.memory.parts import Pass, Tables, norm, rotated
+from dsv2_ref.accounting.memory.parts import INTEGER, Pass, Tables, norm, rotated
 from dsv2_ref.accounting.memory.tape import Sized
 
 SCORES_AT_ONCE = 2**24
@@ -72,7 +72,9 @@ def _queries(ledger: Ledger, p: Pass, x: Sized, tables: Tables) -> tuple[Sized, 
     config, heads = p.config, p.tokens * p.config.num_attention_heads
     inputs, width = config.hidden_size, config.qk_nope_head_dim + config.qk_rope_head_dim
     if config.q_lora_rank is not None:
-        x = norm(ledger, ledger.linear(x, inputs, config.q_lora_rank), config.q_lora_rank, p.wide)
+        compressed = ledger.linear(x, inputs, config.q_lora_rank)
+        x = norm(ledger, compressed, config.q_lora_rank, p.wide)
+        del compressed  # a module's caller holds its input until it returns
         inputs = config.q_lora_rank
     query = ledger.reordered(ledger.linear(x, inputs, config.num_attention_heads * width))
     del x
@@ -114,10 +116,20 @@ def _eager(
 
     pairs = p.batch * p.config.num_attention_heads * p.seq * p.kv
     scores = ledger.product(laid_out(query, 0), laid_out(key, 1), pairs)
-    weights = _weights(ledger, p, scores, ledger.make(p.seq * p.kv, 1) if p.seq > 1 else None)
+    weights = _weights(ledger, p, scores, _causal_mask(ledger, p.seq, p.kv))
     del scores
     width = value.count // (p.batch * p.config.num_attention_heads * p.kv)
     return ledger.product(weights, laid_out(value, 2), pairs // p.kv * width), weights
+
+
+def _causal_mask(ledger: Ledger, queries: int, keys: int) -> Sized | None:
+    """Which keys the last queries see, told by the places of both; one query sees them all."""
+    if queries == 1:
+        return None
+    places = ledger.make(queries, INTEGER), ledger.make(keys, INTEGER)
+    mask = ledger.make(queries * keys, 1)
+    del places
+    return mask
 
 
 def _weights(ledger: Ledger, p: Pass, scores: Sized, mask: Sized | None) -> Sized:
@@ -150,7 +162,7 @@ def _fused_blocks(ledger: Ledger, p: Pass, widest: int, value_width: int) -> Siz
     parts: list[Sized] = []
     mask = None
     for start, stop in _last_blocks(ledger, p, p.batch, widest, parts):
-        mask = ledger.make((stop - start) * (p.kv - p.seq + stop), 1) if stop - start > 1 else None
+        mask = _causal_mask(ledger, stop - start, p.kv - p.seq + stop)
         added = ledger.make(mask.count, p.width) if mask is not None else None
         sums = ledger.make(heads * (stop - start), p.wide)
         parts.append(ledger.make(heads * (stop - start) * widest, p.width))
@@ -184,7 +196,7 @@ def _attend_latent(ledger: Ledger, p: Pass, query: Sized, latent: int) -> Sized:
         queries, end, several = heads * (stop - start), p.kv - p.seq + stop, stop - start > 1
         copied = several and stop - start < p.seq and p.config.num_attention_heads > 1
         rows = ledger.make(queries * query.count // (heads * p.seq), p.width) if copied else query
-        mask = ledger.make((stop - start) * end, 1) if several else None
+        mask = _causal_mask(ledger, stop - start, end)
         bias = None
         bias = _bias(ledger, p, mask) if mask is not None else None
         scores = ledger.make(queries * end, p.width)

@@ -1,11 +1,8 @@
 """The mixture of experts in sizes: scores of the gate, rows sorted by expert, the float32 sum of what experts say."""
 
 from dsv2_ref.accounting.memory.ledger import Ledger
-from dsv2_ref.accounting.memory.parts import Pass, mlp
+from dsv2_ref.accounting.memory.parts import INTEGER, Pass, mlp
 from dsv2_ref.accounting.memory.tape import Gradients, Sized
-
-INTEGER = 8
-"""Bytes of an index."""
 
 
 def _gate(ledger: Ledger, p: Pass, x: Sized) -> tuple[Sized, Sized, Sized | None]:

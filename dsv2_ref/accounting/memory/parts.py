@@ -9,6 +9,9 @@ from dsv2_ref.config import DeepseekV2Config
 Tables = tuple[Sized, Sized]
 """Cosines and sines."""
 
+INTEGER = 8
+"""Bytes of an index."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
