@@ -27,7 +27,6 @@ from dsv2_ref import accounting as acc
 from dsv2_ref.accounting.memory import attention
 from dsv2_ref.accounting.memory.ledger import Ledger
 from dsv2_ref.accounting.memory.parts import norm
-from dsv2_ref.accounting.memory.tape import Sized
 from tests.flash_double import install_front_end
 from tests.live_bytes import LiveBytes
 
@@ -233,7 +232,7 @@ def layer_by_layer(p: acc.memory.Pass, training: bool, checkpointing: bool) -> i
     del x
     out = ledger.cast(ledger.linear(normed, config.hidden_size, config.vocab_size), p.wide)
     del normed
-    ledger.backward(out, [Sized(None, out.count, out.width)])
+    ledger.backward(out)
     return ledger.peak
 
 

@@ -81,5 +81,5 @@ def peak(p: Pass, layer_idx: int | None = None, training: bool = False, checkpoi
         out = _model(ledger, p, checkpointing)
     else:
         out = _run(ledger, p, layer_idx, ledger.leaf(p.tokens * p.config.hidden_size, p.width), checkpointing)
-    ledger.backward(out, [Sized(None, out.count, out.width)])
+    ledger.backward(out)
     return ledger.peak

@@ -182,18 +182,13 @@ class Ledger(Meter):
         self._checkpoint = None
         return made
 
-    def backward(self, out: Sized, gradients: Gradients) -> None:
-        """Go back from ``out``, the latest operation first; what an operation kept is let go when it is done.
-
-        The gradient of ``out`` is taken from the list, so that no caller holds it longer than it is read.
-        """
-        gradient = gradients.pop()
-        if out.step is None or gradient is None:
+    def backward(self, out: Sized) -> None:
+        """Go back from ``out``, whose gradient comes from outside; what an operation kept is let go when it is done."""
+        if out.step is None:
             return
         waiting: list[tuple[int, Step]] = []
-        self._receive(waiting, out.step, out.place, gradient)
-        del gradient
-        while waiting:
+        self._receive(waiting, out.step, out.place, Sized(None, out.count, out.width))
+        while waiting:  # the latest operation first
             step = heappop(waiting)[1]
             if step.rule is None:  # a leaf, which keeps what it received
                 continue
