@@ -28,13 +28,15 @@ MOST = 10**15
 """The largest size that is read; more is a slip, and products of sizes stay within what a float holds."""
 
 
-def _require(condition: bool, name: str, value: object, wanted: str) -> None:
+def require(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raise ValueError naming the argument, what it was and what was wanted, unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"{name} is {value!r}; wanted {wanted}")
 
 
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
+def is_int(value: object, least: int, most: float = MOST) -> bool:
+    """Whether this is an integer between these, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_number(value: object) -> bool:
@@ -50,18 +52,19 @@ def _require_object(value: object, name: str) -> Mapping[str, Any]:
     return value
 
 
-def _require_ints(holder: object, names: str, least: int, optional: bool = False) -> None:
+def require_ints(holder: object, names: str, least: int, optional: bool = False) -> None:
+    """`require` that the attributes of these names, with spaces between, are integers of a size, or None where ``optional``."""
     for name in names.split():
         value = getattr(holder, name)
-        allowed = _is_int(value, least) or (optional and value is None)
-        _require(allowed, name, value, f"an integer of at least {least}{' or None' * optional}, and at most 10^15")
+        allowed = is_int(value, least) or (optional and value is None)
+        require(allowed, name, value, f"an integer of at least {least}{' or None' * optional}, and at most 10^15")
 
 
 def _require_numbers(holder: object, names: str, least: float, below: float = math.inf) -> None:
     for name in names.split():
         value = getattr(holder, name)
         end = f", below {below:g}" if below < math.inf else ""
-        _require(_is_number(value) and least <= value < below, name, value, f"a finite number, at least {least:g}{end}")
+        require(_is_number(value) and least <= value < below, name, value, f"a finite number, at least {least:g}{end}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +85,15 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.type in ("linear", "dynamic", "yarn"), "rope_scaling type", self.type, "linear, dynamic or yarn")
+        require(self.type in ("linear", "dynamic", "yarn"), "rope_scaling type", self.type, "linear, dynamic or yarn")
         _require_numbers(self, "factor", 1)
-        _require_ints(self, "original_max_position_embeddings", 1)
+        require_ints(self, "original_max_position_embeddings", 1)
         _require_numbers(self, "beta_slow mscale mscale_all_dim", 0)
         _require_numbers(self, "beta_fast", self.beta_slow)
-        _require(0 < self.beta_slow < self.beta_fast, "beta_slow", self.beta_slow, "between 0 and beta_fast")
+        require(0 < self.beta_slow < self.beta_fast, "beta_slow", self.beta_slow, "between 0 and beta_fast")
         for field in fields(self)[2:] if self.type != "yarn" else ():
             value = getattr(self, field.name)
-            _require(value == field.default, field.name, value, f"nothing: {self.type} scaling has no such setting")
+            require(value == field.default, field.name, value, f"nothing: {self.type} scaling has no such setting")
 
     @classmethod
     def from_dict(cls, scaling: Mapping[str, Any]) -> Self | None:
@@ -98,13 +101,13 @@ class RopeScaling:
         given = {key: value for key, value in scaling.items() if value is not None and key != "rope_theta"}
         kind, *others = [given.pop(key) for key in ("type", "rope_type") if key in given] or [None]
         one = kind is not None and all(other == kind for other in others)
-        _require(one, "rope_scaling", dict(scaling), "one type (linear, dynamic or yarn)")
+        require(one, "rope_scaling", dict(scaling), "one type (linear, dynamic or yarn)")
         if kind == "default":
-            _require(not given, "rope_scaling", dict(scaling), "no further keys beside type default")
+            require(not given, "rope_scaling", dict(scaling), "no further keys beside type default")
             return None
         known = {f.name for f in fields(cls)} - {"type"}
-        _require(given.keys() <= known, "rope_scaling", dict(scaling), f"beside the type only {sorted(known)}")
-        _require("factor" in given, "rope_scaling", dict(scaling), "a factor")
+        require(given.keys() <= known, "rope_scaling", dict(scaling), f"beside the type only {sorted(known)}")
+        require("factor" in given, "rope_scaling", dict(scaling), "a factor")
         return cls(type=kind, **given)
 
 
@@ -176,23 +179,23 @@ class DeepseekV2Config:
                 "topk_method 'gready' is a misspelling in published configurations; read as 'greedy'", stacklevel=3
             )
             object.__setattr__(self, "topk_method", "greedy")
-        _require(scaling is None or isinstance(scaling, RopeScaling), "rope_scaling", scaling, "a dict or None")
+        require(scaling is None or isinstance(scaling, RopeScaling), "rope_scaling", scaling, "a dict or None")
         sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
-        _require_ints(self, f"{sizes} moe_layer_freq", 1)
-        _require_ints(self, "first_k_dense_replace", 0)
-        _require_ints(self, "num_key_value_heads n_shared_experts n_routed_experts q_lora_rank", 1, optional=True)
+        require_ints(self, f"{sizes} moe_layer_freq", 1)
+        require_ints(self, "first_k_dense_replace", 0)
+        require_ints(self, "num_key_value_heads n_shared_experts n_routed_experts q_lora_rank", 1, optional=True)
         _require_numbers(self, "routed_scaling_factor aux_loss_alpha initializer_range", 0)
         _require_numbers(self, "device_aux_loss_alpha communication_aux_loss_alpha", 0)
         _require_numbers(self, "attention_dropout", 0, below=1)
         _require_numbers(self, "rms_norm_eps", 2**-84)  # eps**-1.5, in the gradient, is below 2**128
         _require_numbers(self, "rope_theta", math.nextafter(1, 2))
         for name in ("norm_topk_prob", "seq_aux", "tie_word_embeddings", "attention_bias", "use_mla"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "silu, as in every published model")
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "silu, as in every published model")
         implementations = ("eager", "sdpa", "flash_attention_2")
         implementation = self._attn_implementation
-        _require(implementation in implementations, "_attn_implementation", implementation, ", ".join(implementations))
-        _require(
+        require(implementation in implementations, "_attn_implementation", implementation, ", ".join(implementations))
+        require(
             self.mla_form in ("auto", "expanded", "absorbed"), "mla_form", self.mla_form, "auto, expanded, absorbed"
         )
         self._check_heads()
@@ -201,38 +204,36 @@ class DeepseekV2Config:
     def _check_heads(self) -> None:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.use_mla:
-            _require(
-                kv_heads in (None, heads), "num_key_value_heads", kv_heads, f"{heads} or None: MLA has no KV heads"
-            )
-            _require_ints(self, "kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim", 1)
-            _require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "an even number")
+            require(kv_heads in (None, heads), "num_key_value_heads", kv_heads, f"{heads} or None: MLA has no KV heads")
+            require_ints(self, "kv_lora_rank qk_rope_head_dim v_head_dim qk_nope_head_dim", 1)
+            require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "an even number")
         else:
             wanted = f"a multiple of twice num_attention_heads={heads}, for heads that rotate in pairs"
-            _require(self.hidden_size % (2 * heads) == 0, "hidden_size", self.hidden_size, wanted)
-            _require(heads % (kv_heads or heads) == 0, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
+            require(self.hidden_size % (2 * heads) == 0, "hidden_size", self.hidden_size, wanted)
+            require(heads % (kv_heads or heads) == 0, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
 
     def _check_experts(self) -> None:
         experts, method = self.n_routed_experts, self.topk_method
         if experts is None:
             return
-        _require_ints(self, "moe_intermediate_size num_experts_per_tok", 1)
-        _require(self.scoring_func == "softmax", "scoring_func", self.scoring_func, "softmax")
-        _require(method in ("greedy", "group_limited_greedy"), "topk_method", method, "greedy or group_limited_greedy")
+        require_ints(self, "moe_intermediate_size num_experts_per_tok", 1)
+        require(self.scoring_func == "softmax", "scoring_func", self.scoring_func, "softmax")
+        require(method in ("greedy", "group_limited_greedy"), "topk_method", method, "greedy or group_limited_greedy")
         for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha"):
             alone = getattr(self, name) > 0 and method == "greedy"
-            _require(
+            require(
                 not alone, name, getattr(self, name), "0 without group_limited_greedy, whose groups are the devices"
             )
         allowed, wanted = experts, f"at most n_routed_experts={experts}"
         if method == "group_limited_greedy":
-            _require_ints(self, "n_group topk_group", 1)
+            require_ints(self, "n_group topk_group", 1)
             groups, kept = self.n_group or 1, self.topk_group or 1
-            _require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts={experts}")
-            _require(kept <= groups, "topk_group", kept, f"at most n_group={groups}")
+            require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts={experts}")
+            require(kept <= groups, "topk_group", kept, f"at most n_group={groups}")
             allowed = kept * experts // groups
             wanted = f"at most {allowed}, the experts in topk_group={kept} of n_group={groups} groups"
         chosen = self.num_experts_per_tok or 0
-        _require(chosen <= allowed, "num_experts_per_tok", chosen, wanted)
+        require(chosen <= allowed, "num_experts_per_tok", chosen, wanted)
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether the layer of this index holds experts rather than a dense MLP (the published rule)."""
@@ -270,7 +271,7 @@ class DeepseekV2Config:
     def _from_object(cls, source: object) -> Self:
         published = _require_object(source, "the configuration")
         published = _require_object(published.get("language_config", published), "language_config")
-        _require(
+        require(
             not published.get("mlp_bias"), "mlp_bias", published.get("mlp_bias"), "False: the layer has no such bias"
         )
         values = {**PUBLISHED_DEFAULTS, **{f.name: published[f.name] for f in fields(cls) if f.name in published}}

@@ -1,7 +1,9 @@
 """Bytes of caches, of every kind a model of these sizes could have."""
 
-from dsv2_ref.accounting.call import DTYPE_BYTES, is_count, require
-from dsv2_ref.config import DeepseekV2Config
+import math
+
+from dsv2_ref.accounting.call import DTYPE_BYTES
+from dsv2_ref.config import DeepseekV2Config, is_int, require
 
 CACHE_KINDS = ("own", "latent", "expanded", "mha", "gqa", "mqa")
 """What may be remembered of a token, as `cache_numbers` counts it."""
@@ -45,7 +47,7 @@ def cache_bytes(
             model has not.
     """
     layers = config.num_hidden_layers if layers is None else layers
-    require(is_count(tokens), "tokens", tokens, "an integer of at least 0")
-    require(is_count(layers), "layers", layers, "an integer of at least 0")
+    require(is_int(tokens, 0, math.inf), "tokens", tokens, "an integer of at least 0")
+    require(is_int(layers, 0, math.inf), "layers", layers, "an integer of at least 0")
     require(dtype in DTYPE_BYTES, "dtype", dtype, ", ".join(DTYPE_BYTES))
     return layers * tokens * cache_numbers(config, kind) * DTYPE_BYTES[dtype]

@@ -1,8 +1,8 @@
-"""One pass through a layer or a model, as it is counted; layers that cost the same; how bad sizes are refused."""
+"""One pass through a layer or a model, as it is counted, and layers that cost the same."""
 
 from dataclasses import dataclass
 
-from dsv2_ref.config import MOST, DeepseekV2Config
+from dsv2_ref.config import DeepseekV2Config, is_int, require, require_ints
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of a number, by the name of its dtype."""
@@ -12,17 +12,6 @@ FORMS = ("auto", "expanded", "absorbed")
 
 Counts = dict[str, int]
 """How many, by name."""
-
-
-def require(condition: bool, name: str, value: object, wanted: str) -> None:
-    """Raise ValueError naming the argument, what it was and what was wanted, unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; wanted {wanted}")
-
-
-def is_count(value: object, least: int = 0) -> bool:
-    """Whether this is an integer that large, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +38,7 @@ class Call:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq", "kv"):
-            value = getattr(self, name)
-            require(is_count(value, 1) and value <= MOST, name, value, "an integer of at least 1, and at most 10^15")
+        require_ints(self, "batch seq kv", 1)
         require(self.kv >= self.seq, "kv", self.kv, f"at least the {self.seq} new tokens")
         require(isinstance(self.causal, bool), "causal", self.causal, "True or False")
         require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
@@ -77,7 +64,7 @@ class Call:
 def one_of(config: DeepseekV2Config, layer_idx: int) -> int:
     """``layer_idx``, if the model has such a layer; else ValueError."""
     layers = config.num_hidden_layers
-    require(is_count(layer_idx) and layer_idx < layers, "layer", layer_idx, f"from 0 to {layers - 1}")
+    require(is_int(layer_idx, 0, layers - 1), "layer", layer_idx, f"from 0 to {layers - 1}")
     return layer_idx
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from dsv2_ref.accounting import memory
 from dsv2_ref.accounting.cached import cache_bytes, possible_kinds
-from dsv2_ref.accounting.call import Call, Counts, layers_alike, one_of, require
+from dsv2_ref.accounting.call import Call, Counts, layers_alike, one_of
 from dsv2_ref.accounting.operations import elementwise, form_of, products
 from dsv2_ref.accounting.traffic import Moved, activations_moved, weights_read
 from dsv2_ref.accounting.weights import by_module, matrices, model_matrices
-from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.config import DeepseekV2Config, require
 
 MOST_CHOSEN = 1_000
 """So many experts of a token at most, where activations are counted, as their sum is gone through one by one."""

@@ -5,10 +5,10 @@ fuse operations move less, and that is why they are written; the scores of fused
 are never written at all.
 """
 
-from dsv2_ref.accounting.call import Call, one_of, require
+from dsv2_ref.accounting.call import Call, one_of
 from dsv2_ref.accounting.operations import form_of
 from dsv2_ref.accounting.weights import parameters, projections
-from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.config import DeepseekV2Config, require
 
 Moved = dict[str, tuple[int, int]]
 """What each operation reads and writes."""
