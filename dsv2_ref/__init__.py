@@ -1,20 +1,20 @@
 """The DeepSeek-V2 decoder layer, as an executable reference.
 
-Names are imported when they are first asked for, so that `accounting` and `config` work where there is no torch.
+Names are imported when they are first asked for, so that `accounting` and `config` work
+without torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv2_ref.attention import ATTENTION_CLASSES, DeepseekV2Attention, DeepseekV2FlashAttention2
     from dsv2_ref.cache import KeyValueCache, LatentCache
     from dsv2_ref.config import DeepseekV2Config, RopeScaling
-    from dsv2_ref.layer import DeepseekV2DecoderLayer
-    from dsv2_ref.mlp import DeepseekV2MLP
+    from dsv2_ref.fast.packed import pack_weights
+    from dsv2_ref.layer import ATTENTION_CLASSES, DeepseekV2DecoderLayer
+    from dsv2_ref.mla import DeepseekV2Attention, DeepseekV2FlashAttention2
     from dsv2_ref.model import DeepseekV2ForCausalLM, DeepseekV2Model
-    from dsv2_ref.moe import DeepseekV2MoE, MoEGate
-    from dsv2_ref.packed import pack_weights
+    from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, MoEGate
     from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 
 __version__ = "0.1.0"
@@ -37,26 +37,32 @@ __all__ = [
     "pack_weights",
 ]
 
-_PLACES = {
-    "attention": "ATTENTION_CLASSES DeepseekV2Attention DeepseekV2FlashAttention2",
-    "cache": "KeyValueCache LatentCache",
-    "config": "DeepseekV2Config RopeScaling",
-    "layer": "DeepseekV2DecoderLayer",
-    "mlp": "DeepseekV2MLP",
-    "model": "DeepseekV2ForCausalLM DeepseekV2Model",
-    "moe": "DeepseekV2MoE MoEGate",
-    "packed": "pack_weights",
-    "rmsnorm": "DeepseekV2RMSNorm",
+_MODULE_OF = {
+    "ATTENTION_CLASSES": "layer",
+    "DeepseekV2Attention": "mla",
+    "DeepseekV2Config": "config",
+    "DeepseekV2DecoderLayer": "layer",
+    "DeepseekV2FlashAttention2": "mla",
+    "DeepseekV2ForCausalLM": "model",
+    "DeepseekV2MLP": "moe",
+    "DeepseekV2MoE": "moe",
+    "DeepseekV2Model": "model",
+    "DeepseekV2RMSNorm": "rmsnorm",
+    "KeyValueCache": "cache",
+    "LatentCache": "cache",
+    "MoEGate": "moe",
+    "RopeScaling": "config",
+    "pack_weights": "fast.packed",
 }
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _PLACES.items():
-        if name in names.split():
-            value = globals()[name] = getattr(import_module(f"dsv2_ref.{module}"), name)
-            return value
-    raise AttributeError(f"module 'dsv2_ref' has no attribute {name!r}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'dsv2_ref' has no attribute {name!r}")
+    value = getattr(import_module(f"dsv2_ref.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted(globals().keys() | set(__all__))
+    return sorted(globals().keys() | _MODULE_OF.keys())

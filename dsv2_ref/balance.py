@@ -1,18 +1,24 @@
-"""Keeping experts evenly used: the paper's three losses, how they reach the gate, and dropping what is too much.
+"""Keeping experts evenly used: the paper's three losses, how they reach the gate, and
+dropping what is too much.
 
-Experts are numbered device by device: with E experts on D devices, device i holds the experts from i·E/D on. All losses
-have the form α Σ f P: f counts what was chosen and has no gradient, P is the mean of the softmax scores, before any
-choice, scaling or normalisation, and has one. So they push down the scores of what is used too often. Each is taken over
-every sequence and averaged (``seq_aux``, the paper's), or over all tokens of the batch.
+Experts are numbered device by device: with E experts on D devices, device i holds the
+experts from i·E/D on. All losses have the form α Σ f P: f counts what was chosen and
+has no gradient, P is the mean of the softmax scores, before any choice, scaling or
+normalisation, and has one. So they push down the scores of what is used too often. Each
+is taken over every sequence and averaged (``seq_aux``, the paper's), or over all tokens
+of the batch.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsv2_ref.checks import require
+
+if TYPE_CHECKING:
+    from dsv2_ref.moe import MoEGate
 
 
 def _frequency_and_score(
@@ -23,13 +29,17 @@ def _frequency_and_score(
         scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
     batch, _, experts = scores.shape
     chosen = topk_idx.reshape(batch, -1)
-    counts = scores.new_zeros(batch, experts).scatter_add(1, chosen, scores.new_ones(chosen.shape))
+    counts = scores.new_zeros(batch, experts).scatter_add(
+        1, chosen, scores.new_ones(chosen.shape)
+    )
     return counts * (experts / chosen.shape[1]), scores.mean(dim=1)
 
 
 def _experts_of_a_device(experts: int, devices: int) -> int:
     wanted = "a divisor of the {} experts"
-    require(devices >= 1 and experts % devices == 0, "devices", devices, wanted, experts)
+    require(
+        devices >= 1 and experts % devices == 0, "devices", devices, wanted, experts
+    )
     return experts // devices
 
 
@@ -39,9 +49,11 @@ def expert_balance_loss(
     alpha: float,
     seq_aux: bool = True,
 ) -> Float[Tensor, ""]:
-    """α · Σ f P over the experts: α when all are used alike, more when those liked best are also used most.
+    """α · Σ f P over the experts: α when all are used alike, more when those liked best
+    are also used most.
 
-    f is the number of times an expert was chosen, over the k · tokens / E of an even share; P is its mean score.
+    f is the number of times an expert was chosen, over the k · tokens / E of an even
+    share; P is its mean score.
 
     Source: DeepSeek-V2, equations 23 to 25; ``MoEGate.forward`` of the published code.
     """
@@ -56,9 +68,11 @@ def device_balance_loss(
     devices: int,
     seq_aux: bool = True,
 ) -> Float[Tensor, ""]:
-    """α · Σ f P over the devices: even work for devices, whichever of their experts does it.
+    """α · Σ f P over the devices: even work for devices, whichever of their experts
+    does it.
 
-    f is the mean of `expert_balance_loss`'s f over the experts of a device, P the sum of their mean scores.
+    f is the mean of `expert_balance_loss`'s f over the experts of a device, P the sum
+    of their mean scores.
 
     Raises:
         ValueError: if ``devices`` does not divide the experts.
@@ -67,7 +81,10 @@ def device_balance_loss(
     """
     group = _experts_of_a_device(scores.shape[-1], devices)
     frequency, score = _frequency_and_score(scores, topk_idx, seq_aux)
-    by_device = frequency.unflatten(1, (devices, group)).mean(dim=2), score.unflatten(1, (devices, group)).sum(dim=2)
+    by_device = (
+        frequency.unflatten(1, (devices, group)).mean(dim=2),
+        score.unflatten(1, (devices, group)).sum(dim=2),
+    )
     return alpha * (by_device[0] * by_device[1]).sum(dim=1).mean()
 
 
@@ -79,19 +96,28 @@ def communication_balance_loss(
     topk_devices: int,
     seq_aux: bool = True,
 ) -> Float[Tensor, ""]:
-    """α · Σ f P over the devices: each receives as many tokens as another, however many experts it applies to them.
+    """α · Σ f P over the devices: each receives as many tokens as another, however many
+    experts it applies to them.
 
-    f is the number of tokens sent to a device, over the M · tokens / D of an even share, where no token may reach more
-    than M = ``topk_devices`` devices; a token counts once for a device, whether one or all of its experts are there. P is
-    the sum of the mean scores of the device's experts.
+    f is the number of tokens sent to a device, over the M · tokens / D of an even
+    share, where no token may reach more than M = ``topk_devices`` devices; a token
+    counts once for a device, whether one or all of its experts are there. P is the sum
+    of the mean scores of the device's experts.
 
     Raises:
-        ValueError: if ``devices`` does not divide the experts, or ``topk_devices`` is not between 1 and ``devices``.
+        ValueError: if ``devices`` does not divide the experts, or ``topk_devices`` is
+            not between 1 and ``devices``.
 
     Source: DeepSeek-V2, equations 29 to 31. No published code has it.
     """
     group = _experts_of_a_device(scores.shape[-1], devices)
-    require(1 <= topk_devices <= devices, "topk_devices", topk_devices, "from 1 to the {} devices", devices)
+    require(
+        1 <= topk_devices <= devices,
+        "topk_devices",
+        topk_devices,
+        "from 1 to the {} devices",
+        devices,
+    )
     if not seq_aux:
         scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
     sent = _sent_to(topk_idx, group, devices).to(scores.dtype)
@@ -100,20 +126,29 @@ def communication_balance_loss(
     return alpha * (frequency * score).sum(dim=1).mean()
 
 
-def _sent_to(topk_idx: Tensor, group: int, devices: int) -> Bool[Tensor, "*tokens devices"]:
-    sent = torch.zeros(*topk_idx.shape[:-1], devices, dtype=torch.bool, device=topk_idx.device)
+def _sent_to(
+    topk_idx: Tensor, group: int, devices: int
+) -> Bool[Tensor, "*tokens devices"]:
+    sent = torch.zeros(
+        *topk_idx.shape[:-1], devices, dtype=torch.bool, device=topk_idx.device
+    )
     return sent.scatter(-1, topk_idx // group, True)
 
 
-def devices_reached(topk_idx: Int[Tensor, "*tokens top_k"], experts: int, devices: int) -> Int[Tensor, "*tokens"]:
-    """To how many devices each token is sent: what device-limited routing bounds by ``topk_group``.
+def devices_reached(
+    topk_idx: Int[Tensor, "*tokens top_k"], experts: int, devices: int
+) -> Int[Tensor, "*tokens"]:
+    """To how many devices each token is sent: what device-limited routing bounds by
+    ``topk_group``.
 
     Raises:
         ValueError: if ``devices`` does not divide ``experts``.
 
     Source: DeepSeek-V2, section 2.2.2.
     """
-    return _sent_to(topk_idx, _experts_of_a_device(experts, devices), devices).sum(dim=-1)
+    return _sent_to(topk_idx, _experts_of_a_device(experts, devices), devices).sum(
+        dim=-1
+    )
 
 
 def choices_within_budget(
@@ -124,29 +159,39 @@ def choices_within_budget(
     capacity_factor: float = 1.0,
     protected: Bool[Tensor, "tokens"] | None = None,
 ) -> Bool[Tensor, "tokens top_k"]:
-    """Which choices are computed when every device has a budget: the strongest of those that reached it.
+    """Which choices are computed when every device has a budget: the strongest of those
+    that reached it.
 
-    A device computes at most ``capacity_factor`` · tokens · k / devices choices, rounded down; beyond, those of the lowest
-    affinity are dropped: that expert then adds nothing to that token, which keeps its other experts, the shared ones and
-    the residual stream. The budget is the device's, so a popular expert may use what its neighbours leave. The paper drops
-    in training and not in evaluation, and leaves inference the choice (sections 2.2.4 and 3.1.2).
+    A device computes at most ``capacity_factor`` · tokens · k / devices choices,
+    rounded down; beyond, those of the lowest affinity are dropped: that expert then
+    adds nothing to that token, which keeps its other experts, the shared ones and the
+    residual stream. The budget is the device's, so a popular expert may use what its
+    neighbours leave. The paper drops in training and not in evaluation, and leaves
+    inference the choice (sections 2.2.4 and 3.1.2).
 
     Args:
-        topk_idx: the chosen experts. affinity: their scores, by which the strongest are kept.
+        topk_idx: the chosen experts. affinity: their scores, by which the strongest are
+            kept.
         experts: routed experts E. devices: devices D that share them.
         capacity_factor: budget over an even share; the paper's is 1.
-        protected: tokens of which nothing is dropped; they use the budget first and may exceed it. The paper protects
-            about a tenth of the sequences, so that training has also seen what inference does.
+        protected: tokens of which nothing is dropped; they use the budget first and may
+            exceed it. The paper protects about a tenth of the sequences, so that
+            training has also seen what inference does.
 
     Raises:
-        ValueError: if ``devices`` does not divide ``experts``, and for a negative factor.
+        ValueError: if ``devices`` does not divide ``experts``, and for a negative
+            factor.
 
     Source: DeepSeek-V2, section 2.2.4.
     """
     group = _experts_of_a_device(experts, devices)
     require(capacity_factor >= 0, "capacity_factor", capacity_factor, "0 or more")
     budget = int(capacity_factor * topk_idx.numel() / devices)
-    rank_by = affinity if protected is None else affinity.masked_fill(protected[:, None], float("inf"))
+    rank_by = (
+        affinity
+        if protected is None
+        else affinity.masked_fill(protected[:, None], float("inf"))
+    )
     device = (topk_idx // group).flatten()
     strongest_first = rank_by.flatten().argsort(descending=True, stable=True)
     order = strongest_first[device[strongest_first].argsort(stable=True)]
@@ -154,28 +199,72 @@ def choices_within_budget(
     arrived = arrived.scatter_add(0, device, torch.ones_like(device))
     before = (arrived.cumsum(0) - arrived)[device[order]]
     place = torch.arange(len(order), device=order.device) - before
-    kept = torch.empty_like(order, dtype=torch.bool).scatter(0, order, place < budget).view_as(topk_idx)
+    kept = (
+        torch.empty_like(order, dtype=torch.bool)
+        .scatter(0, order, place < budget)
+        .view_as(topk_idx)
+    )
     return kept if protected is None else kept | protected[:, None]
 
 
+def balance_loss(
+    gate: "MoEGate",
+    scores: Float[Tensor, "batch seq experts"],
+    topk_idx: Int[Tensor, "batch seq top_k"],
+) -> Float[Tensor, ""] | None:
+    """The sum of the balance losses whose α in ``gate`` is above 0; None if there are
+    none."""
+    total, seq_aux = None, gate.seq_aux
+    if gate.alpha > 0:
+        total = expert_balance_loss(scores, topk_idx, gate.alpha, seq_aux)
+    if gate.device_alpha > 0:
+        loss = device_balance_loss(
+            scores, topk_idx, gate.device_alpha, gate.n_group, seq_aux
+        )
+        total = loss if total is None else total + loss
+    if gate.communication_alpha > 0:
+        alpha, groups = gate.communication_alpha, (gate.n_group, gate.topk_group)
+        loss = communication_balance_loss(scores, topk_idx, alpha, *groups, seq_aux)
+        total = loss if total is None else total + loss
+    return total
+
+
 class _Inject(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss_dtype = loss.dtype
+    def forward(hidden_states: Tensor, loss: Tensor) -> Tensor:
         return hidden_states.view_as(hidden_states)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.loss_dtype = inputs[1].dtype
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_output, torch.ones((), dtype=ctx.loss_dtype, device=grad_output.device)
+        return grad_output, torch.ones(
+            (), dtype=ctx.loss_dtype, device=grad_output.device
+        )
+
+
+class _InjectForwardMode(_Inject):
+    """With a rule for tangents, which the compiler does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, of_hidden_states: Tensor, of_loss: Tensor) -> Tensor:
+        return of_hidden_states.view_as(of_hidden_states)
 
 
 def inject_loss(
     hidden_states: Float[Tensor, "*batch hidden"], loss: Float[Tensor, ""]
 ) -> Float[Tensor, "*batch hidden"]:
-    """The same hidden states, through which ``loss`` is trained as if it were added to the final loss.
+    """The same hidden states, through which ``loss`` is trained as if it were added to
+    the final loss.
 
-    Whatever gradient arrives here, ``loss`` receives 1: its weight against the model's loss is its α alone.
+    Whatever gradient arrives here, ``loss`` receives 1: its weight against the model's
+    loss is its α alone.
 
     Source: ``AddAuxiliaryLoss`` of the published code.
     """
-    return _Inject.apply(hidden_states, loss)
+    kind = _Inject if torch.compiler.is_compiling() else _InjectForwardMode
+    return kind.apply(hidden_states, loss)

@@ -1,41 +1,51 @@
-"""What a layer remembers of each token between calls, and how many bytes that is."""
+"""What a layer caches of each token between calls, and how many bytes that is."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv2_ref.checks import require, require_tensor
+from dsv2_ref import checks
 
 
 @dataclass
 class _Storage:
-    """Room for tokens, shared by all caches that grew out of one another; ``used`` tokens of it are taken."""
+    """Room for tokens, shared by all caches that grew out of one another; the first
+    ``used`` places are taken, the others hold zeros."""
 
     buffer: Tensor
     used: int
 
 
 class LayerCache:
-    """The first ``length`` tokens of a storage: a value that never changes, so an old one can be continued again.
+    """The first ``length`` tokens of a storage: a value that never changes, so that an
+    old cache can be continued again.
 
-    `append` writes behind the tokens in place, without copying them, and returns a longer cache over the same
-    storage. It copies when the storage is full (then with room for a quarter more), when another cache already
-    continued from here, and when gradients are wanted, which writing in place would break.
+    `append` writes after the cached tokens in place, without copying them, and returns
+    a longer cache over the same storage. It copies when the storage is full (then with
+    room for a quarter more), when another cache has already been continued from here,
+    and when derivatives are wanted, which writing in place would lose.
 
     Attributes:
         layer_idx: index of the layer that the tokens belong to.
-        length: tokens remembered for each sequence of the batch.
+        length: number of cached tokens of each sequence.
+        tokens: everything cached, ``(batch, length, *features)``; a view, only to be
+            read.
 
-    Use `LatentCache` for multi-head latent attention and `KeyValueCache` for multi-head attention.
+    Use `LatentCache` for multi-head latent attention and `KeyValueCache` for multi-head
+    attention.
     """
 
-    def __init__(self, layer_idx: int, tokens: Float[Tensor, "batch kv_seq *features"]) -> None:
-        self.layer_idx = layer_idx
-        self.length = tokens.shape[1]
-        self._storage = _Storage(tokens, self.length)
+    def __init__(
+        self,
+        layer_idx: int,
+        tokens: Float[Tensor, "batch kv_seq *features"],
+        _storage: _Storage | None = None,
+    ) -> None:
+        self.layer_idx, self.length, self.tokens = layer_idx, tokens.shape[1], tokens
+        self._storage = _storage or _Storage(tokens, self.length)
 
     @classmethod
     def empty(
@@ -48,90 +58,117 @@ class LayerCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Self:
-        """No tokens yet, room for ``capacity`` of them: (C + R,) ``features`` for MLA, (2, heads, head_dim) for MHA.
+        """A cache without tokens, with room for ``capacity`` of each sequence.
+
+        ``features`` is (C + R,) for MLA and (2, heads, head_dim) for MHA.
 
         Raises:
             ValueError: for a batch below 1 and a capacity below 0.
         """
-        require(batch >= 1, "batch", batch, "at least one sequence")
-        require(capacity >= 0, "capacity", capacity, "room for 0 or more tokens")
+        checks.cache_sizes(batch, capacity)
         buffer = torch.zeros(batch, capacity, *features, dtype=dtype, device=device)
-        return cls._over(layer_idx, _Storage(buffer, 0), 0)
+        return cls(layer_idx, buffer[:, :0], _Storage(buffer, 0))
 
     @classmethod
-    def _over(cls, layer_idx: int, storage: _Storage, length: int) -> Self:
-        cache = cls.__new__(cls)
-        cache.layer_idx, cache._storage, cache.length = layer_idx, storage, length
-        return cache
+    def of(cls, attention: Any, batch: int, capacity: int) -> Self:
+        """An empty cache for an attention module, in the dtype and on the device of its
+        weights; see `empty`."""
+        like = checks.first_weight(attention.o_proj, *attention.children())
+        like = torch.empty(0) if like is None else like
+        place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        features = attention.cache_features
+        return cls.empty(
+            attention.layer_idx, batch, features, capacity=capacity, **place
+        )
 
     def __len__(self) -> int:
         return self.length
 
     @property
-    def tokens(self) -> Float[Tensor, "batch kv_seq *features"]:
-        """All numbers remembered; a view, to be read only."""
-        return self._storage.buffer[:, : self.length]
-
-    def rounded_up(self, multiple: int) -> Float[Tensor, "batch at_least_kv_seq *features"]:
-        """`tokens`, and zeros behind them up to a multiple of their number, where there is room not yet written to."""
-        storage, length = self._storage, -(-self.length // multiple) * multiple
-        room = self.length == storage.used and length <= storage.buffer.shape[1]
-        return storage.buffer[:, : length if room else self.length]
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of the remembered tokens, batch · length · numbers a token · bytes a number."""
+        """Bytes of the cached tokens, batch · length · elements per token ·
+        itemsize."""
         return self.tokens.numel() * self.tokens.element_size()
 
     @property
     def reserved_nbytes(self) -> int:
-        """Bytes of the storage, room for tokens to come included; shared with caches grown from this one."""
+        """Bytes of the storage, room for later tokens included; shared with the caches
+        grown from this one."""
         return self._storage.buffer.numel() * self._storage.buffer.element_size()
 
     def append(self, new: Float[Tensor, "batch seq *features"]) -> Self:
-        """The cache with ``new`` tokens behind its own; this one keeps its value.
+        """The cache with the ``new`` tokens after its own; this one keeps its value.
 
         Raises:
-            ValueError: if ``new`` differs from the tokens in batch, features, dtype or device. Nothing has changed then.
+            ValueError: if ``new`` differs from the cached tokens in batch, features,
+                dtype or device. Nothing has changed then.
         """
-        require_tensor(new, "new")
-        buffer = self._storage.buffer
-        alike = ((*new.shape[:1], *new.shape[2:]), new.dtype, new.device)
-        wanted = ((*buffer.shape[:1], *buffer.shape[2:]), buffer.dtype, buffer.device)
-        require(alike == wanted, "past_key_value", self, "one that fits the new tokens, {} {} on {}", *alike)
-        if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
-            return type(self)(self.layer_idx, torch.cat((self.tokens, new), dim=1))
-        storage, length = self._storage, self.length + new.shape[1]
-        sealed = not torch.compiler.is_compiling() and buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if self.length != storage.used or length > buffer.shape[1] or sealed:
-            roomy = buffer.new_zeros((buffer.shape[0], length + max(64, length // 4), *buffer.shape[2:]))
-            roomy[:, : self.length] = self.tokens
-            storage = _Storage(roomy, length)
-        storage.buffer.data[:, self.length : length] = new  # no graph holds these places: it need not hear of the write
+        # Not from `tokens`: the compiler fails where two inputs share memory.
+        storage, past = self._storage, self.length
+        buffer = storage.buffer
+        alike = (
+            isinstance(new, Tensor)
+            and new.dtype == buffer.dtype
+            and new.device == buffer.device
+        )
+        if not alike or (new.shape[:1], new.shape[2:]) != (
+            buffer.shape[:1],
+            buffer.shape[2:],
+        ):
+            checks.appended(self, new)  # raises
+        length = past + new.shape[1]
+        derived = torch.is_grad_enabled() and (
+            new.requires_grad or buffer.requires_grad
+        )
+        if not derived and not torch.compiler.is_compiling():
+            # Tangents and batches of torch.func and of forward mode would be lost, too.
+            derived = torch._C._functorch.is_functorch_wrapped_tensor(new)
+            derived = derived or torch.autograd.forward_ad._current_level >= 0
+        if derived:
+            return type(self)(self.layer_idx, torch.cat((buffer[:, :past], new), dim=1))
+        sealed = not torch.compiler.is_compiling() and buffer.is_inference()
+        sealed = sealed and not torch.is_inference_mode_enabled()
+        if past != storage.used or length > buffer.shape[1] or sealed:
+            room = length + max(64, length // 4)
+            larger = buffer.new_zeros((buffer.shape[0], room, *buffer.shape[2:]))
+            larger[:, :past] = buffer[:, :past]
+            storage = _Storage(larger, length)
+        # No graph holds these places, so autograd need not hear of the write.
+        storage.buffer.data[:, past:length] = new
         storage.used = length
-        return self._over(self.layer_idx, storage, length)
+        return type(self)(self.layer_idx, storage.buffer[:, :length], storage)
 
     def select(self, sequences: Int[Tensor, "chosen"]) -> Self:
-        """A copy that holds the given sequences of the batch, in that order; repeats allowed (beam search)."""
+        """A copy with the given sequences of the batch, in that order; repeats are
+        allowed (beam search)."""
         return type(self)(self.layer_idx, self.tokens[sequences])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(layer {self.layer_idx}, {_describe(self.tokens)}, {self.nbytes} bytes)"
+        held = checks.describe(self.tokens)
+        kind, nbytes = type(self).__name__, self.nbytes
+        return f"{kind}(layer {self.layer_idx}, {held}, {nbytes} bytes)"
 
 
 class LatentCache(LayerCache):
-    """MLA: one latent and one rotated key a token, shared by all heads: C + R numbers (DeepSeek-V2, section 2.1.4).
+    """MLA: per token one latent and one rotated key, shared by all heads: C + R
+    elements (DeepSeek-V2, section 2.1.4).
 
     The rotated key keeps the interleaved layout of the checkpoints.
     """
 
-    def split(self, latent: int) -> tuple[Float[Tensor, "batch kv_seq latent"], Float[Tensor, "batch kv_seq rope"]]:
-        """Views of the normalised latents ``compressed_kv`` and of the rotated keys ``k_pe``."""
+    def split(
+        self, latent: int
+    ) -> tuple[
+        Float[Tensor, "batch kv_seq latent"], Float[Tensor, "batch kv_seq rope"]
+    ]:
+        """Views of the normalised latents ``compressed_kv`` and of the rotated keys
+        ``k_pe``."""
         return self.tokens[..., :latent], self.tokens[..., latent:]
 
 
 class KeyValueCache(LayerCache):
-    """MHA: a rotated key and a value for every key-value head, 2 · heads · head_dim numbers a token."""
+    """MHA: per token a rotated key and a value for every key-value head, 2 · heads ·
+    head_dim elements."""
 
     @property
     def keys(self) -> Float[Tensor, "batch kv_seq kv_heads head_dim"]:
@@ -142,7 +179,3 @@ class KeyValueCache(LayerCache):
     def values(self) -> Float[Tensor, "batch kv_seq kv_heads head_dim"]:
         """View of the values."""
         return self.tokens[:, :, 1]
-
-
-def _describe(tokens: Tensor) -> str:
-    return f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"

@@ -11,23 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv2_ref.kernels.language import jit, power_of_two, tl
+from dsv2_ref.fast.products import torch_can_group
+from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
 MOST_TILES = 2**16 - 1
 """Programs of a launch along its second axis (CUDA C++ Programming Guide, technical specifications)."""
-
-
-def grouped_product_definition(
-    rows: Float[Tensor, "rows inputs"],
-    weights: Float[Tensor, "groups outputs inputs"],
-    group_ends: Int[Tensor, "groups"],
-) -> Float[Tensor, "rows outputs"]:
-    """``rows[i] @ weights[g].T`` for row i of group g, group by group, in PyTorch."""
-    ends = group_ends.tolist()
-    out = rows.new_empty(rows.shape[0], weights.shape[1])
-    for weight, start, end in zip(weights, [0, *ends], ends, strict=False):
-        out[start:end] = rows[start:end] @ weight.T
-    return out
 
 
 @jit
@@ -99,12 +87,31 @@ def most_tiles(rows: int, groups: int, itemsize: int) -> int:
     return -(-rows // tall) + groups
 
 
+def should_serve(rows: Float[Tensor, "rows inputs"], weights: Float[Tensor, "groups outputs inputs"]) -> bool:
+    """Whether the kernel is to multiply these: on GPUs where torch would loop over the groups
+    and wait for their sizes, which are all but bfloat16 on sm_90 and sm_100.
+
+    Not for some four million rows and more, which are too many for one launch.
+    """
+    from dsv2_ref.fast import triton
+
+    known = rows.dtype in triton.HALF_AND_SINGLE and not triton.alike(rows, weights)
+    if not known or most_tiles(len(rows), len(weights), rows.element_size()) > MOST_TILES:
+        return False
+    if triton.DEVICE == "cpu":  # interpreted
+        return True
+    generation = torch.cuda.get_device_capability(rows.device)[0]
+    if generation not in (9, 10) or rows.dtype != torch.bfloat16:
+        return True
+    return not torch_can_group(rows, weights, groups=len(weights))
+
+
 def grouped_product_launch(
     rows: Float[Tensor, "rows inputs"],
     weights: Float[Tensor, "groups outputs inputs"],
     group_ends: Int[Tensor, "groups"],
 ) -> Float[Tensor, "rows outputs"]:
-    """`grouped_product_definition` in the kernel; any strides of the weights, and no waiting for the device."""
+    """`grouped_product` in the kernel: any strides of the weights, and no waiting for the device."""
     groups, outputs, inputs = weights.shape
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     out = torch.empty(len(rows), outputs, dtype=rows.dtype, device=rows.device)

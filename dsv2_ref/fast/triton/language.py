@@ -1,4 +1,4 @@
-"""Triton where it is installed, and stand-ins by which the kernels' modules can still be imported and read without it."""
+"""Triton where it is installed, and stand-ins by which the kernels' modules can be imported and read without it."""
 
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,8 @@
-"""The kernels as operators of torch (``dsv2_ref::…``): with shapes for the compiler, and gradients.
+"""The kernels as operators of torch (``dsv2_ref::…``): with shapes for the compiler, and
+gradients. Their meaning is the core's: `DeepseekV2RMSNorm`, `rotate_interleaved`, `attend`.
 
-An operator runs its kernel where kernels `serve`, and the definition for all others. The kernels' modules are imported
-when one first runs, so that importing the package never imports Triton.
+The kernels' modules are imported when an operator first runs, so that importing the package
+never imports Triton.
 """
 
 from typing import Any
@@ -10,46 +11,26 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dsv2_ref.kernels import serve
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *_, weight, _ = inputs
-    total, inverse_rms = (output[0], output[2]) if len(inputs) == 4 else (inputs[0], output[1])
-    ctx.save_for_backward(total, weight, inverse_rms)
-    ctx.mark_non_differentiable(inverse_rms)
-
 
 @torch.library.custom_op("dsv2_ref::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
+    from dsv2_ref.fast.triton.norm import rms_norm_launch
 
-    if serve(x, weight):
-        return add_rmsnorm_launch(x, None, weight, eps)[1:]
-    _, normed, inverse_rms = add_rmsnorm_definition(x, None, weight, eps)
-    return normed.contiguous(), inverse_rms.contiguous()
+    return rms_norm_launch(x, weight, eps)
 
 
 @torch.library.custom_op("dsv2_ref::add_rms_norm", mutates_args=())
 def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition, add_rmsnorm_launch
+    from dsv2_ref.fast.triton.norm import add_rms_norm_launch
 
-    if not serve(update, residual, weight):
-        defined = add_rmsnorm_definition(update, residual, weight, eps)
-        return defined[0].contiguous(), defined[1].contiguous(), defined[2].contiguous()
-    total, normed, inverse_rms = add_rmsnorm_launch(update, residual, weight, eps)
-    assert total is not None
-    return total, normed, inverse_rms
+    return add_rms_norm_launch(update, residual, weight, eps)
 
 
 @torch.library.custom_op("dsv2_ref::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_backward_definition, add_rmsnorm_backward_launch
+    from dsv2_ref.fast.triton.norm import rms_norm_backward_launch
 
-    if serve(grad, total, weight):
-        return add_rmsnorm_backward_launch(grad, total, weight, inverse_rms)
-    by_input, by_weight = add_rmsnorm_backward_definition(grad, total, weight, inverse_rms)
-    return by_input.contiguous(), by_weight
+    return rms_norm_backward_launch(grad, total, weight, inverse_rms)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -87,21 +68,31 @@ def _backward_of_add_norm(ctx: Any, grad_total: Tensor, grad: Tensor, _: Any) ->
 
 
 def _once_only(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("the gradient of a fused norm gives no gradients in turn; run within kernels.enabled(False)")
+    raise RuntimeError("the gradient of a fused norm gives no gradients in turn; run within ops.plain()")
 
 
-_rms_norm.register_autograd(_backward_of_norm, setup_context=_save)
-_add_rms_norm.register_autograd(_backward_of_add_norm, setup_context=_save)
+def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    total, _, inverse_rms = output
+    ctx.save_for_backward(total, inputs[2], inverse_rms)
+    ctx.mark_non_differentiable(inverse_rms)
+
+
+_rms_norm.register_autograd(_backward_of_norm, setup_context=_save_norm)
+_add_rms_norm.register_autograd(_backward_of_add_norm, setup_context=_save_add_norm)
 _rms_norm_backward.register_autograd(_once_only)
 
 
 @torch.library.custom_op("dsv2_ref::rotate", mutates_args=())
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    from dsv2_ref.kernels.rotate import rotate_definition, rotate_launch
+    from dsv2_ref.fast.triton.rotate import rotate_launch
 
-    if serve(x) and serve(cos, sin) and cos.device == x.device:
-        return rotate_launch(x, cos, sin, backward)
-    return rotate_definition(x, cos, -sin if backward else sin).contiguous()
+    return rotate_launch(x, cos, sin, backward)
 
 
 @_rotate.register_fake
@@ -116,7 +107,7 @@ def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: 
 
 def _backward_of_rotation(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     if any(ctx.needs_input_grad[1:3]):
-        raise RuntimeError("rotate gives its tables no gradients; run within kernels.enabled(False)")
+        raise RuntimeError("rotate gives its tables no gradients; run within ops.plain()")
     return _rotate(grad, *ctx.saved_tensors, not ctx.was_backward), None, None, None
 
 
@@ -124,20 +115,19 @@ _rotate.register_autograd(_backward_of_rotation, setup_context=_save_tables)
 
 
 @torch.library.custom_op("dsv2_ref::mla_decode", mutates_args=())
-def _mla_decode(query: Tensor, remembered: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
-    from dsv2_ref.kernels.mla_decode import mla_decode_definition, mla_decode_launch
+def _mla_decode(query: Tensor, tokens: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
+    from dsv2_ref.fast.triton.decode import mla_decode_launch
 
-    decode = mla_decode_launch if serve(query, remembered) else mla_decode_definition
-    return decode(query, remembered, latent, scale, padding)
+    return mla_decode_launch(query, tokens, latent, scale, padding)
 
 
 @_mla_decode.register_fake
-def _(query: Tensor, remembered: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
+def _(query: Tensor, tokens: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
     return query.new_empty(*query.shape[:3], latent)
 
 
 def _no_gradients(ctx: Any, grad: Tensor) -> Any:
-    raise RuntimeError("mla_decode gives no gradients; run under torch.no_grad, or within kernels.enabled(False)")
+    raise RuntimeError("mla_decode gives no gradients; run under torch.no_grad, or within ops.plain()")
 
 
 _mla_decode.register_autograd(_no_gradients)
@@ -182,7 +172,7 @@ def rotate(
 
 def mla_decode(
     query: Float[Tensor, "batch heads seq width"],
-    remembered: Float[Tensor, "batch kv_seq width"],
+    tokens: Float[Tensor, "batch kv_seq width"],
     latent: int,
     scale: float,
     padding: Bool[Tensor, "batch kv_seq"] | None = None,
@@ -192,4 +182,4 @@ def mla_decode(
     Raises:
         RuntimeError: when a gradient is asked for.
     """
-    return _mla_decode(query, remembered, latent, scale, padding)
+    return _mla_decode(query, tokens, latent, scale, padding)

@@ -11,41 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv2_ref.kernels.language import jit, power_of_two, tl
+from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
 BACKWARD_PROGRAMS = 256
 """Programs of the backward kernel; each sums the weight's gradient over its share of the rows."""
-
-
-def add_rmsnorm_definition(
-    update: Float[Tensor, "*batch hidden"],
-    residual: Float[Tensor, "*batch hidden"] | None,
-    weight: Float[Tensor, "hidden"],
-    eps: float,
-) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch hidden"], Float[Tensor, "*batch"]]:
-    """``total = residual + update``, the norm of it, and 1 / rms of each row, in PyTorch."""
-    total = update.clone() if residual is None else residual + update
-    x = total.to(torch.promote_types(total.dtype, torch.float32))
-    inverse_rms = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return total, weight * (x * inverse_rms).to(total.dtype), inverse_rms.squeeze(-1)
-
-
-def add_rmsnorm_backward_definition(
-    grad: Float[Tensor, "*batch hidden"],
-    total: Float[Tensor, "*batch hidden"],
-    weight: Float[Tensor, "hidden"],
-    inverse_rms: Float[Tensor, "*batch"],
-) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "hidden"]]:
-    """Gradients of the norm by its input and by its weight.
-
-    With x̂ = x / rms and g = w · grad: (g - x̂ · mean(g · x̂)) / rms, and Σ grad · x̂ over the rows.
-    """
-    r = inverse_rms[..., None]
-    unit = total.to(r.dtype) * r
-    g = (grad * weight).to(r.dtype)
-    by_input = r * (g - unit * (g * unit).mean(-1, keepdim=True))
-    by_weight = (grad.to(r.dtype) * unit.to(total.dtype)).reshape(-1, len(weight)).sum(0)
-    return by_input.to(total.dtype), by_weight.to(weight.dtype)
 
 
 @jit
@@ -127,18 +96,30 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def add_rmsnorm_launch(
+def rms_norm_launch(
+    x: Float[Tensor, "*batch hidden"], weight: Float[Tensor, "hidden"], eps: float
+) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch"]]:
+    """`DeepseekV2RMSNorm.forward` in the kernel, and 1 / rms of each row."""
+    _, normed, inverse_rms = _launch(x, None, weight, eps)
+    return normed, inverse_rms
+
+
+def add_rms_norm_launch(
     update: Float[Tensor, "*batch hidden"],
-    residual: Float[Tensor, "*batch hidden"] | None,
+    residual: Float[Tensor, "*batch hidden"],
     weight: Float[Tensor, "hidden"],
     eps: float,
-) -> tuple[Float[Tensor, "*batch hidden"] | None, Float[Tensor, "*batch hidden"], Float[Tensor, "*batch"]]:
-    """`add_rmsnorm_definition` in the kernel; the sum is None without a residual."""
+) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch hidden"], Float[Tensor, "*batch"]]:
+    """``total = residual + update``, its norm, and 1 / rms of each row, in the kernel."""
+    return _launch(update, residual, weight, eps)
+
+
+def _launch(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     shape, features = update.shape, update.shape[-1]
     x = _rows(update)
     r = x if residual is None else _rows(residual)
     normed = torch.empty(shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(normed)
+    total = normed if residual is None else torch.empty_like(normed)
     inverse_rms = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
     if normed.numel():
         with torch.cuda.device_of(x):
@@ -146,7 +127,7 @@ def add_rmsnorm_launch(
                 x,
                 r,
                 weight.contiguous(),
-                normed if total is None else total,
+                total,
                 normed,
                 inverse_rms,
                 x.stride(0),
@@ -160,13 +141,17 @@ def add_rmsnorm_launch(
     return total, normed, inverse_rms
 
 
-def add_rmsnorm_backward_launch(
+def rms_norm_backward_launch(
     grad: Float[Tensor, "*batch hidden"],
     total: Float[Tensor, "*batch hidden"],
     weight: Float[Tensor, "hidden"],
     inverse_rms: Float[Tensor, "*batch"],
 ) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "hidden"]]:
-    """`add_rmsnorm_backward_definition` in the kernel; the same sums in the same order on every run."""
+    """Gradients of the norm by its input and by its weight, in the kernel.
+
+    With x̂ = x / rms and g = w · grad: (g - x̂ · mean(g · x̂)) / rms, and Σ grad · x̂ over the
+    rows; the same sums in the same order on every run.
+    """
     features = total.shape[-1]
     dy, x = _rows(grad), _rows(total)
     programs = min(max(len(x), 1), BACKWARD_PROGRAMS)

@@ -10,18 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv2_ref.kernels.language import jit, power_of_two, tl
+from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
 BLOCK_ROWS = 16
 """Rows (a token of a head) that one program turns."""
-
-
-def rotate_definition(
-    x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*table pairs"], sin: Float[Tensor, "*table pairs"]
-) -> Float[Tensor, "*batch dim"]:
-    """Turn the pairs (0, 1), (2, 3), … in the tables' dtype, in PyTorch."""
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 @jit
@@ -80,7 +72,8 @@ def rotate_launch(
     sin: Float[Tensor, "*table pairs"],
     backward: bool = False,
 ) -> Float[Tensor, "*batch dim"]:
-    """`rotate_definition` in the kernel for up to four axes of any strides; ``backward`` turns the other way."""
+    """`rotate_interleaved` in the kernel for up to four axes of any strides; ``backward`` turns
+    the other way."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     table = (*x.shape[:-1], x.shape[-1] // 2)
     four, c, s = _four(x), *(_four(t.expand(table)) for t in (cos, sin))

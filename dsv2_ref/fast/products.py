@@ -1,0 +1,278 @@
+"""Ways made of torch's own products: attention of all heads to one key, and the experts
+sorted so that one product per expert suffices.
+
+`torch.nn.functional.grouped_mm` multiplies consecutive groups of rows by a matrix each
+without a Python loop, and on a GPU without waiting for the groups' sizes (bfloat16 on sm_90
+and sm_100; elsewhere torch itself falls back to a loop). It takes neither float64 nor rows
+that are not 16-byte aligned, and its shapes are known to the compiler for bfloat16 alone. As
+the custom operator ``dsv2_ref::grouped_product``, with a plain loop where it cannot serve, it
+works for all dtypes and sizes, under ``torch.compile`` and with gradients.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv2_ref import ops
+from dsv2_ref.attention import attend, blocks
+from dsv2_ref.masks import Visibility, additive
+from dsv2_ref.moe import RoutedExperts
+
+# Attention of all heads to one key
+
+
+def scaled_product(
+    left: Float[Tensor, "batch m k"],
+    right: Float[Tensor, "batch k n"],
+    scale: float = 1.0,
+    bias: Float[Tensor, "batch m n"] | None = None,
+) -> Float[Tensor, "batch m n"]:
+    """``scale · left @ right + bias``, rounded once.
+
+    On the CPU one product per sequence, as batched bfloat16 products there copy a strided
+    operand.
+    """
+    beta = 0 if bias is None else 1
+    bias = left.new_zeros(1, 1, 1).expand(len(left), 1, 1) if bias is None else bias
+    if left.device.type != "cpu":
+        return torch.baddbmm(bias, left, right, beta=beta, alpha=scale)
+    if len(left) == 1:
+        return torch.addmm(bias[0], left[0], right[0], beta=beta, alpha=scale)[None]
+    parts = zip(bias.unbind(), left.unbind(), right.unbind(), strict=True)
+    products = [torch.addmm(*part, beta=beta, alpha=scale) for part in parts]
+    return torch.stack(products)
+
+
+@ops.faster(
+    attend,
+    "products",
+    where={"implementation": "products"},
+    dtypes=(torch.float32, torch.float64, torch.bfloat16),  # float16 scores could overflow
+)
+def attend_products(
+    query: Float[Tensor, "batch heads seq width"],
+    key: Float[Tensor, "batch 1 at_least_kv_seq width"],
+    value: Float[Tensor, "batch 1 at_least_kv_seq value_width"],
+    visible: Visibility,
+    scale: float,
+    dropout: float = 0.0,
+    *,
+    implementation: str = "products",
+) -> tuple[Float[Tensor, "batch heads seq value_width"], None]:
+    """`attend` where all heads share one key and value: two plain products of heads · seq
+    rows, made for a block of queries at a time.
+
+    Scores are rounded once, after scale and mask; their softmax sums in float32. A single
+    query may be given more keys than it sees; they must be finite.
+    """
+    batch, heads, seq, width = query.shape
+    key, value = key[:, 0], value[:, 0]
+    unseen = key.shape[1] - visible.kv_seq
+    parts, mask, sees_any = [], None, None
+    ranges = [(0, 1)] if seq == 1 else blocks(seq, batch * heads * visible.kv_seq)
+    for start, stop in ranges:
+        end = visible.kv_seq
+        if seq > 1 or visible.attention_mask is not None:  # else it sees every key
+            end = visible.keys_until(stop)
+            mask, sees_any = visible.block(start, stop)
+        rows = query[:, :, start:stop].reshape(batch, -1, width)
+        bias = None
+        if mask is not None:
+            bias = additive(mask, query.dtype).expand(batch, heads, -1, -1)
+            bias = F.pad(bias.reshape(batch, -1, end), (0, unseen))
+        scores = scaled_product(rows, key[:, : end + unseen].mT, scale, bias)
+        if unseen:
+            scores[..., end:] = float("-inf")
+        weights = scores.softmax(dim=-1)  # (B, H · rows, keys)
+        if sees_any is not None:
+            by_head = weights.view(batch, heads, stop - start, -1)
+            weights = by_head.where(sees_any, 0).view_as(weights)
+        if dropout:
+            weights = F.dropout(weights, dropout)
+        part = scaled_product(weights, value[:, : end + unseen])
+        parts.append(part.view(batch, heads, stop - start, -1))
+    return torch.cat(parts, dim=2), None
+
+
+# Experts
+
+
+def sort_by_expert(
+    topk_idx: Int[Tensor, "tokens top_k"], experts: int
+) -> tuple[Int[Tensor, "choices"], Int[Tensor, "experts"], Int[Tensor, "tokens top_k"]]:
+    """The order in which the choices lie sorted by expert, where the rows of each
+    expert end, and the place of every choice in that order. The sizes stay on the
+    device."""
+    choices = topk_idx.flatten()
+    order = choices.argsort(stable=True)
+    counts = choices.new_zeros(experts)
+    counts = counts.scatter_add(0, choices, torch.ones_like(choices))
+    return order, counts.cumsum(0).to(torch.int32), order.argsort().view_as(topk_idx)
+
+
+def combine(
+    sorted_out: Float[Tensor, "choices hidden"],
+    places: Int[Tensor, "tokens top_k"],
+    topk_weight: Float[Tensor, "tokens top_k"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Each token's weighted sum, in the order of its choices, so that the result does
+    not vary from run to run. One choice at a time: all of them in float32 would leave
+    the processor's caches."""
+    out = sorted_out[places[:, 0]] * topk_weight[:, :1]
+    for choice in range(1, places.shape[1]):
+        out = out + sorted_out[places[:, choice]] * topk_weight[:, choice, None]
+    return out
+
+
+def _needs_vmap(*_: Any) -> str:
+    """Only a vmap must not ask which tokens chose an expert."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    batched = any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+    return "" if batched else "computes every expert for every token; for torch.vmap alone"
+
+
+@ops.faster(RoutedExperts.forward, "all experts", transforms=True, compiles=False, why_not=_needs_vmap)
+def all_experts(
+    experts: RoutedExperts,
+    hidden_states: Float[Tensor, "tokens hidden"],
+    topk_idx: Int[Tensor, "tokens top_k"],
+    topk_weight: Float[Tensor, "tokens top_k"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Every expert for every token, counted with 0 where it was not chosen."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    out = torch.zeros_like(hidden_states, dtype=dtype)
+    for expert in range(len(experts.down_proj)):
+        weight = topk_weight.where(topk_idx == expert, 0).sum(dim=-1, keepdim=True)
+        gate, up = F.linear(hidden_states, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        out = out + F.linear(F.silu(gate) * up, experts.down_proj[expert]) * weight
+    return out.to(hidden_states.dtype)
+
+
+@ops.faster(RoutedExperts.forward, "grouped")
+def grouped_experts(
+    experts: RoutedExperts,
+    hidden_states: Float[Tensor, "tokens hidden"],
+    topk_idx: Int[Tensor, "tokens top_k"],
+    topk_weight: Float[Tensor, "tokens top_k"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Sort the choices by expert, multiply all groups at once, sort back. Only the
+    weights of chosen experts are read."""
+    gate_up_proj: Tensor = experts.gate_up_proj
+    down_proj: Tensor = experts.down_proj
+    device = hidden_states.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_states = hidden_states.to(dtype)
+        gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
+    order, group_ends, places = sort_by_expert(topk_idx, len(down_proj))
+    rows = hidden_states[order // topk_idx.shape[1]]
+    gate, up = _grouped_product(rows, gate_up_proj, group_ends).chunk(2, dim=-1)
+    sorted_out = _grouped_product(F.silu(gate) * up, down_proj, group_ends)
+    del rows, gate, up  # where no gradient needs them: not alive beside the sums
+    return combine(sorted_out, places, topk_weight).to(hidden_states.dtype)
+
+
+# The grouped product
+
+MOST_GROUPS = 1023
+"""Groups that ``F.grouped_mm`` takes at most on a GPU."""
+
+
+def torch_can_group(*matrices: Float[Tensor, "..."], groups: int) -> bool:
+    """Whether ``F.grouped_mm`` takes these: their dtype, the alignment of rows and of the
+    first element, and the number of groups."""
+    for matrix in matrices:
+        if matrix.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return False
+        for stride in sorted(matrix.stride())[1:]:
+            if stride * matrix.element_size() % 16:
+                return False
+        if matrix.is_cuda and (groups > MOST_GROUPS or _first_byte(matrix) % 16):
+            return False
+    return True
+
+
+def _first_byte(matrix: Tensor) -> int:
+    """Where the first element lies in its storage, which begins aligned."""
+    return int(matrix.storage_offset()) * matrix.element_size()
+
+
+def grouped_product(
+    rows: Float[Tensor, "rows inputs"],
+    weights: Float[Tensor, "groups outputs inputs"],
+    group_ends: Int[Tensor, "groups"],
+) -> Float[Tensor, "rows outputs"]:
+    """``rows[i] @ weights[g].T`` where row i lies in group g, which ends before row
+    ``group_ends[g]`` (int32), group by group.
+
+    The last group ends with the rows. A group may be empty; its weight is then not read.
+    """
+    ends = group_ends.tolist()
+    out = rows.new_empty(rows.shape[0], weights.shape[1])
+    for weight, start, end in zip(weights, [0, *ends], ends, strict=False):
+        if end > start:
+            torch.mm(rows[start:end], weight.T, out=out[start:end])
+    return out
+
+
+@torch.library.custom_op("dsv2_ref::grouped_product", mutates_args=())
+def _grouped_product(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tensor:
+    from dsv2_ref.fast import triton
+
+    if rows.device.type == triton.DEVICE:
+        from dsv2_ref.fast.triton import experts
+
+        if experts.should_serve(rows, weights):
+            return experts.grouped_product_launch(rows, weights, group_ends)
+    if torch_can_group(rows, weights, groups=len(weights)):
+        # The result may have gaps between its rows.
+        return F.grouped_mm(rows, weights.mT, offs=group_ends).contiguous()
+    return grouped_product(rows, weights, group_ends)
+
+
+@torch.library.custom_op("dsv2_ref::grouped_outer", mutates_args=())
+def _grouped_outer(left: Tensor, right: Tensor, group_ends: Tensor) -> Tensor:
+    if torch_can_group(left, right, groups=len(group_ends)):
+        return F.grouped_mm(left.T, right, offs=group_ends).contiguous()
+    ends = group_ends.tolist()
+    groups = zip([0, *ends], ends, strict=False)
+    return torch.stack([left[start:end].T @ right[start:end] for start, end in groups])
+
+
+@_grouped_product.register_fake
+def _(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[1])
+
+
+@_grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, group_ends: Tensor) -> Tensor:
+    return left.new_empty(group_ends.shape[0], left.shape[1], right.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows, weights, group_ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    wants_rows, wants_weights, _ = ctx.needs_input_grad
+    return (
+        _grouped_product(grad, weights.mT, group_ends) if wants_rows else None,
+        _grouped_outer(grad, rows, group_ends) if wants_weights else None,
+        None,
+    )
+
+
+def _grouped_outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    left, right, group_ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    by_left = _grouped_product(right, grad, group_ends)
+    return by_left, _grouped_product(left, grad.mT, group_ends), None
+
+
+_grouped_product.register_autograd(_grouped_product_backward, setup_context=_save)
+_grouped_outer.register_autograd(_grouped_outer_backward, setup_context=_save)

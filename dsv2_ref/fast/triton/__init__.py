@@ -1,0 +1,205 @@
+"""Fused kernels for CUDA in Triton, registered as ways of what the core defines.
+
+They serve CUDA tensors in float32, float16 and bfloat16 where Triton is installed and can
+compile, on NVIDIA GPUs of the Ampere generation or newer; everywhere else the layer runs in
+plain PyTorch. The environment variable ``DSV2_KERNELS=0`` leaves them out, and so does ``with
+ops.without("triton"):``.
+"""
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dsv2_ref import ops
+from dsv2_ref.attention import attend
+from dsv2_ref.fast.triton import operators, plan
+from dsv2_ref.fast.triton.plan import INTERPRETED
+from dsv2_ref.layer import DeepseekV2DecoderLayer
+from dsv2_ref.masks import Visibility
+from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
+from dsv2_ref.rope import apply_rotary
+
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+"""Whose tensors the kernels serve; Triton's interpreter runs them on the CPU."""
+
+ON_GPU: dict[str, Any] = {"device": DEVICE, "dtypes": HALF_AND_SINGLE}
+
+LARGEST_LATENT, LARGEST_ROPE = 512, 64
+"""Sizes of a cached token up to which the decoding kernel serves; larger tiles do not fit
+the shared memory of a multiprocessor."""
+
+LARGEST_ROW = 8192
+"""Features up to which a norm's gradient is a kernel; more do not fit the registers."""
+
+DECODED_AT_ONCE = 8
+"""Queries of a sequence up to which the decoding kernel serves, because it also reads the
+keys that causal order hides."""
+
+MOST_SEQUENCES = 2**16 - 1
+"""Sequences of a decoding launch, whose second axis has no more programs."""
+
+
+@cache
+def cannot_compile() -> str:
+    """Why Triton cannot make kernels on this machine; an empty string if it can.
+
+    Triton builds a small C library at its first launch, for which it needs a C compiler and
+    Python's headers. This is tried once; where it fails, one warning says what is missing.
+    """
+    if os.environ.get("DSV2_KERNELS", "1") == "0":
+        return "DSV2_KERNELS is 0"
+    if torch.version.hip is not None:
+        return "not for AMD GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if INTERPRETED or not torch.cuda.is_available():
+        return ""  # no machine code; of fake CUDA tensors operators only tell shapes
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        first, *_ = f"{error}".strip().splitlines() or [type(error).__name__]
+        needed = "it needs a C compiler and Python's headers (Debian: gcc python3-dev)"
+        message = f"Triton cannot compile here, so plain PyTorch is used; {needed}: {first}"
+        warnings.warn(message, stacklevel=2)
+        return "Triton cannot compile here"
+    return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cannot_run(device: torch.device) -> str:
+    """Why kernels cannot run on this GPU; an empty string if they can. A compiled step asks
+    once and not in its graph."""
+    reason = cannot_compile()
+    if not reason and not INTERPRETED and torch.cuda.is_available():
+        older = torch.cuda.get_device_capability(device) < (8, 0)
+        reason = "for Ampere GPUs and newer" if older else ""
+    return reason
+
+
+def alike(*tensors: Float[Tensor, "..."]) -> str:
+    """Why a kernel cannot take these together: they must share a dtype and a GPU."""
+    first = tensors[0]
+    for x in tensors:
+        if x.dtype != first.dtype or x.device != first.device:
+            return "not all of one dtype on one GPU"
+    return cannot_run(first.device)
+
+
+def _not_for_norms(*tensors: Tensor) -> str:
+    wide = tensors[0].shape[-1]
+    if wide > LARGEST_ROW and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return f"the gradient of {wide} features does not fit the registers"
+    return alike(*tensors)
+
+
+def _not_the_norm(norm: DeepseekV2RMSNorm, hidden_states: Tensor) -> str:
+    return _not_for_norms(hidden_states, norm.weight)
+
+
+@ops.faster(DeepseekV2RMSNorm.forward, "triton norm", why_not=_not_the_norm, **ON_GPU)
+def _norm(norm: DeepseekV2RMSNorm, hidden_states: Tensor) -> Tensor:
+    return operators.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
+
+
+def _not_the_rotation(q_pe: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor) -> str:
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32:
+        return "for float32 tables"
+    if cos.requires_grad or sin.requires_grad:
+        return "gives the tables no gradients"
+    return alike(q_pe, k_pe)
+
+
+@ops.faster(apply_rotary, "triton rotation", why_not=_not_the_rotation, **ON_GPU)
+def _rotate(q_pe: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    turned = operators.rotate(q_pe, cos[:, None], sin[:, None])
+    return turned, operators.rotate(k_pe, cos, sin)
+
+
+def _not_decoding(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float, dropout: float = 0.0, **_: Any
+) -> str:
+    (batch, heads, seq, width), latent = query.shape, value.shape[-1]
+    if visible.mask is not None or dropout:
+        return "no masks per query and no dropout"
+    if latent > LARGEST_LATENT or width - latent > LARGEST_ROPE:
+        return f"tokens of {latent} + {width - latent} features do not fit a tile"
+    if reason := alike(query, key):
+        return reason
+    if seq > DECODED_AT_ONCE or batch > MOST_SEQUENCES:
+        return f"for up to {DECODED_AT_ONCE} queries of {MOST_SEQUENCES} sequences"
+    if not plan.decoding_pays(batch, heads, seq, width, latent, _processors(query.device)):
+        return f"{batch} · {heads} · {seq} queries suit plain products better, by count"
+    return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _processors(device: torch.device) -> int:
+    return plan.gpu_of(device).processors
+
+
+@ops.faster(
+    attend, "triton decoding", where={"implementation": "products"}, gradients=False, why_not=_not_decoding, **ON_GPU
+)
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visibility,
+    scale: float,
+    dropout: float = 0.0,
+    *,
+    implementation: str = "products",
+) -> tuple[Tensor, None]:
+    latent = value.shape[-1]
+    return operators.mla_decode(query, key[:, 0], latent, scale, visible.padding), None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _not_the_layer(layer: DeepseekV2DecoderLayer, hidden_states: Tensor, *_: Any, **__: Any) -> str:
+    norm = layer.post_attention_layernorm
+    if type(norm) is not DeepseekV2RMSNorm or _has_hooks(norm):
+        return "the second norm is replaced or has hooks"
+    return _not_for_norms(hidden_states, norm.weight)
+
+
+@ops.faster(DeepseekV2DecoderLayer.forward, "triton add and norm", why_not=_not_the_layer, **ON_GPU)
+def _layer(
+    layer: DeepseekV2DecoderLayer,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_value: Any = None,
+    output_attentions: bool | None = False,
+    use_cache: bool | None = False,
+) -> tuple[Any, ...]:
+    """The layer with its first addition and its second norm in one pass over memory."""
+    attn_output, attn_weights, present = layer.self_attn(
+        hidden_states=layer.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_value=past_key_value,
+        output_attentions=bool(output_attentions),
+        use_cache=bool(use_cache),
+    )
+    norm = layer.post_attention_layernorm
+    if _not_for_norms(attn_output, hidden_states, norm.weight) or attn_output.shape != hidden_states.shape:
+        total = hidden_states + attn_output
+        normed = norm(total)
+    else:
+        total, normed = operators.add_rms_norm(attn_output, hidden_states, norm.weight, norm.variance_epsilon)
+    outputs = (total + layer.mlp(normed),)
+    outputs += (attn_weights,) if output_attentions else ()
+    return outputs + ((present,) if use_cache else ())

@@ -1,0 +1,211 @@
+"""Attention of a few queries to the latent cache, split over the keys so that a long context fills the GPU.
+
+All heads share one key of C + R features whose first C are its value: a tile of keys is read once, and used twice, for the
+scores and for the sum. The scores never leave the chip. The first kernel attends to one share of the keys for a block of
+queries; the second adds the shares, weighted by their log-sum-exp. With a single share the first writes the output itself.
+
+The K · (C + R) elements of the cache move once, as the blocks of queries of one sequence run side by side and share what
+the second-level cache holds; plain products also write and read the scores and read the values again.
+
+Source: the running softmax of Milakov and Gimelshein (2018); the split over keys of Flash-Decoding (Dao et al., 2023);
+DeepSeek-V2, section 2.1 and appendix C, for the absorbed form.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dsv2_ref.fast.triton import plan
+from dsv2_ref.fast.triton.language import jit, power_of_two, tl
+
+
+@jit(do_not_specialize=["kv_seq", "p_batch"])  # these grow with every step
+def mla_partial_kernel(
+    query,
+    keys,
+    padding,
+    sums,
+    log_sums,
+    heads,
+    seq,
+    kv_seq,
+    share_size,
+    latent,
+    rope,
+    scale,
+    q_batch,  # strides, in elements
+    q_head,
+    q_token,
+    k_batch,
+    k_token,
+    p_batch,
+    p_token,
+    HAS_PADDING: tl.constexpr,
+    ONE_SHARE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """A program: ROWS queries of one sequence, one share of the keys, KEYS at a time.
+
+    The blocks of queries of one sequence are neighbours, so that they read the same
+    keys at the same time.
+    """
+    rows = heads * seq
+    batch = tl.program_id(1).to(tl.int64)
+    share = tl.program_id(2)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = row % seq
+    c = tl.arange(0, LATENT)
+    r = tl.arange(0, ROPE)
+    real = (row < rows)[:, None]
+    in_latent = (c < latent)[None, :]
+    in_rope = (r < rope)[None, :]
+
+    head = (row // seq).to(tl.int64)[:, None]
+    q = query + batch * q_batch + head * q_head + token[:, None] * q_token
+    q_latent = tl.load(q + c[None, :], mask=real & in_latent, other=0.0)
+    q_rope = tl.load(q + latent + r[None, :], mask=real & in_rope, other=0.0)
+
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    attended = tl.zeros((ROWS, LATENT), tl.float32)
+    start = share * share_size
+    for first in range(start, tl.minimum(start + share_size, kv_seq), KEYS):
+        place = first + tl.arange(0, KEYS)
+        here = place < kv_seq
+        k = keys + batch * k_batch + place.to(tl.int64)[:, None] * k_token
+        k_latent = tl.load(k + c[None, :], mask=here[:, None] & in_latent, other=0.0)
+        k = k + latent + r[None, :]
+        k_rope = tl.load(k, mask=here[:, None] & in_rope, other=0.0)
+        scores = tl.dot(q_latent, tl.trans(k_latent), input_precision="ieee")
+        scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
+        scores = scores * scale
+        keep = here[None, :] & (place[None, :] <= kv_seq - seq + token[:, None])
+        if HAS_PADDING:
+            flag = padding + batch * p_batch + place.to(tl.int64) * p_token
+            kept = tl.load(flag, mask=here, other=0)
+            keep = keep & (kept != 0)[None, :]
+        scores = tl.where(keep, scores, float("-inf"))
+
+        # Running softmax. A row that has seen nothing yet subtracts 0, not infinity.
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp(highest - base)
+        p = tl.exp(scores - base[:, None])
+        weight = weight * shrink + tl.sum(p, 1)
+        attended = attended * shrink[:, None]
+        p = p.to(k_latent.dtype)
+        attended = tl.dot(p, k_latent, attended, input_precision="ieee")
+        highest = higher
+
+    seen = weight > 0
+    whole = tl.where(seen, weight, 1.0)
+    mean = (attended / whole[:, None]).to(sums.dtype.element_ty)
+    part = (batch * rows + row) * tl.num_programs(2) + share
+    if not ONE_SHARE:
+        log_sum = tl.where(seen, highest + tl.log(whole), float("-inf"))
+        tl.store(log_sums + part, log_sum, mask=row < rows)
+    # Stored in halves: 128 registers per thread instead of 200, so twice the blocks.
+    halves = tl.reshape(mean, (ROWS, 2, LATENT // 2))
+    left, right = tl.split(tl.trans(halves, 0, 2, 1))
+    c = tl.arange(0, LATENT // 2)[None, :]
+    out = sums + part[:, None] * latent + c
+    tl.store(out, left, mask=real & (c < latent))
+    tl.store(out + LATENT // 2, right, mask=real & (c + LATENT // 2 < latent))
+
+
+@jit(do_not_specialize=["shares"])
+def mla_combine_kernel(
+    sums, log_sums, out, latent, shares, SHARES: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A program: COLUMNS features of one row, whose shares are weighted by exp(log-sum - highest), AT_ONCE at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    share = tl.arange(0, SHARES)
+    logs = tl.load(log_sums + row * shares + share, mask=share < shares, other=float("-inf"))
+    highest = tl.max(logs, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp(logs - base), 0)
+    result = tl.zeros((AT_ONCE, COLUMNS), tl.float32)
+    for first in range(0, shares, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        factor = tl.exp(tl.load(log_sums + row * shares + some, mask=some < shares, other=float("-inf")) - base)
+        part = sums + (row * shares + some)[:, None] * latent + c[None, :]
+        inside = (some < shares)[:, None] & (c < latent)[None, :]
+        result += factor[:, None] * tl.load(part, mask=inside, other=0.0)
+    mean = tl.sum(result, 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + row * latent + c, mean.to(out.dtype.element_ty), mask=c < latent)
+
+
+def mla_decode_launch(
+    query: Float[Tensor, "batch heads seq width"],
+    tokens: Float[Tensor, "batch kv_seq width"],
+    latent: int,
+    scale: float,
+    padding: Bool[Tensor, "batch kv_seq"] | None = None,
+    splits: int | None = None,
+) -> Float[Tensor, "batch heads seq latent"]:
+    """`attend` to one key for all heads, causal from the bottom right, in the kernels; with ``splits``
+    shares of the keys, or as many as fill the GPU."""
+    batch, heads, seq, width = query.shape
+    kv_seq, rows = tokens.shape[1], heads * seq
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    out = torch.empty(batch, heads, seq, latent, dtype=query.dtype, device=query.device)
+    if not out.numel():
+        return out
+    wide, narrow = max(16, power_of_two(latent)), max(16, power_of_two(width - latent))
+    gpu, itemsize, row_blocks = plan.gpu_of(query.device), query.element_size(), -(-rows // plan.BLOCK_ROWS)
+    keys = plan.keys_at_once(itemsize, gpu.shared)
+    if splits is None:
+        slots = gpu.processors * plan.blocks_at_once(keys, wide + narrow, itemsize, gpu.shared)
+        splits, size = plan.split_keys(kv_seq, batch * row_blocks, slots, keys)
+    else:
+        size = max(1, -(-kv_seq // (splits * keys))) * keys
+    sums = log_sums = out
+    if splits > 1:
+        sums = torch.empty(batch, rows, splits, latent, dtype=torch.float32, device=query.device)
+        log_sums = torch.empty(batch, rows, splits, dtype=torch.float32, device=query.device)
+    mask = query if padding is None else padding.to(torch.uint8)
+    with torch.cuda.device_of(query):
+        mla_partial_kernel[(row_blocks, batch, splits)](
+            query,
+            tokens,
+            mask,
+            sums,
+            log_sums,
+            heads,
+            seq,
+            kv_seq,
+            size,
+            latent,
+            width - latent,
+            scale,
+            *query.stride()[:3],
+            *tokens.stride()[:2],
+            *mask.stride()[:2],
+            HAS_PADDING=padding is not None,
+            ONE_SHARE=splits == 1,
+            ROWS=plan.BLOCK_ROWS,
+            KEYS=keys,
+            LATENT=wide,
+            ROPE=narrow,
+            num_warps=4,
+            num_stages=plan.STAGES,
+        )
+        if splits > 1:
+            columns = min(128, wide)
+            mla_combine_kernel[(batch * rows, wide // columns)](
+                sums,
+                log_sums,
+                out,
+                latent,
+                splits,
+                SHARES=max(plan.MAX_SHARES, power_of_two(splits)),
+                AT_ONCE=16,
+                COLUMNS=columns,
+                num_warps=4,
+            )
+    return out

@@ -1,0 +1,242 @@
+"""The one seam between the mathematics and the machine.
+
+A *definition* is a function or a ``forward`` of the core: it says in plain PyTorch what
+an operation means. A *way* computes the same faster for some arguments. Ways live in
+`dsv2_ref.fast` (and beside `attend`, for what torch itself offers) and register here,
+each with a rule. A call runs the first way whose rule fits its arguments, else the
+definition. ``with plain():`` switches all ways off; ``python -m dsv2_ref ways`` lists
+which way serves which call of a layer, and why.
+
+The seam is also the door: a definition that is part of the public interface names its
+check, which runs once per public call and not again for the operations inside it.
+"""
+
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 11]:
+    raise ImportError(f"torch {torch.__version__} is here; wanted 2.11 or newer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A faster way to compute a definition, and the rule that says when it may serve.
+
+    Attributes:
+        name: what it is called in listings, such as ``triton`` or ``cpu blocks``.
+        run: takes the arguments of the definition and returns what it returns.
+        device: type of the device it is for; None for any.
+        dtypes: of the first tensor argument; empty for any.
+        gradients: whether it gives gradients.
+        compiles: whether ``torch.compile`` and ``torch.export`` can trace it.
+        transforms: whether it is right under ``torch.func`` and forward-mode
+            differentiation.
+        where: values that keyword arguments of the call must have.
+        why_not: says why it cannot take these arguments; an empty string if it can.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    device: str | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    gradients: bool = True
+    compiles: bool = True
+    transforms: bool = False
+    where: dict[str, Any] = field(default_factory=dict)
+    why_not: Callable[..., str] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What served one call: the definition's name, the way's (or ``definition``), and
+    for every way that was passed over its name and the reason."""
+
+    definition: str
+    way: str
+    passed_over: tuple[tuple[str, str], ...]
+
+
+class _State(threading.local):
+    def __init__(self) -> None:  # in every thread; the compiler guards on these
+        self.inside = False  # a public call is running: what it calls has been checked
+        self.switched_off: tuple[str, ...] = ()
+        self.choices: list[Choice] | None = None
+        self.device: str | None = None  # as if all tensors were there
+
+
+_state = _State()
+
+
+def defines(
+    check: Callable[..., None] | None = None, autocast: bool = True
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make the decorated function a definition, for which ways can be registered.
+
+    Args:
+        check: takes the same arguments and raises for bad ones, before anything runs.
+        autocast: False runs the definition outside of ``torch.autocast``.
+    """
+
+    def decorate(definition: Callable[..., Any]) -> Callable[..., Any]:
+        ways: list[Way] = []
+        by_device: dict[str, list[Way]] = {}
+
+        @functools.wraps(definition)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            at_the_door = False
+            if check is not None and not _state.inside:
+                check(*args, **kwargs)
+                _state.inside = at_the_door = True
+            try:
+                if not _loaded:
+                    _load_ways()
+                first = None  # tensor of the call, by which ways are chosen
+                for first in (*args, *kwargs.values()):
+                    if isinstance(first, Tensor):
+                        break
+                device = first.device.type if isinstance(first, Tensor) else "cpu"
+                device = _state.device or device
+                chosen = definition
+                if (
+                    by_device.get(device)
+                    or by_device.get("")
+                    or _state.choices is not None
+                ):
+                    chosen = _choose(definition, ways, device, first, args, kwargs)
+                keeps_dtypes = (
+                    not autocast and chosen is definition and device != "meta"
+                )
+                if keeps_dtypes and torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return chosen(*args, **kwargs)
+                return chosen(*args, **kwargs)
+            finally:
+                if at_the_door:
+                    _state.inside = False
+
+        def register(way: Way) -> None:
+            ways.insert(0, way)
+            by_device.setdefault(way.device or "", []).append(way)
+
+        run.register = register  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+_loaded = False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _load_ways() -> None:
+    """Let `dsv2_ref.fast` register its ways, at the first call of a definition."""
+    global _loaded
+    _loaded = True
+    importlib.import_module("dsv2_ref.fast")
+
+
+def faster(definition: Any, name: str, **rule: Any) -> Callable[..., Any]:
+    """Register the decorated function as a way to compute ``definition``.
+
+    The way that was registered last is tried first. ``rule`` holds the attributes of
+    `Way` by which it is chosen.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        definition.register(Way(name=name, run=run, **rule))
+        return run
+
+    return register
+
+
+def _choose(
+    definition: Callable[..., Any],
+    ways: list[Way],
+    device: str,
+    first: Any,
+    args: Any,
+    kwargs: Any,
+) -> Callable[..., Any]:
+    """The first way that fits the arguments, or the definition."""
+    compiling = torch.compiler.is_compiling()
+    # Here only plain operations may run: others would drop a tangent or a batch in silence.
+    derived = not compiling and (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+    passed_over, chosen, name = [], definition, "definition"
+    for way in ways:
+        reason = ""
+        if way.device not in (None, device):
+            reason = f"for {way.device}, not {device}"
+        for prefix in _state.switched_off:
+            if way.name.startswith(prefix):
+                reason = "switched off"
+        for argument, value in way.where.items():
+            if kwargs.get(argument) != value:
+                reason = (
+                    reason or f"{argument} is {kwargs.get(argument)!r}, not {value!r}"
+                )
+        if not reason and compiling and not way.compiles:
+            reason = "cannot be compiled"
+        if not reason and derived and not way.transforms:
+            reason = "torch.func or forward-mode differentiation is on"
+        if not reason and way.dtypes and first.dtype not in way.dtypes:
+            reason = f"not for {first.dtype}"
+        if not reason and not way.gradients and torch.is_grad_enabled():
+            weights = args[0].parameters() if isinstance(args[0], nn.Module) else ()
+            for x in (*args, *kwargs.values(), *weights):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    reason = "gives no gradients"
+        if not reason and way.why_not is not None:
+            reason = way.why_not(*args, **kwargs)
+        if not reason:
+            chosen, name = way.run, way.name
+            break
+        passed_over.append((way.name, reason))
+    if _state.choices is not None:
+        choice = Choice(definition.__qualname__, name, tuple(passed_over))
+        _state.choices.append(choice)
+    return chosen
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Run definitions only inside the ``with`` block."""
+    with without(""):
+        yield
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Leave out the ways whose names begin so, as in ``without("triton", "cpu")``."""
+    before = _state.switched_off
+    _state.switched_off = (*before, *names)
+    try:
+        yield
+    finally:
+        _state.switched_off = before
+
+
+@contextmanager
+def watch(device: str | None = None) -> Iterator[list[Choice]]:
+    """Note the choice of every call inside the ``with`` block, in order.
+
+    ``device``, such as ``"cuda"``, chooses as if all tensors were there: a layer on the
+    meta device then tells what would serve it.
+    """
+    before = _state.choices, _state.device
+    choices: list[Choice] = []
+    _state.choices, _state.device = choices, device
+    try:
+        yield choices
+    finally:
+        _state.choices, _state.device = before
