@@ -1,4 +1,5 @@
-"""``python -m dsv2_ref account``: what a layer or a model costs, as a table or as JSON. Needs no torch."""
+"""``python -m dsv2_ref``: ``account`` tells what a layer or a model costs and needs no
+torch; ``ways`` tells which way computes each call of a layer, and why."""
 
 import argparse
 import json
@@ -6,9 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, Never
 
 from dsv2_ref.accounting import DTYPE_BYTES, FORMS, Call, report
+from dsv2_ref.checks import IMPLEMENTATIONS, require
 from dsv2_ref.config import DeepseekV2Config
 
 PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr")
@@ -22,41 +25,41 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m dsv2_ref", description="Tools of the DeepSeek-V2 reference.")
+    parser = _Parser(prog="python -m dsv2_ref", description="Tools of the reference.")
     commands = parser.add_subparsers(dest="command", required=True)
-    account = commands.add_parser("account", help="parameters, FLOPs and bytes of a layer or a model")
-    model = account.add_mutually_exclusive_group()
-    model.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: card)")
-    model.add_argument("--config", metavar="FILE", help="a published config.json")
-    account.add_argument("--layer", type=int, metavar="I", help="only the layer of this index, from 0")
-    account.add_argument("--batch", type=int, default=1, help="sequences")
-    account.add_argument("--seq", type=int, default=1, help="new tokens of each sequence")
-    account.add_argument("--kv", type=int, help="tokens attended to, new ones included (default: --seq)")
-    account.add_argument("--dtype", default="bfloat16", help=f"one of {', '.join(DTYPE_BYTES)}")
-    account.add_argument("--form", default="auto", help=f"of latent attention: {', '.join(FORMS)}")
-    account.add_argument(
-        "--causal", action=argparse.BooleanOptionalAction, default=True, help="count pairs that see each other only"
-    )
-    account.add_argument("--attention", help="eager, sdpa or flash_attention_2, instead of the configuration's")
-    account.add_argument("--training", action="store_true", help="activations of a training step, gradients included")
-    account.add_argument("--checkpointing", action="store_true", help="keep only the inputs of layers, in --training")
-    account.add_argument("--json", action="store_true", help="print JSON")
+    account = commands.add_parser("account", help="parameters, FLOPs and bytes")
+    ways = commands.add_parser("ways", help="which way computes each call, and why")
+    for command in (account, ways):
+        model = command.add_mutually_exclusive_group()
+        model.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: card)")
+        model.add_argument("--config", metavar="FILE", help="a published config.json")
+        option = command.add_argument
+        option("--layer", type=int, metavar="I", help="the layer of this index, from 0")
+        option("--batch", type=int, default=1, help="sequences")
+        option("--seq", type=int, default=1, help="new tokens of each sequence")
+        option("--kv", type=int, help="tokens attended to, new ones included (--seq)")
+        option("--dtype", default="bfloat16", help=", ".join(DTYPE_BYTES))
+        option("--form", default="auto", help=f"of MLA: {', '.join(FORMS)}")
+        option("--attention", help=", ".join(IMPLEMENTATIONS))
+        option("--training", action="store_true", help="a training step")
+    ways.add_argument("--device", default="cpu", help="cpu or cuda")
+    option, yes_or_no = account.add_argument, argparse.BooleanOptionalAction
+    option("--causal", action=yes_or_no, default=True, help="count visible pairs only")
+    option("--checkpointing", action="store_true", help="keep inputs of layers only")
+    option("--json", action="store_true", help="print JSON")
     return parser
 
 
 def _config(args: argparse.Namespace) -> DeepseekV2Config:
-    config = _stored(args)
-    return config if args.attention is None else replace(config, _attn_implementation=args.attention)
-
-
-def _stored(args: argparse.Namespace) -> DeepseekV2Config:
     if args.config is not None:
-        return DeepseekV2Config.from_published(args.config)
-    name = "card" if args.preset is None else args.preset
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}; wanted one of {', '.join(PRESETS)}")
-    preset: DeepseekV2Config = getattr(DeepseekV2Config, name)()
-    return preset
+        config = DeepseekV2Config.from_published(args.config)
+    else:
+        name = "card" if args.preset is None else args.preset
+        require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+        config = getattr(DeepseekV2Config, name)()
+    if args.attention is not None:
+        config = replace(config, _attn_implementation=args.attention)
+    return config
 
 
 def _bytes(count: float) -> str:
@@ -67,34 +70,80 @@ def _bytes(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
-def _title(found: dict[str, Any]) -> str:
-    call, attention = found["config"]["call"], found["config"]["_attn_implementation"]
-    what = "model" if call["layer"] is None else f"layer {call['layer']}"
-    form = f", {call['form']}" if call["form"] else ""
-    how = f"{'causal' if call['causal'] else 'all pairs'}, {call['dtype']}, {attention}{form}"
-    return f"{what}: {call['batch']} x {call['seq']} tokens over {call['kv']}, {how}"
+def _account(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
+    found = report(config, call, args.layer, args.training, args.checkpointing)
+    return json.dumps(found, indent=2) if args.json else _table(found)
+
+
+def _why_not_counted(dtype: str) -> str:
+    if find_spec("torch") is None:
+        return "needs torch"
+    return "no layer runs in int8" if dtype == "int8" else "the call is too large"
 
 
 def _table(found: dict[str, Any]) -> str:
-    call, counts, flops, sizes = found["config"]["call"], found["parameters"], found["flops"], found["bytes"]
-    way = ", training" * call["training"] + " with checkpointing" * call["checkpointing"]
-    lines = [_title(found), "", f"{'parameters':46}{'stored':>22}{'active per token':>22}"]
-    lines += [f"  {name:44}{n:22,}{counts['active_by_module'][name]:22,}" for name, n in counts["by_module"].items()]
-    lines += [f"  {'total':44}{counts['total']:22,}{counts['active_per_token']:22,}", "", "FLOPs"]
-    lines += [f"  {name:44}{count:22,}" for name, count in flops["by_operation"].items()]
-    lines += [f"  {name:44}{flops[key]:22,}" for name, key in (("products alone", "products"), ("total", "total"))]
-    rows = [
-        ("weights", sizes["weights"]),
-        ("weights that this call reads", sizes["weights_read"]),
-        ("cache after the call", sizes["kv_cache"]),
-        *((f"cache if it were {kind}", size) for kind, size in sizes["kv_cache_by_kind"].items()),
-        ("cache that this call writes", sizes["kv_cache_written"]),
-        ("activations read, operation by operation", sizes["activations_read"]),
-        ("activations written", sizes["activations_written"]),
-        (f"activations alive together{way}", sizes["activations_peak"]),
-    ]
-    lines += ["", "bytes"] + [f"  {label:44}{size:22,}  {_bytes(size)}" for label, size in rows]
-    return "\n".join([*lines, "", f"intensity: {found['intensity']:,} FLOP for each byte of weights and cache read"])
+    config, counts, flops = found["config"], found["parameters"], found["flops"]
+    call, sizes, active = config["call"], found["bytes"], counts["active_by_module"]
+    what = "model" if call["layer"] is None else f"layer {call['layer']}"
+    pairs = "causal" if call["causal"] else "all pairs"
+    form = f", {call['form']}" if call["form"] else ""
+    how = f"{pairs}, {call['dtype']}, {config['_attn_implementation']}{form}"
+    tokens = f"{call['batch']} x {call['seq']} tokens over {call['kv']}"
+    way = (
+        ", training" * call["training"] + " with checkpointing" * call["checkpointing"]
+    )
+    lines = [f"{what}: {tokens}, {how}", ""]
+    lines += [f"{'parameters':46}{'stored':>22}{'active per token':>22}"]
+    for name, n in counts["by_module"].items():
+        lines.append(f"  {name:44}{n:22,}{active[name]:22,}")
+    total = f"{counts['total']:22,}{counts['active_per_token']:22,}"
+    lines += [f"  {'total':44}{total}", "", "FLOPs"]
+    totals = {"products alone": flops["products"], "total": flops["total"]}
+    for name, count in (flops["by_operation"] | totals).items():
+        lines.append(f"  {name:44}{count:22,}")
+    rows = {
+        "weights": sizes["weights"],
+        "weights that this call reads": sizes["weights_read"],
+        "cache after the call": sizes["kv_cache"],
+    }
+    for kind, size in sizes["kv_cache_by_kind"].items():
+        rows[f"cache if it were {kind}"] = size
+    rows |= {
+        "cache that this call writes": sizes["kv_cache_written"],
+        "activations read, operation by operation": sizes["activations_read"],
+        "activations written": sizes["activations_written"],
+        f"activations alive together{way}": sizes["activations_peak"],
+    }
+    lines += ["", "bytes"]
+    for label, size in rows.items():
+        shown = f"  not counted: {_why_not_counted(call['dtype'])}"
+        if size is not None:
+            shown = f"{size:22,}  {_bytes(size)}"
+        lines.append(f"  {label:44}{shown}")
+    read = "FLOP per byte of weights and cache read"
+    return "\n".join([*lines, "", f"intensity: {found['intensity']:,} {read}"])
+
+
+def _ways(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
+    from dsv2_ref.fast.listing import choices
+
+    layer = config.num_hidden_layers - 1 if args.layer is None else args.layer
+    config = replace(config, mla_form=call.form if config.use_mla else "auto")
+    require(args.device in ("cpu", "cuda"), "device", args.device, "cpu or cuda")
+    require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype")
+    sizes = call.batch, call.seq, call.kv, args.training
+    made = choices(config, layer, args.device, call.dtype, *sizes)
+    tokens = f"{call.batch} x {call.seq} tokens over {call.kv}"
+    kind = "training" if args.training else "inference"
+    lines = [f"layer {layer}: {tokens}, {call.dtype} on {args.device}, {kind}", ""]
+    for choice, times in made.items():
+        name = choice.definition + f" x {times}" * (times > 1)
+        lines.append(f"{name:36}{choice.way}")
+        for way, reason in choice.passed_over:
+            lines.append(f"    not {way}: {reason}")
+    if args.device == "cuda":
+        lines += ["", "for a GPU of the Ampere generation or newer, with Triton"]
+    return "\n".join(lines)
 
 
 def _refuse(error: Exception) -> int:
@@ -103,18 +152,18 @@ def _refuse(error: Exception) -> int:
 
 
 def _write(text: str) -> int:
-    """Print; 141, as of a program that SIGPIPE ends, where nobody reads on."""
+    """Print; 141, as a program that SIGPIPE ends, where the reader has gone."""
     try:
         print(text, flush=True)
     except OSError as error:
-        # What is left in the buffer is written when Python ends, and must find a place.
+        # Python flushes once more when it ends, which must find an open file.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141 if isinstance(error, BrokenPipeError) else _refuse(error)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 2 for what cannot be computed or written, with one line that says why."""
+    """Run the command line; 2, and one line that says why, for what is refused."""
     try:
         args = _parser().parse_args(arguments)
         call = Call(
@@ -122,12 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seq=args.seq,
             kv=args.seq if args.kv is None else args.kv,
             form=args.form,
-            causal=args.causal,
+            causal=getattr(args, "causal", True),
             dtype=args.dtype,
         )
-        found = report(_config(args), call, args.layer, args.training, args.checkpointing)
-        text = json.dumps(found, indent=2) if args.json else _table(found)
-    except (ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
+        run = _account if args.command == "account" else _ways
+        text = run(args, _config(args), call)
+    except (ValueError, OverflowError, OSError, ImportError) as error:
         return _refuse(error)
     return _write(text)
 

@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsv2_ref import accounting
-from dsv2_ref.accounting import Call, memory
-from dsv2_ref.accounting.memory.attention import attend
-from dsv2_ref.accounting.memory.experts import moe
-from dsv2_ref.accounting.memory.ledger import Ledger
+from dsv2_ref.accounting import Call
+from dsv2_ref.accounting.activations import LiveBytes, as_run, layer_and_cache, without_memory
 from dsv2_ref.accounting.operations import form_of
 from dsv2_ref.config import PUBLISHED_DEFAULTS, DeepseekV2Config
 
@@ -82,11 +82,16 @@ def peak(
 def part_peak(part: str, call: Call) -> int:
     """The same in the ``attention`` or the ``mixture`` of experts alone, whose input is not counted."""
     config = replace(CARD, _attn_implementation=FUSED)
-    absorbed = form_of(config, call) == "absorbed"
-    sizes = memory.Pass(config=config, batch=1, seq=call.seq, kv=call.kv, width=call.bytes_each, absorbed=absorbed)
-    ledger = Ledger(recording=False)
-    {"attention": attend, "mixture": moe}[part](ledger, sizes, ledger.leaf(call.tokens * CARD.hidden_size, sizes.width))
-    return ledger.peak
+    call = replace(call, form=form_of(config, call))
+    with without_memory(call):
+        layer, cache = layer_and_cache(as_run(config, call), call, 1)
+        x = torch.zeros(call.batch, call.seq, CARD.hidden_size)
+        with LiveBytes() as live:
+            if part == "attention":
+                layer.self_attn(x, past_key_value=cache)
+            else:
+                layer.mlp(x)
+    return max(live.totals)
 
 
 NAMES: dict[str, Any] = {

@@ -1,53 +1,66 @@
 """FLOPs of a layer by operation.
 
-A *product* counts a multiplication and its addition as two FLOPs. Everything else is counted by `elementwise`: per number a
-norm takes 4 (square, sum, two multiplications), a rotation 3 (4 multiplications and 2 additions a pair), a softmax 6 (scale,
-maximum, subtraction, exponential, sum, division), a SwiGLU 5 (exponential, addition, division, two multiplications), a
-residual sum 1. What a fused kernel computes besides is not counted: zeros behind values that are narrower than keys, and
-pairs that a mask hides.
+A *product* counts a multiplication and its addition as two FLOPs. Everything else is
+counted by `elementwise`, per element: 4 for a norm (square, sum, two multiplications),
+3 for a rotation (4 multiplications and 2 additions per pair), 6 for a softmax (scale,
+maximum, subtraction, exponential, sum, division), 5 for a SwiGLU (exponential,
+addition, division, two multiplications) and 1 for a residual addition. What a fused
+kernel computes in addition is not counted: zeros that pad values to the width of keys,
+and pairs that a mask hides.
 """
 
 from dataclasses import replace
 
-from dsv2_ref.accounting.call import Call, Counts, one_of
+from dsv2_ref.accounting.call import Call, Counts, require_layer
+from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.weights import parameters, projections
 from dsv2_ref.config import DeepseekV2Config
 
 
 def form_of(config: DeepseekV2Config, call: Call) -> str:
-    """The form of latent attention that a call takes: its own, or the configuration's, or the one with fewer FLOPs.
+    """The form of latent attention that a call takes: the call's own, else the
+    configuration's, else the one with fewer FLOPs.
 
-    The last is what the layer takes by itself, for which causal pairs decide whatever is counted.
+    The layer makes the last choice by causal pairs, whatever ``call.causal`` says.
     """
     for form in (call.form, config.mla_form):
         if form != "auto":
             return form
-    pairs = replace(call, causal=True).pairs
-    latent, rope, value = config.kv_lora_rank or 0, config.qk_rope_head_dim, config.v_head_dim
-    expand = latent * (config.qk_nope_head_dim + value)
-    expanded = call.kv * expand + pairs * (config.qk_nope_head_dim + rope + value)
-    return "absorbed" if call.seq * expand + pairs * (2 * latent + rope) < expanded else "expanded"
+    s, pairs = Sizes.of(config), replace(call, causal=True).pairs
+    up = s.C * (s.N + s.V)  # of one head: W_UK and W_UV
+    expanded = call.kv * up + pairs * (s.N + s.R + s.V)
+    absorbed = call.seq * up + pairs * (2 * s.C + s.R)
+    return "absorbed" if absorbed < expanded else "expanded"
 
 
 def _attention_products(config: DeepseekV2Config, call: Call) -> Counts:
-    """Multiplications of the attention's products."""
-    counts = {name: call.tokens * inputs * outputs for name, (inputs, outputs) in projections(config).items()}
-    heads, pairs = config.num_attention_heads, call.batch * call.pairs * config.num_attention_heads
-    if not config.use_mla:
-        width = config.hidden_size // heads
-        return counts | {"scores": pairs * width, "values": pairs * width}
-    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    latent, up = config.kv_lora_rank or 0, counts.pop("kv_b_proj") // call.tokens
-    if form_of(config, call) == "expanded":
-        counts["kv_b_proj"] = call.batch * call.kv * up  # the whole cache is expanded, at every call
-        return counts | {"scores": pairs * (nope + rope), "values": pairs * value}
-    counts |= {"absorb_w_uk": call.tokens * latent * heads * nope, "absorb_w_uv": call.tokens * latent * heads * value}
-    return counts | {"scores": pairs * (latent + rope), "values": pairs * latent}
+    """Multiplications of the products in attention."""
+    s, pairs = Sizes.of(config), call.batch * call.pairs
+    counts = {
+        name: call.tokens * inputs * outputs
+        for name, (inputs, outputs) in projections(config).items()
+    }
+    if config.use_mla:
+        del counts["kv_b_proj"]  # each form uses it in its own way
+        if form_of(config, call) == "absorbed":
+            # Queries come to the latents; keys and values of the heads are never made.
+            counts["absorb_w_uk"] = call.tokens * s.H * s.N * s.C
+            counts["absorb_w_uv"] = call.tokens * s.H * s.C * s.V
+            counts["scores"] = pairs * s.H * (s.C + s.R)
+            counts["values"] = pairs * s.H * s.C
+            return counts
+        # Every call expands the whole cache.
+        counts["kv_b_proj"] = call.batch * call.kv * s.C * s.H * (s.N + s.V)
+    counts["scores"] = pairs * s.H * (s.N + s.R)
+    counts["values"] = pairs * s.H * s.V
+    return counts
 
 
 def products(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
     """FLOPs of a layer's matrix products, by operation."""
-    counts = {f"self_attn.{name}": n for name, n in _attention_products(config, call).items()}
+    counts = {
+        f"self_attn.{name}": n for name, n in _attention_products(config, call).items()
+    }
     for name, n in parameters(config, layer_idx, active=True).items():
         if name.startswith("mlp"):
             counts[name.removesuffix(".weight")] = call.tokens * n
@@ -56,24 +69,18 @@ def products(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
 
 def elementwise(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
     """FLOPs of everything else in a layer, by the convention of this module."""
-    hidden, heads, tokens = config.hidden_size, config.num_attention_heads, call.tokens
-    if config.use_mla:
-        inner_norms, rotated = (config.q_lora_rank or 0) + (config.kv_lora_rank or 0), config.qk_rope_head_dim
-        rotated *= heads + 1
-    else:
-        inner_norms = 0
-        rotated = (heads + (config.num_key_value_heads or heads)) * (hidden // heads)
+    require_layer(config, layer_idx)
+    s, tokens = Sizes.of(config), call.tokens
     counts = {
-        "norms": 4 * tokens * (2 * hidden + inner_norms),
-        "rotary": 3 * tokens * rotated,
-        "softmax": 6 * call.batch * heads * call.pairs,
-        "residual": 2 * tokens * hidden,
+        "norms": 4 * tokens * (2 * s.D + s.Q + s.C),
+        "rotary": 3 * tokens * s.rotated,
+        "softmax": 6 * call.batch * s.H * call.pairs,
+        "residual": 2 * tokens * s.D,
     }
-    if config.is_moe_layer(one_of(config, layer_idx)):
-        through = (config.num_experts_per_tok or 0) + (config.n_shared_experts or 0)
-        counts["swiglu"] = 5 * tokens * through * config.moe_intermediate_size
-        counts["router_softmax"] = 6 * tokens * (config.n_routed_experts or 0)
-        counts["combine"] = 2 * tokens * (config.num_experts_per_tok or 0) * hidden
+    if config.is_moe_layer(layer_idx):
+        counts["swiglu"] = 5 * tokens * (s.k + s.shared) * s.I
+        counts["router_softmax"] = 6 * tokens * s.E
+        counts["combine"] = 2 * tokens * s.k * s.D
     else:
-        counts["swiglu"] = 5 * tokens * config.intermediate_size
+        counts["swiglu"] = 5 * tokens * s.dense
     return counts

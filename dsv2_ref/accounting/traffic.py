@@ -1,112 +1,119 @@
 """Bytes that a call moves: of weights, and of activations by operation.
 
-Every operation is taken by itself: it reads what it needs once and writes its result once, in the call's dtype. Kernels that
-fuse operations move less, and that is why they are written; the scores of fused attention (``sdpa``, ``flash_attention_2``)
-are never written at all.
+Every operation stands alone here: it reads what it needs once and writes its result
+once, in the dtype of the call. Kernels that fuse operations move less, which is why
+they are written. The scores of fused attention (``sdpa``, ``flash_attention_2``) are
+never written.
 """
 
-from dsv2_ref.accounting.call import Call, one_of
+from dsv2_ref.accounting.call import Call, require_layer
 from dsv2_ref.accounting.operations import form_of
+from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.weights import parameters, projections
-from dsv2_ref.config import DeepseekV2Config, require
+from dsv2_ref.checks import require
+from dsv2_ref.config import DeepseekV2Config
 
 Moved = dict[str, tuple[int, int]]
-"""What each operation reads and writes."""
+"""What each operation reads, and what it writes."""
 
 
 def experts_read(config: DeepseekV2Config, tokens: int) -> float:
-    """Different routed experts that so many tokens visit, on average, if they choose evenly and by themselves."""
+    """Number of different routed experts that ``tokens`` tokens choose on average, if
+    each chooses at random and independently of the others."""
     require(tokens >= 0, "tokens", tokens, "0 or more")
-    experts, chosen = config.n_routed_experts or 0, config.num_experts_per_tok or 0
-    return experts * (1 - (1 - chosen / experts) ** tokens) if experts else 0.0
+    s = Sizes.of(config)
+    return s.E * (1 - (1 - s.k / s.E) ** tokens) if s.E else 0.0
 
 
 def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
-    """Bytes of a layer's weights that a call reads, each once; of the experts as many as `experts_read` expects."""
-    counts = parameters(config, layer_idx)
+    """Bytes of a layer's weights that a call reads, each once; of the routed experts,
+    as many as `experts_read` expects."""
+    s, counts = Sizes.of(config), parameters(config, layer_idx)
     if "mlp.experts" in counts:
-        one = counts["mlp.experts"] // (config.n_routed_experts or 1)
-        counts["mlp.experts"] = round(experts_read(config, call.tokens) * one)
-    return sum(counts.values()) * call.bytes_each
+        per_expert = counts["mlp.experts"] // s.E
+        counts["mlp.experts"] = round(experts_read(config, call.tokens) * per_expert)
+    return sum(counts.values()) * call.itemsize
 
 
 def _attended(config: DeepseekV2Config, call: Call) -> Moved:
-    """Numbers that scores, softmax and values move."""
-    heads, batch = config.num_attention_heads, call.batch
-    queries, keys, pairs = call.tokens * heads, batch * call.kv, batch * heads * call.seq * call.kv
+    """Elements that scores, softmax and values move."""
+    s = Sizes.of(config)
+    queries, keys = call.tokens * s.H, call.batch * call.kv
+    pairs = call.batch * s.H * call.seq * call.kv
     if config.use_mla and form_of(config, call) == "absorbed":
-        latent, rope = config.kv_lora_rank or 0, config.qk_rope_head_dim
         return {
-            "absorb_w_uk": (queries * config.qk_nope_head_dim, queries * latent),
-            "scores": ((queries + keys) * (latent + rope), pairs),
+            "absorb_w_uk": (queries * s.N, queries * s.C),
+            "scores": ((queries + keys) * (s.C + s.R), pairs),
             "softmax": (pairs, pairs),
-            "values": (pairs + keys * latent, queries * latent),
-            "absorb_w_uv": (queries * latent, queries * config.v_head_dim),
+            "values": (pairs + keys * s.C, queries * s.C),
+            "absorb_w_uv": (queries * s.C, queries * s.V),
         }
-    if config.use_mla:
-        width, value, kv_heads = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim, heads
-    else:
-        width = value = config.hidden_size // heads
-        kv_heads = config.num_key_value_heads or heads
-    seen = pairs if config._attn_implementation == "eager" else 0
+    written = pairs if config._attn_implementation == "eager" else 0
     return {
-        "scores": (queries * width + keys * kv_heads * width, seen),
-        "softmax": (seen, seen),
-        "values": (seen + keys * kv_heads * value, queries * value),
+        "scores": ((queries + keys * s.G) * (s.N + s.R), written),
+        "softmax": (written, written),
+        "values": (written + keys * s.G * s.V, queries * s.V),
     }
 
 
 def _attention(config: DeepseekV2Config, call: Call) -> Moved:
     moved = {
-        name: (call.tokens * inputs, call.tokens * outputs) for name, (inputs, outputs) in projections(config).items()
+        name: (call.tokens * inputs, call.tokens * outputs)
+        for name, (inputs, outputs) in projections(config).items()
     }
     if config.use_mla:
-        latent, width = moved.pop("kv_b_proj")
-        if form_of(config, call) == "expanded":  # the whole cache, at every call
-            moved["kv_b_proj"] = latent // call.seq * call.kv, width // call.seq * call.kv
+        latent, expanded = projections(config)["kv_b_proj"]
+        del moved["kv_b_proj"]
+        if form_of(config, call) == "expanded":  # each call expands the whole cache
+            keys = call.batch * call.kv
+            moved["kv_b_proj"] = keys * latent, keys * expanded
     return moved | _attended(config, call)
 
 
-def _feed_forward(tokens: int, hidden: int, wide: int, inputs: int = 2) -> tuple[int, int]:
-    """Products of SwiGLU, whose first two read the input once each, or once together."""
-    return tokens * (inputs * hidden + wide), tokens * (2 * wide + hidden)
+def _feed_forward(
+    tokens: int, hidden: int, width: int, reads: int = 2
+) -> tuple[int, int]:
+    """The products of a SwiGLU. Its first two read the input once each (``reads`` is
+    2), or once together."""
+    return tokens * (reads * hidden + width), tokens * (2 * width + hidden)
 
 
 def _experts(config: DeepseekV2Config, tokens: int) -> Moved:
-    hidden, wide = config.hidden_size, config.moe_intermediate_size
-    experts, chosen, shared = (
-        config.n_routed_experts or 0,
-        config.num_experts_per_tok or 0,
-        config.n_shared_experts or 0,
-    )
+    s = Sizes.of(config)
+    width = (s.k + s.shared) * s.I
     moved = {
-        "mlp.gate": (tokens * hidden, tokens * experts),
-        "mlp.experts": _feed_forward(tokens * chosen, hidden, wide, inputs=1),
-        "router_softmax": (tokens * experts, tokens * experts),
-        "swiglu": (2 * tokens * (chosen + shared) * wide, tokens * (chosen + shared) * wide),
-        "combine": (tokens * (chosen + bool(shared)) * hidden, tokens * hidden),
+        "mlp.gate": (tokens * s.D, tokens * s.E),
+        "mlp.experts": _feed_forward(tokens * s.k, s.D, s.I, reads=1),
+        "router_softmax": (tokens * s.E, tokens * s.E),
+        "swiglu": (2 * tokens * width, tokens * width),
+        "combine": (tokens * (s.k + bool(s.shared)) * s.D, tokens * s.D),
     }
-    return moved | ({"mlp.shared_experts": _feed_forward(tokens, hidden, shared * wide)} if shared else {})
+    if s.shared:
+        moved["mlp.shared_experts"] = _feed_forward(tokens, s.D, s.shared * s.I)
+    return moved
 
 
 def activations_moved(config: DeepseekV2Config, layer_idx: int, call: Call) -> Moved:
-    """Bytes of activations and cache that each operation of a layer reads and writes, by the names of the FLOPs.
+    """Bytes of activations and cache that each operation of a layer reads and writes,
+    under the names that its FLOPs have.
 
-    An expert's rows are read where they are needed; what sorting them moves besides is left out.
+    An expert's rows are read where they are needed. Sorting the rows by expert moves
+    them once more, which is not counted.
     """
-    tokens, hidden = call.tokens, config.hidden_size
-    inner = (config.q_lora_rank or 0) + (config.kv_lora_rank or 0) if config.use_mla else 0
-    kv_heads = config.num_key_value_heads or config.num_attention_heads
-    turned = (config.num_attention_heads + kv_heads) * (hidden // config.num_attention_heads)
-    if config.use_mla:
-        turned = (config.num_attention_heads + 1) * config.qk_rope_head_dim
-    moved = {name if name == "softmax" else f"self_attn.{name}": n for name, n in _attention(config, call).items()}
-    moved["norms"] = (tokens * (2 * hidden + inner),) * 2
-    moved["rotary"] = (tokens * turned,) * 2
-    moved["residual"] = 4 * tokens * hidden, 2 * tokens * hidden
-    if config.is_moe_layer(one_of(config, layer_idx)):
+    require_layer(config, layer_idx)
+    s, tokens = Sizes.of(config), call.tokens
+    moved: Moved = {}
+    for name, elements in _attention(config, call).items():
+        moved[name if name == "softmax" else f"self_attn.{name}"] = elements
+    moved["norms"] = (tokens * (2 * s.D + s.Q + s.C),) * 2
+    moved["rotary"] = (tokens * s.rotated,) * 2
+    moved["residual"] = 4 * tokens * s.D, 2 * tokens * s.D
+    if config.is_moe_layer(layer_idx):
         moved |= _experts(config, tokens)
     else:
-        moved["mlp"] = _feed_forward(tokens, hidden, config.intermediate_size)
-        moved["swiglu"] = 2 * tokens * config.intermediate_size, tokens * config.intermediate_size
-    return {name: (read * call.bytes_each, written * call.bytes_each) for name, (read, written) in moved.items()}
+        moved["mlp"] = _feed_forward(tokens, s.D, s.dense)
+        moved["swiglu"] = 2 * tokens * s.dense, tokens * s.dense
+    size = call.itemsize
+    return {
+        name: (read * size, written * size) for name, (read, written) in moved.items()
+    }

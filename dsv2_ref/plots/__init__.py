@@ -1,6 +1,6 @@
 """Every figure of the book, as functions that take data and return matplotlib Axes; a module for each chapter.
 
-Nothing else in the package needs matplotlib.
+`show` prints the package's own code on a page. Nothing else in the package needs matplotlib, or IPython.
 """
 
 from dsv2_ref.plots.balance import co_activation, load_maps, load_over_steps
@@ -15,6 +15,7 @@ from dsv2_ref.plots.prenorm import by_layer, ends_by_rate, training_curves
 from dsv2_ref.plots.rmsnorm import growth_through_layers, running_sums
 from dsv2_ref.plots.rooflines import intensity_over_batch, roofline
 from dsv2_ref.plots.rope import angle_errors, clocks, scores_by_distance, stretch_by_pair, turns_by_pair
+from dsv2_ref.plots.source import show
 from dsv2_ref.plots.style import add_curves, new_axes
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "running_sums",
     "scores_by_distance",
     "shares",
+    "show",
     "sorted_choices",
     "stretch_by_pair",
     "training_curves",

@@ -38,7 +38,7 @@ def claimed_over_computed(sections: Mapping[str, Sequence[tuple[str, float, str]
                 axes.text(factor / 1.4, place, label, ha="right", va="center", fontsize=11, color=INK)
         place += 1
     for verdict, (mark, colour) in MARKS.items():
-        factors, places = [factor for factor, _ in points[verdict]], [place for _, place in points[verdict]]
+        factors, places = ([factor for factor, _ in points[verdict]], [place for _, place in points[verdict]])
         axes.plot(factors, places, mark, color=colour, markersize=4.5, label=verdict)
     axes.axvline(1, color=INK, linewidth=0.9, zorder=1)
     axes.set(xscale="log", xlim=(10.0 ** decades[0], end * 3), ylim=(place, 0), yticks=[])
