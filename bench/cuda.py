@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import gc
 import importlib.metadata
 import json
@@ -13,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import gpu, work
 from bench.gpu import Clock
-from dsv2_ref import kernels
-from dsv2_ref.kernels import ops
-from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
-from dsv2_ref.kernels.rotate import rotate_definition
+from dsv2_ref import DeepseekV2RMSNorm, ops
+from dsv2_ref.attention import attend, equally_wide
+from dsv2_ref.fast.triton import operators
+from dsv2_ref.masks import Visibility
+from dsv2_ref.rope import rotate_interleaved
 
 Step = Callable[[], Tensor]
 
@@ -43,7 +47,7 @@ class Contest:
 
 def _without_kernels(step: Step) -> Step:
     def plain() -> Tensor:
-        with kernels.enabled(False):
+        with ops.without("triton"):
             return step()
 
     return plain
@@ -61,8 +65,21 @@ def _add_rmsnorm(dtype: torch.dtype, tokens: int = 8192) -> Contest:
     hidden = work.CONFIG.hidden_size
     update, residual = (torch.randn(tokens, hidden, dtype=dtype) for _ in range(2))
     weight = torch.randn(hidden, dtype=dtype)
-    ours = {"kernel": lambda: ops.add_rms_norm(update, residual, weight, 1e-6)[1]}
-    plain = {"definition": lambda: add_rmsnorm_definition(update, residual, weight, 1e-6)[1]}
+    norm = DeepseekV2RMSNorm(len(weight)).to(weight)
+    norm.weight.data = weight
+
+    def definition() -> Tensor:
+        with ops.plain():
+            out: Tensor = norm(residual + update)
+            return out
+
+    def kernel() -> Tensor:
+        if update.is_cuda:
+            return operators.add_rms_norm(update, residual, weight, 1e-6)[1]
+        return definition()
+
+    ours = {"kernel": kernel}
+    plain = {"definition": definition}
     moved = 4 * update.nbytes + weight.nbytes
     return Contest(f"add + RMSNorm, {tokens} tokens", {"ours": ours, "without kernels": plain}, 0, moved)
 
@@ -70,9 +87,66 @@ def _add_rmsnorm(dtype: torch.dtype, tokens: int = 8192) -> Contest:
 def _rotation(dtype: torch.dtype, tokens: int = 4096) -> Contest:
     x = torch.randn(1, work.CONFIG.num_attention_heads, tokens, work.CONFIG.qk_rope_head_dim, dtype=dtype)
     cos, sin = (torch.randn(1, 1, tokens, work.CONFIG.qk_rope_head_dim // 2) for _ in range(2))
-    ours, plain = {"kernel": lambda: ops.rotate(x, cos, sin)}, {"definition": lambda: rotate_definition(x, cos, sin)}
+    ours = {"kernel": lambda: operators.rotate(x, cos, sin) if x.is_cuda else rotate_interleaved(x, cos, sin)}
+    plain = {"definition": lambda: rotate_interleaved(x, cos, sin)}
     moved = 2 * x.nbytes + cos.nbytes + sin.nbytes
     return Contest(f"rotation of queries, {tokens} tokens", {"ours": ours, "without kernels": plain}, 0, moved)
+
+
+def _attend_decode(dtype: torch.dtype, batch: int, kv_seq: int = 8192) -> Contest:
+    """The decoding kernel, whether or not the layer would choose it here, against plain products."""
+    config = work.CONFIG
+    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    width = latent + config.qk_rope_head_dim
+    query = torch.randn(batch, heads, 1, width, dtype=dtype)
+    tokens = torch.randn(batch, kv_seq, width, dtype=dtype)
+    visible = Visibility(1, kv_seq, tokens.device)
+
+    def products() -> Tensor:
+        key = tokens[:, None]
+        return attend(query, key, key[..., :latent], visible, width**-0.5, implementation="products")[0]
+
+    def kernel() -> Tensor:
+        return operators.mla_decode(query, tokens, latent, width**-0.5) if query.is_cuda else products()
+
+    contestants = {"ours": {"kernel": kernel}, "without kernels": {"products": _without_kernels(products)}}
+    flops = 2 * batch * heads * kv_seq * (width + latent)
+    return Contest(f"attention to the cache, K = {kv_seq}, batch {batch}", contestants, flops, tokens.nbytes)
+
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def _sdpa_backends(dtype: torch.dtype, seq: int = 2048) -> Contest:
+    """Expanded attention of a prompt as torch chooses, and by each backend, values padded to the keys' width and not."""
+    config = work.CONFIG
+    heads, width = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+    query, key = (torch.randn(1, heads, seq, width, dtype=dtype) for _ in range(2))
+    value = torch.randn(1, heads, seq, config.v_head_dim, dtype=dtype)
+    scale = width**-0.5
+
+    def run(pad: bool, backends: list[SDPBackend]) -> Tensor:
+        _, padded = equally_wide(key, value) if pad else (key, value)
+        with sdpa_kernel(backends):
+            out = F.scaled_dot_product_attention(query, key, padded, is_causal=True, scale=scale)
+        return out[..., : config.v_head_dim]
+
+    by_backend: dict[str, Step] = {}
+    for name, backend in BACKENDS.items():
+        by_backend[f"{name}, padded"] = functools.partial(run, True, [backend])
+        by_backend[name] = functools.partial(run, False, [backend])
+
+    def chosen() -> Tensor:
+        visible = Visibility(seq, seq, query.device)
+        return attend(query, key, value, visible, scale, implementation="sdpa")[0]
+
+    flops = heads * seq * (seq + 1) * (width + config.v_head_dim)
+    nbytes = query.nbytes + key.nbytes + 2 * value.nbytes
+    return Contest(f"SDPA by backend, S = {seq}", {"ours": {"sdpa": chosen}, "backend": by_backend}, flops, nbytes)
 
 
 CONTESTS: dict[str, Callable[[torch.dtype], Contest]] = {
@@ -89,7 +163,10 @@ CONTESTS: dict[str, Callable[[torch.dtype], Contest]] = {
     "experts-prefill": lambda dtype: _from_work(work.experts(dtype, 2048)),
     "layer-decode": lambda dtype: _from_work(work.layer(dtype, 1, 8192)),
     "layer-prefill": lambda dtype: _from_work(work.layer(dtype, 2048, 2048)),
+    "sdpa-backends": _sdpa_backends,
 }
+for _batch in (1, 8, 32, 64, 128):
+    CONTESTS[f"attend-decode-{_batch}"] = functools.partial(_attend_decode, batch=_batch)
 
 
 def _first_line(error: Exception) -> str:
@@ -184,13 +261,16 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         for name, error in row["wrong"].items():
             said.append(f"{row['work']}: {name} is WRONG, " + ("not finite" if error is None else f"by {error:.2g}"))
+        for name, seconds in row["seconds"].items():
+            if name.startswith("backend"):
+                said.append(f"{row['work']}: {name}: {1e3 * seconds:.3f} ms")
     return said
 
 
 def failed(rows: list[dict[str, Any]]) -> bool:
     """Whether a result is wrong, or one of ours did not run for another reason than too little memory."""
     missing = [(name, why) for row in rows for name, why in row["not_measured"].items()]
-    ours = [why for name, why in missing if not name.startswith(("transformers", "flash-attn"))]
+    ours = [why for name, why in missing if not name.startswith(("transformers", "flash-attn", "backend"))]
     return any(row["wrong"] for row in rows) or not all(why.startswith("OutOfMemoryError") for why in ours)
 
 

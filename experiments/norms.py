@@ -37,13 +37,19 @@ SEEDS, STEPS, EVERY, SEQ, BATCH = 3, 240, 10, 64, 8
 
 
 class PostNormLayer(DeepseekV2DecoderLayer):
-    """The same parts in the order of the original Transformer: each norm behind its residual sum."""
+    """The same parts in the original Transformer's order: each norm after its sum."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
         """``h = norm(x + attention(x))``, then ``norm(h + feed_forward(h))``."""
         attended, *rest = self.self_attn(hidden_states, *args, **kwargs)
         hidden_states = self.input_layernorm(hidden_states + attended)
-        hidden_states = self.post_attention_layernorm(hidden_states + self.mlp(hidden_states))
+        fed = self.mlp(hidden_states)
+        hidden_states = self.post_attention_layernorm(hidden_states + fed)
         return hidden_states, *(part for part in rest if part is not None)
 
 

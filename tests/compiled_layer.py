@@ -1,7 +1,9 @@
 """Compiling and exporting the layer; `test_layer` runs these in a process without the checker of signatures."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, kernels
-from dsv2_ref.kernels import mla_decode
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, ops
+from dsv2_ref.attention import attend
+from dsv2_ref.fast import products  # noqa: F401  # ways registered later are tried first
 from tests.fake_cuda import fake_cuda
 from tests.peers import SMALL, assert_close, randomised, tokens
 
@@ -72,9 +75,9 @@ def test_compiled_prefill_of_any_length_is_two_graphs(
         for seq in (7, 9, 12, 31):
             x = tokens(2, seq, torch.float64)
             actual, cache = run(x, use_cache=True)
-            expected, remembered = layer(x, use_cache=True)
+            expected, expected_cache = layer(x, use_cache=True)
             assert_close(actual, expected, f"{seq} tokens")
-            assert_close(cache.tokens, remembered.tokens, f"cache of {seq} tokens")
+            assert_close(cache.tokens, expected_cache.tokens, f"cache of {seq} tokens")
     assert compiler.frame_count == 2
 
 
@@ -97,29 +100,99 @@ def test_compiled_decoding_makes_few_graphs(config: DeepseekV2Config, compiler: 
     assert compiler.frame_count <= 6
 
 
+@torch.library.custom_op("dsv2_tests::attend_to_latents", mutates_args=())
+def attend_to_latents(query: Tensor, tokens: Tensor, latent: int, scale: float) -> Tensor:
+    """One query of all heads over all cached tokens, as an operator that the compiler does not look into."""
+    weights = (query @ tokens[:, None].mT * scale).softmax(dim=-1)
+    return weights @ tokens[:, None, :, :latent]
+
+
+@attend_to_latents.register_fake
+def _(query: Tensor, tokens: Tensor, latent: int, scale: float) -> Tensor:
+    return query.new_empty(*query.shape[:3], latent)
+
+
+OPERATOR_SERVES = False
+
+
+def only_in_its_test(*_: Any, **__: Any) -> str:
+    return "" if OPERATOR_SERVES else "serves one test only"
+
+
+@ops.faster(attend, "operator", where={"implementation": "products"}, gradients=False, why_not=only_in_its_test)
+def attend_by_operator(
+    query: Tensor, key: Tensor, value: Tensor, _: Any, scale: float, *__: Any, **___: Any
+) -> tuple[Tensor, None]:
+    return attend_to_latents(query, key[:, 0], value.shape[-1], scale), None
+
+
 @all_the_way
-def test_compiled_decoding_through_the_operators(
+def test_compiled_decoding_through_an_operator(
     compiler: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where kernels serve: one graph for any place. On the CPU the operators run their definitions."""
+    """As on a GPU, where kernels serve: one graph for any place."""
     layer, x = layer_of(SMALL), tokens(2, 12, torch.float64)
     with torch.no_grad():
         expected = layer(x)[0][:, 8:]
         _, cache = layer(x[:, :8], use_cache=True)
-        called: list[str] = []
-        monkeypatch.setattr(kernels, "serve", lambda *_: True)
-        monkeypatch.setattr("dsv2_ref.grouped._triton_should", lambda *_: False)
-        decode = mla_decode.mla_decode_definition
-        monkeypatch.setattr(
-            mla_decode, "mla_decode_definition", lambda *args: (called.append("step"), decode(*args))[1]
-        )
+        monkeypatch.setitem(globals(), "OPERATOR_SERVES", True)
         run, parts = compiled(layer, compiler), []
         for place in range(8, 12):
             out, cache = run(x[:, place : place + 1], past_key_value=cache, use_cache=True)
             parts.append(out)
     assert_close(torch.cat(parts, dim=1), expected, "output")
-    assert called == ["step"] * 4
     assert compiler.frame_count <= 2
+    called = [str(node.target) for graph in compiler.graphs for node in graph.graph.nodes]
+    assert sum("attend_to_latents" in target for target in called) == compiler.frame_count
+
+
+@ops.defines()
+def doubled(x: Tensor) -> Tensor:
+    """A definition of this file's own, and two ways: the one tried first cannot be compiled."""
+    return x + x
+
+
+@ops.faster(doubled, "product")
+def doubled_by_product(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@ops.faster(doubled, "by hand", compiles=False)
+def doubled_by_hand(x: Tensor) -> Tensor:
+    return torch.tensor([2 * value for value in x.tolist()])
+
+
+def targets_of(graph: torch.fx.GraphModule) -> list[str]:
+    return [node.name for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def test_ways_under_the_compiler(compiler: CompileCounterWithBackend) -> None:
+    """The compiler sees the way that it can trace, and other ones where some are switched off."""
+    x = torch.arange(3.0)
+    with ops.watch() as choices:
+        assert torch.equal(doubled(x), 2 * x)
+    assert [choice.way for choice in choices] == ["by hand"]
+    assert torch.equal(torch.compile(doubled, fullgraph=True, backend=compiler)(x), 2 * x)
+    assert targets_of(compiler.graphs[-1]) == ["mul"]
+    with ops.plain():
+        assert torch.equal(torch.compile(doubled, fullgraph=True, backend=compiler)(x), 2 * x)
+    assert targets_of(compiler.graphs[-1]) == ["add"]
+    assert torch.equal(torch.compile(doubled, fullgraph=True, backend=compiler)(x), 2 * x)  # again with all ways
+    assert compiler.frame_count == 2
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(x)
+
+
+def test_ways_in_exported_programs() -> None:
+    x = torch.arange(3.0)
+    for context, expected in ((nullcontext(), ["mul"]), (ops.without("product"), ["add"])):
+        with context:
+            program = torch.export.export(Doubled(), (x,))
+        assert targets_of(program.graph_module) == expected
+        assert torch.equal(program.module()(x), 2 * x)
 
 
 def test_compiled_code_refuses_bad_positions(compiler: CompileCounterWithBackend) -> None:
@@ -162,7 +235,7 @@ def test_exported_for_cuda_names_no_other_device(config: DeepseekV2Config) -> No
 
 
 class Step(nn.Module):
-    """A decoding step as a function of tensors: a token, and what is remembered before it and after it."""
+    """A decoding step as a function of tensors: a token, and what is cached before it and after it."""
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
@@ -176,7 +249,7 @@ class Step(nn.Module):
 
 
 @both_kinds
-@pytest.mark.skipif(not kernels._installed, reason="Triton, which is published for Linux alone, is not here")
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton, which is published for Linux alone, is not here")
 def test_a_decoding_step_exported_for_cuda_calls_the_kernels(config: DeepseekV2Config) -> None:
     with fake_cuda() as watch:
         step = Step(config).eval()

@@ -54,7 +54,7 @@ def _culprit() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        inside = path.is_relative_to(ROOT) and ".venv" not in path.parts
+        inside = path.is_relative_to(ROOT) and "site-packages" not in path.parts
         if inside and path not in (Path(__file__), ROOT / "tests" / "shapes.py"):
             lines = path.read_text().splitlines()
             return f"{path.relative_to(ROOT)}:{frame.f_lineno}: {lines[frame.f_lineno - 1].strip()}"

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, beside their definitions; `test_kernels` runs these with TRITON_INTERPRET=1.
+"""The kernels in Triton's interpreter, beside the core's functions; `test_kernels` runs these with TRITON_INTERPRET=1.
 
 Inputs lie between bands of NaN, so that a read past an edge shows in the result. So do outputs between bands of a mark, which
 a write past an edge would change. Tolerances: float32 sums of up to 1,300 terms in another order, 1e-5; float16 rounds at
@@ -6,7 +6,6 @@ a write past an edge would change. Tolerances: float32 sums of up to 1,300 terms
 """
 
 import importlib.util
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
-from dsv2_ref import DeepseekV2DecoderLayer, kernels
-from dsv2_ref.kernels import add_rmsnorm as norm
-from dsv2_ref.kernels import grouped_experts as grouped
-from dsv2_ref.kernels import mla_decode as mla
-from dsv2_ref.kernels import ops, rotate
+from dsv2_ref import DeepseekV2DecoderLayer, DeepseekV2RMSNorm, ops
+from dsv2_ref.attention import attend
+from dsv2_ref.fast import products
+from dsv2_ref.fast.triton import decode, experts, norm, operators, plan, rotate
+from dsv2_ref.masks import Visibility
+from dsv2_ref.rope import rotate_interleaved
 from tests.peers import SMALL, randomised, tokens
 
 DTYPES = [torch.float32, torch.float16]
@@ -70,10 +71,39 @@ class OutputsBetweenBands(TorchFunctionMode):
 
 
 @pytest.fixture(autouse=True)
-def outputs() -> Iterator[OutputsBetweenBands]:
+def outputs(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "without_bands" in request.keywords:
+        yield
+        return
     with OutputsBetweenBands() as outputs:
-        yield outputs
+        yield
     outputs.check()
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The core's norm, and 1 / rms."""
+    module = DeepseekV2RMSNorm(len(weight), eps)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with ops.plain():
+        return module(x), x.float().square().mean(-1).add(eps).rsqrt()
+
+
+def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Those of the core's norm, by autograd."""
+    module, leaf = DeepseekV2RMSNorm(len(weight)), x.clone().requires_grad_()
+    module.weight = torch.nn.Parameter(weight.clone())
+    with ops.plain():
+        module(leaf).backward(grad)
+    assert leaf.grad is not None
+    assert module.weight.grad is not None
+    return [leaf.grad, module.weight.grad]
+
+
+def attended(query: Tensor, keys: Tensor, latent: int, scale: float, padding: Tensor | None = None) -> Tensor:
+    """The core's attention."""
+    visible = Visibility(query.shape[2], keys.shape[1], keys.device, padding)
+    with ops.plain():
+        return attend(query, keys[:, None], keys[:, None, :, :latent], visible, scale)[0]
 
 
 def assert_near(actual: Any, expected: Any) -> None:
@@ -90,33 +120,28 @@ def assert_near(actual: Any, expected: Any) -> None:
 def test_add_rmsnorm(rows: int, features: int, dtype: torch.dtype) -> None:
     update, residual = (guarded(rows, features, dtype=dtype, seed=s) for s in (1, 2))
     weight, grad = guarded(features, dtype=dtype, seed=3), guarded(rows, features, dtype=dtype, seed=4)
-    expected = norm.add_rmsnorm_definition(update, residual, weight, 1e-6)
-    actual = norm.add_rmsnorm_launch(update, residual, weight, 1e-6)
-    assert torch.equal(actual[0], expected[0])
+    total = residual + update
+    expected = total, *normalise(total, weight)
+    actual = norm.add_rms_norm_launch(update, residual, weight, 1e-6)
+    assert torch.equal(actual[0], total)
     assert_near(actual, expected)
-    alone = norm.add_rmsnorm_launch(update, None, weight, 1e-6)
-    assert alone[0] is None
-    assert_near(alone[1:], norm.add_rmsnorm_definition(update, None, weight, 1e-6)[1:])
-    total, _, inverse = expected
-    assert_near(
-        norm.add_rmsnorm_backward_launch(grad, between(total), weight, between(inverse)),
-        norm.add_rmsnorm_backward_definition(grad, total, weight, inverse),
-    )
+    assert_near(norm.rms_norm_launch(update, weight, 1e-6), normalise(update, weight))
+    found = norm.rms_norm_backward_launch(grad, between(total), weight, between(expected[2]))
+    assert_near(found, gradients(grad, total, weight))
 
 
 def test_small_rows_feel_epsilon() -> None:
     """A mean square of the size of epsilon, and a row of zeros."""
     x, weight = 1e-3 * guarded(3, 40, dtype=torch.float32), guarded(40, dtype=torch.float32, seed=1)
     x[2] = 0
-    expected = norm.add_rmsnorm_definition(x, None, weight, 1e-6)[1:]
-    assert_near(norm.add_rmsnorm_launch(x, None, weight, 1e-6)[1:], expected)
+    assert_near(norm.rms_norm_launch(x, weight, 1e-6), normalise(x, weight))
 
 
 def test_the_norm_rounds_where_its_definition_does() -> None:
     """Before the weight and after it: bit for bit, but for the few places where the sums' order decides a rounding."""
     x, weight = guarded(8, 1280, dtype=torch.float16), guarded(1280, dtype=torch.float16, seed=1)
-    _, expected, _ = norm.add_rmsnorm_definition(x, None, weight, 1e-6)
-    _, actual, _ = norm.add_rmsnorm_launch(x, None, weight, 1e-6)
+    expected, _ = normalise(x, weight)
+    actual, _ = norm.rms_norm_launch(x, weight, 1e-6)
     assert (actual != expected).double().mean() < 0.01
     once = (weight.float() * x.float() * x.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt()).half()
     assert (once != expected).double().mean() > 0.1  # what a kernel that rounds once would give
@@ -125,12 +150,9 @@ def test_the_norm_rounds_where_its_definition_does() -> None:
 def test_rows_may_lie_apart_and_be_many_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "BACKWARD_PROGRAMS", 2)
     x, weight = guarded(5, 24, dtype=torch.float32)[:, :20], guarded(20, dtype=torch.float32)
-    _, normed, inverse = norm.add_rmsnorm_definition(x, None, weight, 1e-6)
-    assert_near(norm.add_rmsnorm_launch(x, None, weight, 1e-6)[1:], (normed, inverse))
-    assert_near(
-        norm.add_rmsnorm_backward_launch(x, x, weight, inverse),
-        norm.add_rmsnorm_backward_definition(x, x, weight, inverse),
-    )
+    expected = normalise(x, weight)
+    assert_near(norm.rms_norm_launch(x, weight, 1e-6), expected)
+    assert_near(norm.rms_norm_backward_launch(x, x, weight, expected[1]), gradients(x, x, weight))
 
 
 @both
@@ -139,37 +161,72 @@ def test_rotation(batch: int, heads: int, seq: int, dim: int, dtype: torch.dtype
     """The queries' part of a wider tensor, with the axes as attention has them."""
     x = guarded(batch, seq, heads, dim + 8, dtype=dtype).transpose(1, 2)[..., 8:]
     cos, sin = (guarded(batch, 1, seq, dim // 2, dtype=torch.float32, seed=s) for s in (1, 2))
-    expected = rotate.rotate_definition(x, cos, sin)
+    expected = rotate_interleaved(x, cos, sin)
     assert torch.equal(rotate.rotate_launch(x, cos, sin), expected)
-    assert torch.equal(rotate.rotate_launch(x, cos, sin, backward=True), rotate.rotate_definition(x, cos, -sin))
+    assert torch.equal(rotate.rotate_launch(x, cos, sin, backward=True), rotate_interleaved(x, cos, -sin))
     assert torch.equal(rotate.rotate_launch(x[:, 0], cos[:, 0], sin[:, 0]), expected[:, 0])
+
+
+LATENT, ROPE = 40, 16
+
+
+def queries_and_keys(heads: int, seq: int, kv_seq: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of two sequences, the keys a view of a roomier cache, whose free places hold NaN here."""
+    query = guarded(2, seq, heads, LATENT + ROPE, dtype=dtype).transpose(1, 2)
+    cache = torch.full((2, kv_seq + 11, LATENT + ROPE), float("nan"), dtype=dtype)
+    cache[:, :kv_seq] = guarded(2, kv_seq, LATENT + ROPE, dtype=dtype, seed=1)
+    return query, cache[:, :kv_seq]
+
+
+def half_of_it_padding(kv_seq: int) -> Tensor:
+    """A hole in the first sequence; the second sees nothing."""
+    padding = torch.arange(kv_seq) >= torch.tensor([[0], [kv_seq]])
+    padding[0, kv_seq // 2] = kv_seq == 1
+    return padding
 
 
 @both
 @pytest.mark.parametrize("splits", [1, 3, None])
 @pytest.mark.parametrize(("heads", "seq", "kv_seq"), [(1, 1, 1), (3, 1, 37), (16, 1, 96), (5, 4, 70)])
 def test_mla_decode(heads: int, seq: int, kv_seq: int, splits: int | None, dtype: torch.dtype) -> None:
-    """Over a view of a roomier cache, whose free places hold NaN here."""
-    latent, rope = 40, 16
-    query = guarded(2, seq, heads, latent + rope, dtype=dtype).transpose(1, 2)
-    cache = torch.full((2, kv_seq + 11, latent + rope), float("nan"), dtype=dtype)
-    cache[:, :kv_seq] = guarded(2, kv_seq, latent + rope, dtype=dtype, seed=1)
-    keys = cache[:, :kv_seq]
-    expected = mla.mla_decode_definition(query, keys, latent, 0.2)
-    assert_near([mla.mla_decode_launch(query, keys, latent, 0.2, splits=splits)], [expected])
-    padding = torch.arange(kv_seq) >= torch.tensor([[0], [kv_seq]])  # the second sequence sees nothing
-    padding[0, kv_seq // 2] = kv_seq == 1
-    expected = mla.mla_decode_definition(query, keys, latent, 0.2, padding)
-    actual = mla.mla_decode_launch(query, keys, latent, 0.2, padding, splits=splits)
+    query, keys = queries_and_keys(heads, seq, kv_seq, dtype)
+    expected = attended(query, keys, LATENT, 0.2)
+    assert_near([decode.mla_decode_launch(query, keys, LATENT, 0.2, splits=splits)], [expected])
+    padding = half_of_it_padding(kv_seq)
+    actual = decode.mla_decode_launch(query, keys, LATENT, 0.2, padding, splits=splits)
     assert not actual[1].any()
-    assert_near([actual], [expected])
+    assert_near([actual], [attended(query, keys, LATENT, 0.2, padding)])
+
+
+@pytest.mark.parametrize("seq", range(1, 9))
+@pytest.mark.parametrize("gpu", [plan.H100, plan.Gpu(128, 100 * 1024), plan.Gpu(1, 100 * 1024)], ids=str)
+def test_any_few_queries_on_any_gpu(gpu: plan.Gpu, seq: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 32 and of 16 keys, as many shares as each GPU gets, and the queries of a head in two blocks."""
+    monkeypatch.setattr(plan, "gpu_of", lambda device: gpu)
+    query, keys = queries_and_keys(3, seq, 77, torch.float16 if seq < 8 else torch.float32)
+    padding = half_of_it_padding(77)
+    actual = decode.mla_decode_launch(query, keys, LATENT, 0.2, padding)
+    assert_near([actual], [attended(query, keys, LATENT, 0.2, padding)])
 
 
 def test_shares_may_be_many() -> None:
     """More than a launch by itself would make."""
     query, keys = guarded(1, 2, 1, 56, dtype=torch.float32), guarded(1, 3000, 56, dtype=torch.float32, seed=1)
-    expected = mla.mla_decode_definition(query, keys, 40, 0.2)
-    assert_near([mla.mla_decode_launch(query, keys, 40, 0.2, splits=100)], [expected])
+    assert_near([decode.mla_decode_launch(query, keys, 40, 0.2, splits=180)], [attended(query, keys, 40, 0.2)])
+
+
+def test_features_of_several_programs_that_add_shares() -> None:
+    """A latent of 200: two programs of 128 features a row, the second not full."""
+    query, keys = guarded(1, 2, 1, 216, dtype=torch.float32), guarded(1, 90, 216, dtype=torch.float32, seed=1)
+    assert_near([decode.mla_decode_launch(query, keys, 200, 0.1, splits=3)], [attended(query, keys, 200, 0.1)])
+
+
+def test_a_single_share_is_written_by_one_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "mla_combine_kernel", None)
+    query, keys = queries_and_keys(3, 1, 37, torch.float16)
+    assert_near([decode.mla_decode_launch(query, keys, LATENT, 0.2, splits=1)], [attended(query, keys, LATENT, 0.2)])
+    with pytest.raises(TypeError):
+        decode.mla_decode_launch(query, keys, LATENT, 0.2, splits=2)
 
 
 @both
@@ -180,13 +237,23 @@ def test_grouped_product(sizes: list[int], transposed: bool, dtype: torch.dtype)
     rows = guarded(sum(sizes), 37, dtype=dtype)
     weights = guarded(len(sizes), *((37, 67) if transposed else (67, 37)), dtype=dtype, seed=1)
     weights = weights.mT if transposed else weights
-    expected = grouped.grouped_product_definition(rows, weights, ends)
-    assert_near([grouped.grouped_product_launch(rows, weights, ends)], [expected])
+    expected = products.grouped_product(rows, weights, ends)
+    assert_near([experts.grouped_product_launch(rows, weights, ends)], [expected])
+
+
+def test_more_groups_than_torch_takes() -> None:
+    ends = torch.tensor([*[0] * 1100, 2, 3], dtype=torch.int32)
+    rows, weights = guarded(3, 5, dtype=torch.float16), guarded(1102, 7, 5, dtype=torch.float16, seed=1)
+    expected = products.grouped_product(rows, weights, ends)
+    assert_near([experts.grouped_product_launch(rows, weights, ends)], [expected])
+
+
+# The layer, and the operators
 
 
 @pytest.mark.parametrize("form", ["absorbed", "auto"])
 def test_the_whole_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every place where the layer calls a kernel, as if its CPU tensors were on a GPU: prompt, steps, and gradients."""
+    """Every place where the layer calls a kernel: prompt, steps, and gradients."""
     layer = randomised(DeepseekV2DecoderLayer(replace(SMALL, mla_form=form), layer_idx=1)).float()
     x = tokens(2, 6, torch.float32)
     padding = torch.arange(6) >= torch.tensor([[0], [2]])
@@ -205,20 +272,119 @@ def test_the_whole_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         layer(leaf)[0].square().mean().backward()
         return [*parts, cache.tokens, leaf.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
-    called: list[str] = []
+    launched: list[str] = []
+    for module, name in ((norm, "rms_norm_backward_launch"), (experts, "grouped_product_launch")):
+        launch = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, name=name, launch=launch: (launched.append(name), launch(*args))[1]
+        )
+    with ops.plain():
+        expected = run()
+    assert launched == []
+    with ops.watch() as choices:
+        assert_near(run(), expected)
+    ways = {choice.way for choice in choices}
+    assert {"triton norm", "triton add and norm", "triton rotation", "triton decoding", "grouped"} <= ways
+    assert set(launched) == {"rms_norm_backward_launch", "grouped_product_launch"}
 
-    def launches(*_: Tensor) -> bool:
-        called.append(inspect.stack()[1].function)
-        return True
 
-    expected = run()
-    monkeypatch.setattr(kernels, "serve", lambda *tensors: tensors[0].dtype == torch.float32)
-    monkeypatch.setattr(ops, "serve", launches)
-    monkeypatch.setattr("dsv2_ref.grouped._triton_should", launches)
-    assert_near(run(), expected)
-    assert {"_rms_norm", "_add_rms_norm", "_rms_norm_backward", "_rotate", "_mla_decode", "_grouped_product"} <= set(
-        called
-    )
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    x, weight = normal(2, 3, 8).requires_grad_(), normal(8, seed=1).requires_grad_()
+    cos, sin = normal(2, 1, 3, 4), normal(2, 1, 3, 4, seed=1)
+    padding = torch.tensor([[False, True, True], [True, True, True]])
+    named = torch.ops.dsv2_ref
+    return {
+        "rms_norm": (named.rms_norm.default, (x, weight, 1e-6)),
+        "rms_norm of a view": (named.rms_norm.default, (normal(3, 2, 8).mT.mT.transpose(0, 1), normal(8), 1e-6)),
+        "add_rms_norm": (
+            named.add_rms_norm.default,
+            (x, normal(2, 3, 8, seed=2).requires_grad_(), weight, 1e-6),
+        ),
+        "rms_norm_backward": (
+            named.rms_norm_backward.default,
+            (x.detach(), normal(2, 3, 8, seed=2), weight.detach(), normal(2, 3).abs()),
+        ),
+        "rotate": (named.rotate.default, (normal(2, 2, 3, 8).requires_grad_(), cos, sin, False)),
+        "mla_decode": (named.mla_decode.default, (normal(2, 2, 1, 8), normal(2, 3, 8), 6, 0.3, padding)),
+        "mla_decode in shares": (named.mla_decode.default, (normal(2, 2, 1, 8), normal(2, 300, 8), 6, 0.3, None)),
+        "grouped_product": (
+            named.grouped_product.default,
+            (normal(5, 8), normal(3, 7, 8), torch.tensor([2, 2, 5], dtype=torch.int32)),
+        ),
+    }
+
+
+@pytest.mark.without_bands
+@pytest.mark.parametrize("name", samples())
+def test_operators_keep_their_word(name: str) -> None:
+    torch.library.opcheck(*samples()[name])
+
+
+def test_gradients_of_operators_are_the_definitions() -> None:
+    """In float32; by both results of the fused addition and norm."""
+    given = [normal(2, 3, 8), normal(2, 3, 8, seed=1), normal(8, seed=2)]
+    upstream = normal(2, 3, 8, seed=3), normal(2, 3, 8, seed=4)
+    mine = [x.clone().requires_grad_() for x in given]
+    total, normed = operators.add_rms_norm(*mine, 1e-6)
+    torch.autograd.backward((total, normed), upstream)
+    update, residual, weight = (x.double().requires_grad_() for x in given)
+    exact = residual + update
+    unit = exact * exact.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    torch.autograd.backward((exact, weight * unit), [g.double() for g in upstream])
+    assert_near([total.detach(), normed.detach()], [exact.float().detach(), (weight * unit).float().detach()])
+    assert_near([x.grad for x in mine], [x.grad.float() for x in (update, residual, weight) if x.grad is not None])
+    x, cos, sin = normal(3, 8).requires_grad_(), normal(3, 4), normal(3, 4, seed=1)
+    operators.rotate(x, cos, sin).backward(upstream[0][0])
+    leaf = x.detach().clone().requires_grad_()
+    rotate_interleaved(leaf, cos, sin).backward(upstream[0][0])
+    assert_near([x.grad], [leaf.grad])
+
+
+def test_operators_take_a_single_token() -> None:
+    x, weight = normal(8), normal(8, seed=1)
+    assert_near([operators.rms_norm(x, weight, 1e-6)], [normalise(x, weight)[0]])
+    assert_near(operators.add_rms_norm(x, x, weight, 1e-6), [x + x, normalise(x + x, weight)[0]])
+
+
+def test_decoding_refuses_gradients() -> None:
+    out = operators.mla_decode(normal(1, 2, 1, 6).requires_grad_(), normal(1, 5, 6), 4, 0.5)
+    with pytest.raises(RuntimeError, match="gives no gradients"):
+        out.sum().backward()
+
+
+def test_gradients_that_operators_do_not_give_are_refused() -> None:
+    """Instead of none, or an error from inside: a gradient's gradient, and the gradient of the rotation's tables."""
+    x, weight = normal(2, 8).requires_grad_(), normal(8).requires_grad_()
+    for out in (operators.rms_norm(x, weight, 1e-6), operators.add_rms_norm(x, x, weight, 1e-6)[1]):
+        grad = torch.autograd.grad(out.square().sum(), x, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=r"run within ops\.plain\(\)"):
+            grad.sum().backward()
+    cos, sin = normal(2, 4).requires_grad_(), normal(2, 4, seed=1)
+    with pytest.raises(RuntimeError, match="gives its tables no gradients"):
+        operators.rotate(x, cos, sin).sum().backward()
+
+
+@pytest.mark.without_bands
+def test_compiled_decoding_through_the_operators() -> None:
+    """As on a GPU: one graph for any place."""
+    layer, x = randomised(DeepseekV2DecoderLayer(SMALL, layer_idx=1)).float(), tokens(2, 12, torch.float32)
+    compiler = CompileCounterWithBackend("aot_eager")
+    with torch.no_grad():
+        with ops.plain():
+            expected = layer(x)[0][:, 8:]
+            _, cache = layer(x[:, :8], use_cache=True)
+        run, parts = torch.compile(layer, fullgraph=True, backend=compiler), []
+        for place in range(8, 12):
+            out, cache = run(x[:, place : place + 1], past_key_value=cache, use_cache=True)
+            parts.append(out)
+    assert_near([torch.cat(parts, dim=1)], [expected])
+    called = {str(node.target) for graph in compiler.graphs for node in graph.graph.nodes}
+    assert any("mla_decode" in name for name in called), called
+    assert compiler.frame_count <= 2
 
 
 # Planted faults
@@ -242,15 +408,13 @@ def test_a_lost_mask_of_a_load_shows_in_the_result(tmp_path: Path) -> None:
     faulty = altered(norm, "+ feature, mask=inside, other=0.0)", "+ feature)", tmp_path)
     x, weight = guarded(1, 7, dtype=torch.float32), guarded(7, dtype=torch.float32)
     with pytest.raises(AssertionError):
-        assert_near(
-            faulty.add_rmsnorm_launch(x, None, weight, 1e-6)[1:], norm.add_rmsnorm_definition(x, None, weight, 1e-6)[1:]
-        )
+        assert_near(faulty.rms_norm_launch(x, weight, 1e-6), normalise(x, weight))
 
 
 def add_rmsnorm(module: Any) -> None:
     x, weight = guarded(3, 7, dtype=torch.float32), guarded(7, dtype=torch.float32, seed=1)
-    _, _, inverse = module.add_rmsnorm_launch(x, x, weight, 1e-6)
-    module.add_rmsnorm_backward_launch(x, x, weight, inverse)
+    _, _, inverse = module.add_rms_norm_launch(x, x, weight, 1e-6)
+    module.rms_norm_backward_launch(x, x, weight, inverse)
 
 
 def turn(module: Any) -> None:
@@ -258,9 +422,10 @@ def turn(module: Any) -> None:
     module.rotate_launch(guarded(5, 6, dtype=torch.float32), cos, sin)
 
 
-def decode(module: Any) -> None:
+def look(module: Any) -> None:
     query, keys = guarded(1, 3, 1, 56, dtype=torch.float32), guarded(1, 40, 56, dtype=torch.float32, seed=1)
-    module.mla_decode_launch(query, keys, 40, 0.2)
+    module.mla_decode_launch(query, keys, 40, 0.2, splits=1)
+    module.mla_decode_launch(query, keys, 40, 0.2, splits=2)
 
 
 def multiply(module: Any) -> None:
@@ -274,15 +439,15 @@ LOST: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
     "gradient by input": (norm, add_rmsnorm, "dx.to(x.dtype), mask=inside)", "dx.to(x.dtype))"),
     "gradient by weight": (norm, add_rmsnorm, "share, mask=inside)", "share)"),
     "rotated": (rotate, turn, "both.to(turned.dtype), mask=inside)", "both.to(turned.dtype))"),
-    "log-sums": (mla, decode, 'float("-inf")), mask=row < rows)', 'float("-inf")))'),
-    "rows of shares": (mla, decode, "mask=real & (c < latent)[None, :])\n\n\n@jit", "mask=(c < latent)[None, :])\n\n\n@jit"),
-    "columns of shares": (mla, decode, "mask=real & (c < latent)[None, :])\n\n\n@jit", "mask=real)\n\n\n@jit"),
-    "attended": (mla, decode, "element_ty), mask=c < latent)", "element_ty))"),
+    "log-sums": (decode, look, "log_sum, mask=row < rows)", "log_sum)"),
+    "rows of shares": (decode, look, "left, mask=real & (c < latent))", "left, mask=c < latent)"),
+    "columns of shares": (decode, look, "right, mask=real & (c + LATENT // 2 < latent))", "right, mask=real)"),
+    "attended": (decode, look, "element_ty), mask=c < latent)", "element_ty))"),
     "rows of a product": (
-        grouped, multiply, "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(column < outputs)[None, :]",
+        experts, multiply, "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(column < outputs)[None, :]",
     ),
     "columns of a product": (
-        grouped, multiply, "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(row < end)[:, None]",
+        experts, multiply, "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(row < end)[:, None]",
     ),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as native
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
 
 from dsv2_ref import DeepseekV2Config
+from dsv2_ref.moe import RoutedExperts
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -142,8 +143,8 @@ def run_ours(module: nn.Module, hidden_states: Tensor, calls: Calls, with_weight
         )
         outputs.append(output)
     assert present is not None
-    remembered = present.split(getattr(module, "self_attn", module).kv_lora_rank)
-    return Ran(torch.cat(outputs, 1), *remembered, weights=weights[0] if weights else None)
+    cached = present.split(getattr(module, "self_attn", module).kv_lora_rank)
+    return Ran(torch.cat(outputs, 1), *cached, weights=weights[0] if weights else None)
 
 
 class Float64Inside(TorchFunctionMode):
@@ -181,8 +182,8 @@ def run_theirs(module: nn.Module, hidden_states: Tensor, calls: Calls) -> Ran:
             )
             output, weights = result if isinstance(result, tuple) else (result, None)
             outputs.append(output)
-    remembered = cache.layers[getattr(module, "self_attn", module).layer_idx]
-    return Ran(torch.cat(outputs, 1), remembered.keys[:, 0], remembered.values[:, 0], weights)
+    cached = cache.layers[getattr(module, "self_attn", module).layer_idx]
+    return Ran(torch.cat(outputs, 1), cached.keys[:, 0], cached.values[:, 0], weights)
 
 
 def native_config(config: DeepseekV2Config) -> NativeConfig:
@@ -232,6 +233,18 @@ def randomised(module: Module, dtype: torch.dtype = torch.float64, seed: int = 0
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     return module.to(dtype).eval()
+
+
+def experts_with(gate_up_proj: Tensor, down_proj: Tensor) -> RoutedExperts:
+    """Routed experts that hold copies of these weights, (E, 2I, D) and (E, D, I)."""
+    number, hidden, width = down_proj.shape
+    config = replace(
+        SMALL, hidden_size=hidden, moe_intermediate_size=width, n_routed_experts=number, num_experts_per_tok=1
+    )
+    experts = RoutedExperts(config)
+    experts.gate_up_proj = nn.Parameter(gate_up_proj.detach().clone())
+    experts.down_proj = nn.Parameter(down_proj.detach().clone())
+    return experts
 
 
 def tokens(batch: int, seq: int, dtype: torch.dtype, seed: int = 1, width: int = SMALL.hidden_size) -> Tensor:

@@ -2,8 +2,8 @@
 
 Tensors that were asked for on "cuda" are marked, by their storage, and so is whatever is computed from them. A marked tensor
 says that it is on CUDA, does not meet an unmarked one in an operation, cannot become a NumPy array, shows its device when
-printed, and ends the run at an assertion that only a GPU would notice later. Fused kernels are chosen as on a GPU and computed
-by their definitions. Numbers are the CPU's: what another order of sums changes is for a real GPU to show.
+printed, and ends the run at an assertion that only a GPU would notice later. Fused kernels are switched off: the definitions
+serve. Numbers are the CPU's: what another order of sums changes is for a real GPU to show.
 """
 
 import os
@@ -106,6 +106,7 @@ class PretendCuda(TorchFunctionMode):
 def begin() -> PretendCuda:
     """From here on, in this process, there is a GPU."""
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    os.environ["DSV2_KERNELS"] = "0"  # there is nothing to run them
     h100 = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80e9, multi_processor_count=132)
     torch.cuda.is_available = lambda: True
     torch.cuda.synchronize = lambda *_: None

@@ -5,8 +5,6 @@ tokens use, and the sums of the report are held against what modules hold, are g
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv2_ref import (
     DeepseekV2Config,
@@ -22,10 +22,8 @@ from dsv2_ref import (
     DeepseekV2ForCausalLM,
     DeepseekV2MLP,
     DeepseekV2RMSNorm,
-    multi_head,
 )
 from dsv2_ref import accounting as acc
-from dsv2_ref import attention as latent_attention
 from dsv2_ref.__main__ import main
 from tests.test_accounting import PRESETS, configs, preset
 
@@ -39,18 +37,23 @@ def calls(draw: st.DrawFn) -> acc.Call:
     return acc.Call(batch=batch, seq=seq, kv=seq + past, form=form, dtype=draw(st.sampled_from(sorted(BITS))))
 
 
-@contextmanager
-def turned() -> Iterator[list[int]]:
-    """How many numbers each rotation is given, while it is open."""
-    sizes: list[int] = []
+class Rotated(TorchDispatchMode):
+    """Elements that rotations multiply by a cosine: each of a rotated tensor, once."""
 
-    def watched(rotate: Any) -> Any:
-        return lambda x, cos, sin: (sizes.append(x.numel()), rotate(x, cos, sin))[1]
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self._cosines: set[StorageWeakRef] = set()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latent_attention, "rotate_interleaved", watched(latent_attention.rotate_interleaved))
-        patch.setattr(multi_head, "rotate_half_split", watched(multi_head.rotate_half_split))
-        yield sizes
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        tensors = [x for x in args if isinstance(x, Tensor) and x.ndim > 0]
+        by_cosine = name == "mul" and any(StorageWeakRef(x.untyped_storage()) in self._cosines for x in tensors)
+        if name == "cos" or (by_cosine and len(tensors) == 1):  # a scaled table of cosines is one too
+            self._cosines.add(StorageWeakRef(out.untyped_storage()))
+        elif by_cosine:
+            self.elements += out.numel()
+        return out
 
 
 def numbers(layer: DeepseekV2DecoderLayer, call: acc.Call) -> dict[str, int]:
@@ -67,14 +70,14 @@ def numbers(layer: DeepseekV2DecoderLayer, call: acc.Call) -> dict[str, int]:
     if past := call.kv - call.seq:
         cache = cache.append(torch.randn(call.batch, past, *layer.self_attn.cache_features).double())
     x = torch.randn(call.batch, call.seq, hidden).double()
-    with torch.no_grad(), turned() as sizes:
+    with torch.no_grad(), Rotated() as rotated:
         out, weights = layer(x, past_key_value=cache, output_attentions=True)
     for hook in hooks:
         hook.remove()
     norms = [module for module in layer.modules() if isinstance(module, DeepseekV2RMSNorm)]
     found |= {
         "norms": call.tokens * sum(norm.weight.numel() for norm in norms),
-        "rotary": sum(sizes),
+        "rotary": rotated.elements,
         "softmax": int((weights > 0).sum()),
         "scores": weights.numel(),
         "residual": 2 * out.numel(),

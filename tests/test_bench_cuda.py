@@ -35,6 +35,8 @@ def sizes(name: str) -> Any:
         "layer-prefill": lambda dtype: cuda._from_work(work.layer(dtype, 12, 12)),
         "add-rmsnorm": lambda dtype: cuda._add_rmsnorm(dtype, 5),
         "rotation": lambda dtype: cuda._rotation(dtype, 5),
+        "attend-decode": lambda dtype: cuda._attend_decode(dtype, 3, 20),
+        "sdpa-backends": lambda dtype: cuda._sdpa_backends(dtype, 9),
     }[name]
 
 
@@ -49,6 +51,22 @@ NAMES = [
     "layer-decode",
     "layer-prefill",
 ]
+
+
+def test_the_kernel_is_timed_by_batch_whether_or_not_the_layer_would_choose_it(small: None) -> None:
+    assert {f"attend-decode-{batch}" for batch in (1, 8, 32, 64, 128)} <= cuda.CONTESTS.keys()
+    row = cuda.measure(sizes("attend-decode")(torch.float32), torch.float32, gpu.from_python, rounds=1)
+    assert list(row["seconds"]) == ["ours, kernel", "without kernels, products"]
+
+
+def test_backends_are_timed_and_one_that_cannot_is_left_out(small: None) -> None:
+    """A CPU has flash alone, and that only for values as wide as keys."""
+    row = cuda.measure(sizes("sdpa-backends")(torch.float32), torch.float32, gpu.from_python, rounds=1)
+    assert row["wrong"] == {}
+    assert list(row["seconds"]) == ["ours, sdpa", "backend, flash, padded"]
+    assert len(row["not_measured"]) == 5
+    assert not cuda.failed([row])
+    assert any("backend, flash, padded: " in line and line.endswith(" ms") for line in cuda.notes([row]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""What a layer remembers: its size to the byte, appending without copying, values that stay, gradients."""
+"""What a layer caches: its size to the byte, appending without copying, values that stay, gradients."""
 
 import copy
 import io
@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_ref import DeepseekV2Attention, DeepseekV2Config, DeepseekV2DecoderLayer, KeyValueCache, LatentCache
+from dsv2_ref import DeepseekV2Attention, DeepseekV2Config, DeepseekV2DecoderLayer, KeyValueCache, LatentCache, ops
+from dsv2_ref.attention import Visibility, attend
 from dsv2_ref.cache import LayerCache
 from tests.peers import SMALL, assert_close, randomised, tokens
 
@@ -22,7 +23,7 @@ both_kinds = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
-def numbers_a_token(config: DeepseekV2Config) -> int:
+def elements_per_token(config: DeepseekV2Config) -> int:
     if config.use_mla:
         return (config.kv_lora_rank or 0) + config.qk_rope_head_dim
     heads = config.num_key_value_heads or config.num_attention_heads
@@ -40,6 +41,11 @@ def latent_cache(length: int, capacity: int | None = None, batch: int = 2, width
     return empty.append(numbered(0, length, batch, width))
 
 
+def place_of(cache: LayerCache) -> int:
+    """Where the storage of the cached tokens begins in memory."""
+    return cache.tokens.untyped_storage().data_ptr()
+
+
 def numbered(start: int, stop: int, batch: int = 2, width: int = 3) -> Tensor:
     return torch.arange(start, stop, dtype=torch.float32)[:, None].expand(batch, -1, width)
 
@@ -55,10 +61,10 @@ def test_bytes_equal_the_formula(config: DeepseekV2Config, dtype: torch.dtype) -
     assert type(cache) is (LatentCache if config.use_mla else KeyValueCache)
     assert cache.tokens.dtype == dtype
     assert len(cache) == cache.length == 5
-    assert cache.nbytes == 3 * 5 * numbers_a_token(config) * dtype.itemsize
+    assert cache.nbytes == 3 * 5 * elements_per_token(config) * dtype.itemsize
     _, cache = layer(tokens(3, 2, dtype), past_key_value=cache, use_cache=True)
-    assert cache.nbytes == 3 * 7 * numbers_a_token(config) * dtype.itemsize
-    assert cache.nbytes <= cache.reserved_nbytes == cache._storage.buffer.untyped_storage().nbytes()
+    assert cache.nbytes == 3 * 7 * elements_per_token(config) * dtype.itemsize
+    assert cache.nbytes <= cache.reserved_nbytes == cache.tokens.untyped_storage().nbytes()
 
 
 @both_kinds
@@ -68,7 +74,7 @@ def test_a_cache_made_to_measure_reserves_nothing_else(config: DeepseekV2Config)
     assert cache.nbytes == 0
     for chunk in (4, 1, 4):
         _, cache = layer(tokens(2, chunk, torch.bfloat16), past_key_value=cache, use_cache=True)
-    assert cache.nbytes == cache.reserved_nbytes == 2 * 9 * numbers_a_token(config) * 2
+    assert cache.nbytes == cache.reserved_nbytes == 2 * 9 * elements_per_token(config) * 2
 
 
 @both_kinds
@@ -77,7 +83,7 @@ def test_a_call_that_keeps_nothing_reserves_nothing(config: DeepseekV2Config) ->
     assert len(out) == 1
 
 
-def test_views_of_what_is_remembered() -> None:
+def test_views_of_what_is_cached() -> None:
     _, cache = layer_of(SMALL)(tokens(2, 5, torch.float64), use_cache=True)
     compressed_kv, k_pe = cache.split(SMALL.kv_lora_rank)
     assert compressed_kv.shape == (2, 5, SMALL.kv_lora_rank)
@@ -97,10 +103,10 @@ def test_repr_says_what_it_is() -> None:
 
 def test_appending_within_the_room_copies_nothing() -> None:
     cache = latent_cache(2, capacity=10)
-    place = cache.tokens.data_ptr()
+    place = place_of(cache)
     for length in range(2, 10):
         cache = cache.append(numbered(length, length + 1))
-        assert cache.tokens.data_ptr() == place
+        assert place_of(cache) == place
     assert torch.equal(cache.tokens, numbered(0, 10))
 
 
@@ -108,9 +114,9 @@ def test_growing_copies_each_token_five_times_at_most() -> None:
     """Room grows by a quarter each time, so that copies sum to 1 + 4/5 + (4/5)² + … = 5 times the tokens."""
     appended, copied, cache = 3000, 0, latent_cache(0)
     for length in range(appended):
-        place = cache._storage
+        place = place_of(cache)
         cache = cache.append(numbered(length, length + 1))
-        copied += length * (cache._storage is not place)
+        copied += length * (place_of(cache) != place)
     assert torch.equal(cache.tokens, numbered(0, appended))
     assert copied <= 5 * appended
     assert cache.reserved_nbytes <= 1.25 * cache.nbytes + 64 * cache.nbytes / appended
@@ -120,12 +126,12 @@ def test_an_older_cache_keeps_its_value_and_its_room_is_given_away_once() -> Non
     old = latent_cache(3, capacity=10)
     first = old.append(numbered(3, 5))
     second = old.append(numbered(7, 8))
-    assert first._storage is old._storage
-    assert second._storage is not old._storage
+    assert place_of(first) == place_of(old)
+    assert place_of(second) != place_of(old)
     assert torch.equal(old.tokens, numbered(0, 3))
     assert torch.equal(first.tokens, numbered(0, 5))
     assert second.tokens[0, :, 0].tolist() == [0, 1, 2, 7]
-    assert first.append(numbered(5, 6))._storage is first._storage
+    assert place_of(first.append(numbered(5, 6))) == place_of(first)
 
 
 def test_selected_sequences_are_a_copy() -> None:
@@ -153,7 +159,7 @@ def test_an_empty_cache_is_no_cache(config: DeepseekV2Config) -> None:
 @both_kinds
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 def test_gradients_flow_through_the_cache(config: DeepseekV2Config, form: str) -> None:
-    """Chunks that remember one another train what one pass trains."""
+    """Chunks that attend to one another train what one pass trains."""
     layer = layer_of(replace(config, mla_form=form))
     inputs = [tokens(2, 6, torch.float64).requires_grad_() for _ in range(2)]
     cotangent = tokens(2, 6, torch.float64, seed=2)
@@ -179,11 +185,11 @@ def test_queries_are_trained_over_keys_that_are_not(config: DeepseekV2Config, fo
     layer.input_layernorm.requires_grad_(False)
     x = tokens(batch, 4, torch.float64)
     parts, cache = [], layer.self_attn.empty_cache(batch, capacity=4)
-    storage = cache._storage
+    place = place_of(cache)
     for chunk in x.split([2, 1, 1], dim=1):
         part, _, cache = layer.self_attn(chunk, past_key_value=cache, use_cache=True)
         parts.append(part)
-        assert cache._storage is storage
+        assert place_of(cache) == place
     weight = layer.self_attn.get_parameter("q_b_proj.weight" if config.use_mla else "q_proj.weight")
     (chunked,) = torch.autograd.grad(torch.cat(parts, dim=1).square().sum(), weight)
     (whole,) = torch.autograd.grad(layer.self_attn(x)[0].square().sum(), weight)
@@ -233,25 +239,24 @@ def test_a_copy_goes_on_by_itself(config: DeepseekV2Config, copied: Callable[[La
     assert_close(layer(x[:, 2:], past_key_value=twin)[0], layer(x)[0][:, 2:], "output")
 
 
-def test_rounding_up_shows_zeros_and_only_room_that_nobody_wrote_to() -> None:
-    cache = LatentCache.empty(0, batch=2, features=(3,), capacity=16, dtype=torch.float32, device="cpu")
-    cache = cache.append(torch.ones(2, 5, 3))
-    assert cache.rounded_up(8).shape == (2, 8, 3)
-    assert torch.equal(cache.rounded_up(8)[:, :5], cache.tokens)
-    assert torch.equal(cache.rounded_up(8)[:, 5:], torch.zeros(2, 3, 3))
-    assert cache.rounded_up(5).shape == (2, 5, 3)  # a multiple already
-    assert cache.rounded_up(32).shape == (2, 5, 3)  # no room for so many
-    grown = cache.append(torch.full((2, 1, 3), float("inf")))
-    assert cache.rounded_up(8).shape == (2, 5, 3)  # another cache has gone on from here
-    assert grown.rounded_up(8).shape == (2, 8, 3)
+# Room after the cached tokens, which a way for one query in half precision reads along
+
+ROUNDED = "cpu rounded keys"
+
+
+def ways_of_attend(choices: list[ops.Choice]) -> list[str]:
+    return [choice.way for choice in choices if choice.definition == "attend"]
+
+
+def absorbed_attention() -> DeepseekV2Attention:
+    return randomised(DeepseekV2Attention(replace(SMALL, mla_form="absorbed"), 0), torch.bfloat16)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [None, "padding", "additive"])
 def test_rounding_up_changes_no_output(mask: str | None) -> None:
     """One query in half precision, over a cache with room to round up to and over one without."""
-    attention = DeepseekV2Attention(replace(SMALL, mla_form="absorbed"), 0)
-    attention = randomised(attention, torch.bfloat16)
+    attention = absorbed_attention()
     x = tokens(2, 71, torch.bfloat16)
     given = {
         None: None,
@@ -259,11 +264,50 @@ def test_rounding_up_changes_no_output(mask: str | None) -> None:
         "additive": torch.zeros(2, 1, 1, 71).masked_fill(torch.arange(71) % 3 == 1, -1e4),
     }[mask]
     outputs = []
-    for capacity, rounded in ((71, 71), (128, 128)):
+    for capacity, way in ((71, "products"), (128, ROUNDED)):
         cache = attention.empty_cache(batch=2, capacity=capacity)
         _, _, cache = attention(x[:, :70], past_key_value=cache, use_cache=True)
-        output, _, cache = attention(x[:, 70:], given, past_key_value=cache, use_cache=True)
-        assert cache.rounded_up(64).shape[1] == rounded
+        with ops.watch() as choices:
+            output, _, cache = attention(x[:, 70:], given, past_key_value=cache, use_cache=True)
+        assert ways_of_attend(choices) == [way]
         outputs.append(output.float())
     # Sums in another order round differently at a few places; 57 zero keys in the softmax would be another result.
     assert (outputs[0] - outputs[1]).norm() < 2**-7 * outputs[0].norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("after", [3.0, float("inf"), float("nan")])
+def test_what_another_cache_wrote_into_the_room_is_never_seen(after: float) -> None:
+    """An old cache is attended to again, after a later one has put tokens of its own behind the cached ones."""
+    attention = absorbed_attention()
+    x = tokens(2, 5, torch.bfloat16)
+    cache = attention(x[:, :4], past_key_value=attention.empty_cache(2, capacity=64), use_cache=True)[2]
+    query = tokens(2, SMALL.num_attention_heads, torch.bfloat16, width=cache.tokens.shape[-1])[:, :, None]
+
+    def attend_to_all() -> tuple[Tensor, list[str]]:
+        key = cache.tokens[:, None]
+        value = key[..., : SMALL.kv_lora_rank]
+        with ops.watch() as choices:
+            out, _ = attend(query, key, value, Visibility(1, 4, x.device), 0.25, implementation="products")
+        return out, ways_of_attend(choices)
+
+    before, ways = attend_to_all()
+    assert ways == [ROUNDED]
+    grown = cache.append(torch.full_like(cache.tokens[:, :1], after))
+    assert place_of(grown) == place_of(cache)
+    out, ways = attend_to_all()
+    # Sums over 4 keys and over 64, of which 60 count nothing, may round differently.
+    assert (out.float() - before.float()).norm() <= 2**-7 * before.float().norm()
+    assert ways == ([ROUNDED] if after == 3.0 else ["products"])
+
+
+@both_kinds
+def test_room_comes_with_the_first_token_that_is_appended(config: DeepseekV2Config) -> None:
+    """A prompt without a cache reserves what it takes: in training nothing more is ever needed."""
+    layer, x = layer_of(config).requires_grad_(False), tokens(2, 6, torch.float64)
+    _, cache = layer(x[:, :4], use_cache=True)
+    assert cache.reserved_nbytes == cache.nbytes
+    _, cache = layer(x[:, 4:5], past_key_value=cache, use_cache=True)
+    assert cache.reserved_nbytes > cache.nbytes
+    _, longer = layer(x[:, 5:], past_key_value=cache, use_cache=True)
+    assert place_of(longer) == place_of(cache)

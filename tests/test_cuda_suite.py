@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -11,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 SLOW = "not 8191 and not 40000"  # long contexts, which a GPU reads in no time
 
 
-def suite(before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def suite(before: str, *arguments: str, device: str = "cpu") -> subprocess.CompletedProcess[str]:
     """In a process of its own, after running ``before`` there."""
     program = f"{before}\nimport sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))"
     options = ["-q", "-p", "no:cacheprovider", "--color=no", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"DSV2_TEST_DEVICE": "cpu"}
+    environment |= {"DSV2_TEST_DEVICE": device}
     return subprocess.run(
         [sys.executable, "-c", program, *options], cwd=ROOT, capture_output=True, text=True, env=environment
     )
@@ -56,6 +57,45 @@ def test_a_planted_fault_turns_it_red(fault: str) -> None:
     done = suite(before, "tests/cuda/test_layer_cuda.py", "-k", chosen)
     assert done.returncode == 1, done.stdout + done.stderr
     assert " failed" in done.stdout, done.stderr
+
+
+FUSED = (
+    "test_add_",
+    "test_norm_",
+    "test_rotation",
+    "test_mla_",
+    "test_grouped_",
+    "kernels",
+    "waits[experts",
+    "replayed[experts",
+)
+"""Parts of the names of tests that call fused kernels, or need them."""
+
+ALREADY_IMPORTED = "ignore:Module already imported so cannot be rewritten"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_an_old_gpu_is_spared_what_it_cannot_do(capability: tuple[int, int], tmp_path: Path) -> None:
+    """On a GPU that is only pretended, and without running the bodies of the tests."""
+    before = f"""
+from tests import pretend_cuda
+pretend_cuda.begin()
+import torch
+torch.cuda.get_device_capability = lambda *_: {capability}
+from dsv2_ref.fast import triton
+triton.cannot_compile = lambda: ""
+"""
+    report = tmp_path / "report.xml"
+    done = suite(before, "tests/cuda", "--setup-only", "-W", ALREADY_IMPORTED, f"--junitxml={report}", device="cuda")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    cases = {
+        case.get("name", ""): case.find("skipped") is not None for case in ElementTree.parse(report).iter("testcase")
+    }
+    assert len(cases) > 500
+    old = capability < (8, 0)
+    for name, skipped in cases.items():
+        spared = old and ("bf16" in name or any(part in name for part in FUSED))
+        assert skipped == spared, name
 
 
 def test_without_a_gpu_it_is_skipped() -> None:

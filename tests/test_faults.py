@@ -1,4 +1,4 @@
-"""Slips that readers and ports make, planted one by one: the checks of the other files must each find theirs."""
+"""Mistakes that readers and ports make, planted one by one: the checks of the other files must each find theirs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref import DeepseekV2Attention, DeepseekV2RMSNorm, MoEGate, attention, attention_base, moe, multi_head
-from dsv2_ref.masks import Visibility
+from dsv2_ref import DeepseekV2Attention, DeepseekV2RMSNorm, MoEGate, mha, mla, moe, rope
+from dsv2_ref.attention import Visibility
 from dsv2_ref.rope import rotate_half_split, rotate_interleaved
 from tests import test_against_transformers as transformers_tests
 from tests import test_bfloat16 as bfloat16_tests
@@ -50,12 +50,12 @@ def latent_norm_with_the_layers_epsilon(module: Any) -> None:
 
 def positions_changed(change: Callable[[Tensor, int], Tensor]) -> Plant:
     """``change`` gets the positions of a call's tokens and the number of keys they see."""
-    tables = attention_base.rotary_tables
+    tables = mla.rotary_tables
 
     def changed(position_ids: Tensor, *args: Any, kv_length: int, **kwargs: Any) -> Any:
         return tables(change(position_ids, kv_length), *args, kv_length=kv_length, **kwargs)
 
-    return replaced(attention_base, "rotary_tables", changed)
+    return replaced(mla, "rotary_tables", changed)
 
 
 def last_key_seen(place: Callable[[Visibility, Tensor], Tensor]) -> Plant:
@@ -73,8 +73,10 @@ def blind_queries_see_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Visibility, "block", lambda self, start, stop: (block(self, start, stop)[0], None))
 
 
-def scores_in_bfloat16(self: MoEGate, hidden_states: Tensor) -> Tensor:
-    return F.linear(hidden_states.flatten(0, 1), self.weight).float().softmax(dim=-1)
+def scores_in_bfloat16(self: MoEGate, hidden_states: Tensor) -> tuple[Tensor, Tensor, None]:
+    scores = F.linear(hidden_states.flatten(0, 1), self.weight).float().softmax(dim=-1)
+    topk_weight, topk_idx = scores.topk(self.top_k)
+    return topk_idx, topk_weight, None
 
 
 def rounded_once(self: DeepseekV2RMSNorm, hidden_states: Tensor) -> Tensor:
@@ -109,11 +111,11 @@ FAULTS: Mapping[str, Fault] = {
         attend("yarn"),
     ),
     "latent attention rotates halves": Fault(
-        replaced(attention, "rotate_interleaved", rotate_half_split),
+        replaced(rope, "rotate_interleaved", rotate_half_split),
         attend("plain"),
     ),
     "plain attention rotates neighbours": Fault(
-        replaced(multi_head, "rotate_half_split", rotate_interleaved),
+        replaced(mha, "rotate_half_split", rotate_interleaved),
         partial(oracle_tests.check_layer, oracle_tests.ALL["mha"], 1, CALLS["prefill"]),
     ),
     "no norm of the latent": Fault(
@@ -140,7 +142,7 @@ FAULTS: Mapping[str, Fault] = {
         blind_queries_see_everything,
         partial(oracle_tests.check_mask, COMMON["plain"], "bool_true_keeps"),
     ),
-    "positions off by one behind a cache": Fault(
+    "positions off by one after a cache": Fault(
         positions_changed(lambda position_ids, kv_length: position_ids + int(kv_length > position_ids.shape[1])),
         attend("plain", "prefill_then_decode"),
     ),
@@ -166,7 +168,7 @@ FAULTS: Mapping[str, Fault] = {
         found="comparison failed",
     ),
     "gate in bfloat16": Fault(
-        replaced(MoEGate, "_scores", scores_in_bfloat16),
+        replaced(MoEGate, "forward", scores_in_bfloat16),
         bfloat16_tests.check_gate_is_not_rounded,
         found="tokens go elsewhere",
     ),

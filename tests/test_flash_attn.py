@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import dsv2_ref.attend_flash
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer
-from dsv2_ref.attend import attend_eager, equally_wide
-from dsv2_ref.attend_flash import attend_flash
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, checks
+from dsv2_ref.attention import attend, equally_wide
+from dsv2_ref.fast.flash import attend_flash
 from dsv2_ref.masks import Visibility
 from tests.fake_cuda import fake_cuda
 from tests.flash_double import CheckError, Double, install_front_end
@@ -60,7 +59,7 @@ PADDINGS = {
 
 
 def visibility(seq: int, padding: list[list[int]] | None) -> Visibility:
-    return Visibility(seq, 7, DEVICE, padding=None if padding is None else torch.tensor(padding, dtype=torch.bool))
+    return Visibility(seq, 7, DEVICE, None if padding is None else torch.tensor(padding, dtype=torch.bool))
 
 
 def queries_keys_values(seq: int, kv_heads: int, value_width: int = VALUE_WIDTH) -> list[Tensor]:
@@ -74,8 +73,8 @@ def compare(seq: int, kv_heads: int, padding: list[list[int]] | None, value_widt
     given, visible = queries_keys_values(seq, kv_heads, value_width), visibility(seq, padding)
     exact = [x.detach().double().requires_grad_() for x in given]
     real = torch.ones(3, 1, seq, 1) if padding is None else visible.padding[:, None, 7 - seq :, None]  # type: ignore[index]
-    expected = attend_eager(*exact, visible, 0.3)[0] * real  # a query that is padding gives zeros here
-    actual = attend_flash(*given, visible, 0.3)
+    expected = attend(*exact, visible, 0.3)[0] * real  # a query that is padding gives zeros here
+    actual = attend_flash(*given, visible, 0.3)[0]
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
     expected.backward(upstream.double())
     actual.backward(upstream.half())
@@ -216,7 +215,7 @@ def test_the_front_end_without_its_compiled_module_is_not_installed(
     monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", None)
     monkeypatch.syspath_prepend(str(__import__("tests.flash_double", fromlist=["FRONT_END"]).FRONT_END))
     with pytest.raises(ImportError, match="pip install flash-attn"):
-        dsv2_ref.attend_flash.load_flash_attn()
+        checks.flash_attn()
 
 
 def test_a_folder_of_that_name_is_not_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +263,7 @@ def altered(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
     """flash-attn's functions, called with other arguments than the package gave."""
 
     def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-        flash_attn = dsv2_ref.attend_flash.load_flash_attn()
+        flash_attn = checks.flash_attn()
         for name in ("flash_attn_func", "flash_attn_varlen_func"):
             right = getattr(flash_attn, name)
 
@@ -302,13 +301,13 @@ def test_a_planted_fault_is_found(
 ) -> None:
     given, visible = queries_keys_values(3, 2), visibility(3, PADDINGS[padding])
     with torch.no_grad():
-        right = attend_flash(*given, visible, 0.3)
-        expected = attend_eager(*(x.double() for x in given), visible, 0.3)[0]
+        right = attend_flash(*given, visible, 0.3)[0]
+        expected = attend(*(x.double() for x in given), visible, 0.3)[0]
         if visible.padding is not None:
             expected = expected * visible.padding[:, None, 4:, None]
         assert error(right, expected) < 2e-3
         plant(monkeypatch)
-        wrong = attend_flash(*given, visible, 0.3)
+        wrong = attend_flash(*given, visible, 0.3)[0]
     if plant is zeros_not_put_back and padding == "none":
         assert torch.equal(wrong, right)  # nothing is left unwritten there
     else:
@@ -317,7 +316,7 @@ def test_a_planted_fault_is_found(
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_values_that_are_not_padded_are_refused(padding: str, double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsv2_ref.attend_flash.equally_wide", lambda *tensors: list(tensors))
+    monkeypatch.setattr("dsv2_ref.fast.flash.equally_wide", lambda *tensors: list(tensors))
     with pytest.raises(CheckError, match="v must have shape"):
         attend_flash(*queries_keys_values(3, 2), visibility(3, PADDINGS[padding]), 0.3)
     assert [x.shape[-1] for x in equally_wide(*queries_keys_values(3, 2))] == [WIDTH] * 3
@@ -337,6 +336,6 @@ def test_dropped_queries_with_grouped_heads_are_refused_by_the_real_module(
     monkeypatch.setattr(torch, "ones_like", lambda kept: kept)
     padding = [[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
     given, visible = queries_keys_values(1, 2), visibility(1, padding)
-    expected = attend_eager(*(x.double() for x in given), visible, 0.3)[0]
-    wrong = attend_flash(*given, visible, 0.3)
+    expected = attend(*(x.double() for x in given), visible, 0.3)[0]
+    wrong = attend_flash(*given, visible, 0.3)[0]
     assert not error(wrong[1:], expected[1:]) < 0.1

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_ref import ATTENTION_CLASSES, DeepseekV2Config, DeepseekV2DecoderLayer, attend
-from dsv2_ref.masks import Visibility
+from dsv2_ref import ATTENTION_CLASSES, DeepseekV2Config, DeepseekV2DecoderLayer
+from dsv2_ref import attention as attending
+from dsv2_ref.attention import Visibility, blocks
 from tests.peers import SMALL, assert_close, randomised, tokens
 
 BATCH, SEQ = 2, 5
@@ -159,7 +160,7 @@ def test_blocks_of_queries_make_no_difference(
     whole = run()
     scores_per_query = BATCH * SEQ * config.num_attention_heads
     for limit in (2 * scores_per_query, 1):
-        monkeypatch.setattr(attend, "SCORES_AT_ONCE", limit)
+        monkeypatch.setattr(attending, "SCORES_AT_ONCE", limit)
         for name, blockwise, expected in zip(("output", "weights"), run(), whole, strict=True):
             if expected is not None:
                 assert_close(blockwise, expected, f"{name}, {limit} scores at once")
@@ -185,20 +186,20 @@ def test_half_precision_with_and_without_gradients(config: DeepseekV2Config, kin
 
 
 def test_a_block_holds_no_more_scores_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "SCORES_AT_ONCE", 100)
-    blocks = attend._blocks(50, 30)
-    assert blocks[0] == (0, 3)
-    assert [start for start, _ in blocks[1:]] == [stop for _, stop in blocks[:-1]]
-    assert blocks[-1][1] == 50
-    assert attend._blocks(3, 33) == [(0, 3)]
-    assert attend._blocks(2, 1000) == [(0, 1), (1, 2)]  # a query cannot be cut
+    monkeypatch.setattr(attending, "SCORES_AT_ONCE", 100)
+    ranges = blocks(50, 30)
+    assert ranges[0] == (0, 3)
+    assert [start for start, _ in ranges[1:]] == [stop for _, stop in ranges[:-1]]
+    assert ranges[-1][1] == 50
+    assert blocks(3, 33) == [(0, 3)]
+    assert blocks(2, 1000) == [(0, 1), (1, 2)]  # a query cannot be cut
 
 
 def test_causal_blocks_read_only_the_keys_that_they_see() -> None:
     visible = Visibility(seq=4, kv_seq=6, device=torch.device("cpu"))
     assert [visible.keys_until(stop) for stop in (1, 2, 4)] == [3, 4, 6]
-    mask, sighted = visible.block(1, 3)
-    assert sighted is None
+    mask, sees_any = visible.block(1, 3)
+    assert sees_any is None
     assert mask is not None
     assert mask.squeeze().tolist() == [[True, True, True, True, False], [True] * 5]
 

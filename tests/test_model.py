@@ -1,10 +1,14 @@
 """The stack against transformers' own, its caches, its names, and what it refuses."""
 
+import copy
+import pickle
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as native
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2Model
@@ -136,3 +140,136 @@ def test_what_does_not_fit_is_refused_and_changes_no_cache(as_shipped: None) -> 
     assert all(torch.equal(cache.tokens, old) for cache, old in zip(caches, before, strict=True))
     with pytest.raises(TypeError, match="input_ids"):
         DeepseekV2Model(SMALL)([[1, 2]])
+
+
+# Checkpoints of a tied model
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = replace(SMALL, tie_word_embeddings=True)
+
+
+class Wrapper(nn.Module):
+    """What a training framework puts around a model: every name gets a prefix."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+
+def check_tied(model: DeepseekV2ForCausalLM, matrix: Tensor) -> None:
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, matrix)
+    assert sum(parameter is model.lm_head.weight for parameter in model.parameters()) == 1
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)  # one matrix, whoever changes it
+    assert torch.equal(model.model.embed_tokens.weight, 2 * matrix)
+
+
+@pytest.mark.parametrize("left_out", [[], [HEAD], [EMBEDDING]], ids=["both", "no head", "no embedding"])
+@pytest.mark.parametrize(("start", "assign"), [("memory", False), ("memory", True), ("meta", True)])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "within a module"])
+def test_a_tied_checkpoint_may_hold_either_name(left_out: list[str], assign: bool, start: str, wrapped: bool) -> None:
+    state = randomised(DeepseekV2ForCausalLM(TIED), torch.float32, seed=1).state_dict()
+    matrix = state[EMBEDDING].clone()
+    state = {name: weight.clone() for name, weight in state.items() if name not in left_out}
+    with torch.device("meta" if start == "meta" else "cpu"):
+        model = DeepseekV2ForCausalLM(TIED)
+    given = set(state)
+    into: nn.Module = model
+    if wrapped:
+        into, state = Wrapper(model), {f"module.{name}": weight for name, weight in state.items()}
+    keys = into.load_state_dict(state, strict=True, assign=assign)
+    assert not keys.missing_keys
+    assert not keys.unexpected_keys
+    assert {name.removeprefix("module.") for name in state} == given  # the caller's dict is as it was
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    check_tied(model, matrix)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["model", "within a module"])
+def test_a_tied_checkpoint_with_two_matrices_is_refused(assign: bool, wrapped: bool) -> None:
+    """One of them would be lost in silence."""
+    model: nn.Module = DeepseekV2ForCausalLM(TIED)
+    prefix = ""
+    if wrapped:
+        model, prefix = Wrapper(model), "module."
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state[prefix + HEAD] = state[prefix + HEAD] + 1
+    with pytest.raises(RuntimeError, match=rf"{prefix}lm_head.weight and {prefix}model.embed_tokens.weight: .*tied"):
+        model.load_state_dict(state, assign=assign)
+
+
+def test_a_tied_checkpoint_without_either_matrix_names_what_is_missing() -> None:
+    model = DeepseekV2ForCausalLM(TIED)
+    state = {name: weight for name, weight in model.state_dict().items() if name not in (EMBEDDING, HEAD)}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"model.embed_tokens.weight"'):
+        model.load_state_dict(state)
+    assert set(model.load_state_dict(state, strict=False).missing_keys) <= {EMBEDDING, HEAD}
+
+
+def test_a_free_head_is_not_made_up() -> None:
+    model = DeepseekV2ForCausalLM(SMALL)
+    state = model.state_dict()
+    del state[HEAD]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"lm_head.weight"'):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_tied_shards_one_after_the_other(assign: bool) -> None:
+    state = randomised(DeepseekV2ForCausalLM(TIED), torch.float32, seed=1).state_dict()
+    matrix = state.pop(HEAD).clone()
+    names = sorted(state)
+    model = DeepseekV2ForCausalLM(TIED)
+    for part in (names[::2], names[1::2]):
+        shard = {name: state[name].clone() for name in part}
+        keys = model.load_state_dict(shard, strict=False, assign=assign)
+        assert not keys.unexpected_keys
+    check_tied(model, matrix)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_tied_model_is_tied_to_itself(copied: Any) -> None:
+    model = randomised(DeepseekV2ForCausalLM(TIED), torch.float32)
+    twin = copied(model)
+    assert twin.lm_head.weight is not model.lm_head.weight
+    state = randomised(DeepseekV2ForCausalLM(TIED), torch.float32, seed=1).state_dict()
+    del state[HEAD]
+    twin.load_state_dict(state, assign=True)
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert not torch.equal(twin.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_tied_model_through_functional_call_and_to_another_dtype() -> None:
+    model = randomised(DeepseekV2ForCausalLM(TIED))
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
+    logits = functional_call(model, weights, (ids(1, 4),))[0]
+    assert torch.equal(logits, model(ids(1, 4))[0])
+    logits.sum().backward()
+    model(ids(1, 4))[0].sum().backward()
+    assert_close(weights[EMBEDDING].grad, model.lm_head.weight.grad, "both uses of the matrix")
+    model.to(torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.device("meta"):
+        empty = DeepseekV2ForCausalLM(TIED)
+    empty.to_empty(device="cpu")  # torch gives each name a memory of its own, until weights come
+    empty.load_state_dict(model.state_dict())
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("token", [-1, SMALL.vocab_size])
+def test_tokens_outside_of_the_vocabulary(token: int) -> None:
+    tokens = torch.tensor([[1, token]])
+    for call in (model(), model().model, lambda tokens: model().generate(tokens, 1)):
+        with pytest.raises(ValueError, match=r"input_ids is outside of the vocabulary somewhere; wanted .* 0 to 63"):
+            call(tokens)
+
+
+@pytest.mark.parametrize("build", [DeepseekV2ForCausalLM, DeepseekV2Model])
+def test_a_dict_is_no_configuration(build: Any, as_shipped: None) -> None:
+    with pytest.raises(ValueError, match=r"config is a dict; wanted a DeepseekV2Config.*from_published"):
+        build(SMALL.to_dict())

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2MLP, DeepseekV2MoE, MoEGate
-from dsv2_ref.experts import grouped_dispatch, loop_dispatch
-from dsv2_ref.grouped import _grouped_outer, _grouped_product, grouped_product
-from tests.peers import SMALL, assert_close, randomised, tokens
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2MLP, DeepseekV2MoE, MoEGate, ops
+from dsv2_ref.fast import products
+from tests.peers import SMALL, assert_close, experts_with, randomised, tokens
 
 GROUPS = replace(SMALL, topk_method="group_limited_greedy", n_group=4, topk_group=2, num_experts_per_tok=3)
 
@@ -138,11 +137,15 @@ def test_outputs_are_summed_in_float32() -> None:
     down = torch.tensor([256.0, 1.0, 1.0], dtype=torch.bfloat16).view(3, 1, 1) / 100
     weights = torch.full((1, 3), 1.0)
     experts = torch.arange(3)[None]
-    single = [loop_dispatch(hidden, experts[:, i : i + 1], weights[:, :1], gate_up, down) for i in range(3)]
-    expected = sum(part.float() for part in single).to(torch.bfloat16)
-    assert expected != single[0] + single[1] + single[2]
-    for dispatch in (loop_dispatch, grouped_dispatch):
-        assert torch.equal(dispatch(hidden, experts, weights, gate_up, down), expected)
+    routed = experts_with(gate_up, down)
+    with ops.plain():
+        single = [routed(hidden, experts[:, i : i + 1], weights[:, :1]) for i in range(3)]
+        expected = sum(part.float() for part in single).to(torch.bfloat16)
+        assert expected != single[0] + single[1] + single[2]
+        assert torch.equal(routed(hidden, experts, weights), expected)
+    with ops.watch() as choices:
+        assert torch.equal(routed(hidden, experts, weights), expected)
+    assert [choice.way for choice in choices] == ["grouped"]
 
 
 def test_the_mlp_is_swiglu() -> None:
@@ -152,6 +155,8 @@ def test_the_mlp_is_swiglu() -> None:
 
 
 # The grouped product as an operator
+
+grouped_product, grouped_outer = torch.ops.dsv2_ref.grouped_product, torch.ops.dsv2_ref.grouped_outer
 
 SIZES = {"16-byte rows": (8, 16), "odd rows": (3, 5), "one number": (1, 1)}
 ENDS = {"all used": [2, 3, 7], "empty ones": [0, 7, 7], "the last alone": [0, 0, 7]}
@@ -174,6 +179,8 @@ def test_grouped_product(dtype: torch.dtype, inputs: int, outputs: int, ends: li
     expected = torch.cat([rows[a:b] @ weight.T for (a, b), weight in zip(bounds, weights, strict=True)])
     # One product of up to 16 numbers a side, each rounded once: two roundings, in whatever order it sums.
     assert_close(product, expected, "output", roundings=2)
+    with torch.no_grad():
+        assert_close(products.grouped_product(rows, weights, group_ends), expected, "plain meaning", roundings=2)
     cotangent = torch.ones_like(product) / 4
     actual = torch.autograd.grad(product, (rows, weights), cotangent)
     for name, a, e in zip(
@@ -200,9 +207,9 @@ def test_grouped_operators_keep_the_rules_of_torch(dtype: torch.dtype, sizes: st
     """Nothing is changed in place, shapes are known beforehand, gradients come under the compiler as well."""
     inputs, outputs = SIZES.get(sizes, (16, 12))
     rows, weights, group_ends = operands(dtype, inputs, outputs, ENDS["empty ones"])
-    torch.library.opcheck(_grouped_product, (rows, weights, group_ends))
+    torch.library.opcheck(grouped_product.default, (rows, weights, group_ends))
     other = operands(dtype, outputs, 1, ENDS["empty ones"])[0]
-    torch.library.opcheck(_grouped_outer, (rows, other, group_ends))
+    torch.library.opcheck(grouped_outer.default, (rows, other, group_ends))
 
 
 # Nothing waits for the device

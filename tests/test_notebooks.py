@@ -1,6 +1,7 @@
 """The book's notebooks are stored as they should be: run from top to bottom, described, and free of this machine."""
 
 import base64
+import inspect
 import io
 import os
 import re
@@ -17,7 +18,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from dsv2_ref import plots
+from dsv2_ref import DeepseekV2RMSNorm, plots
 from tools import notebooks
 
 IN_BOOK = notebooks.in_book()
@@ -65,13 +66,36 @@ def test_a_chapter_has_goals_source_exercises_with_run_solutions_and_takeaways(c
     exercises, solutions = (re.findall(rf"\{{{kind}-start\}}.*", text) for kind in ("exercise", "solution"))
     assert len(exercises) == len(solutions) >= 4
     assert any("Find the error" in exercise for exercise in exercises)
-    shown = [cell for cell in cells if cell.cell_type == "code" and "inspect.getsource(" in cell.source]
-    assert shown, "shows the package's code by inspect.getsource"
+    assert any(cell.source.startswith("plots.show(") for cell in cells), "shows the package's code"
     assert "## Takeaways" in text
     assert "Read next" in text
     for place, cell in enumerate(cells):
         if "{solution-start}" in cell.source and not cell.source.rstrip().endswith("{solution-end}\n```"):
             assert cells[place + 1].cell_type == "code", f"{cell.id}: a solution is run"
+
+
+WIDEST_LISTING = 88  # columns of code that a page prints without scrolling
+
+
+def test_code_is_shown_whole_and_fits_the_page(notebook: NotebookNode) -> None:
+    """Functions are printed by `plots.show`: none is cut, searched or rewritten on its way to the page."""
+    for cell in code_cells(notebook):
+        assert not re.search(
+            r"\binspect\b|getsource|\b[Ss]ource\.(index|find|split|replace)|^import re$", cell.source, re.M
+        )
+        for output in cell.outputs:
+            shown = output.get("data", {}).get("text/markdown", "")
+            for language, code in re.findall(r"^```(\w*)\n(.*?)^```$", shown, re.M | re.S):
+                assert language == "python", cell.id
+                assert "plots.show(" in cell.source, f"{cell.id}: code is printed by plots.show"
+                assert max(map(len, code.splitlines())) <= WIDEST_LISTING, cell.id
+
+
+def test_show_prints_whole_functions_methods_and_classes() -> None:
+    shown = plots.show(DeepseekV2RMSNorm, DeepseekV2RMSNorm.forward, notebooks.in_book).data
+    assert shown.startswith("```python\nclass DeepseekV2RMSNorm(nn.Module):\n")
+    assert "\n\n\n@ops.defines(checks.norm_input)\ndef forward(\n" in shown
+    assert shown.endswith(f"\n\n\n{inspect.getsource(notebooks.in_book)}```")
 
 
 def test_figures_are_described(notebook: NotebookNode) -> None:
@@ -130,6 +154,28 @@ def test_first_cell_finds_the_package_beside_the_notebook_and_in_a_clone(
         subprocess.run([sys.executable, "-I", "-c", finding(notebook) + FOUND], cwd=folder, check=True)
 
 
+@pytest.mark.parametrize(
+    ("torch", "enough"),
+    [
+        ("2.9.1", False),
+        ("2.10.0+cu128", False),
+        ("2.11.0", True),
+        ("2.11.0a0+nv26.2", True),
+        ("2.13.0+cpu", True),
+        ("3.0", True),
+    ],
+)
+def test_first_cell_says_which_torch_is_wanted(torch: str, enough: bool, tmp_path: Path) -> None:
+    installed = tmp_path / f"torch-{torch}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}\n")
+    program = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{finding(nbformat.read(IN_BOOK[0], as_version=4))}"
+    done = subprocess.run([sys.executable, "-I", "-c", program], cwd=notebooks.ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == enough, done.stderr
+    said = done.stderr.splitlines()[-1:]
+    assert said == ([] if enough else [f"ImportError: torch {torch} is here; wanted 2.11 or newer"])
+
+
 def test_opened_alone_a_notebook_fetches_the_repository(tmp_path: Path) -> None:
     """As in Colab; here from a small repository on this machine."""
     origin, alone = tmp_path / "origin", tmp_path / "content"
@@ -155,6 +201,16 @@ def test_notebooks_are_given_the_address_of_the_repository(tmp_path: Path, monke
     (cell,) = nbformat.read(path, as_version=4).cells
     assert cell.source.startswith('REPOSITORY = "https://github.com/someone/fork"  # a remark')
     assert cell.outputs[0].text == "https://github.com/someone/fork\n"
+
+
+def test_make_notebooks_brings_the_first_cell_up_to_date() -> None:
+    begin, *_, end = notebooks.LOADER.strip().splitlines()
+    stored = f"import sys\n\n{begin}\nREPOSITORY = 'as it was found'\n\n{end}\n\nimport torch"
+    new = notebooks.with_loader(stored)
+    address = re.search('REPOSITORY = (".*?")', new).group(1)
+    assert new == f"import sys\n\n{notebooks.LOADER.replace(chr(34) * 2, address).strip()}\n\nimport torch"
+    assert notebooks.with_loader(new) == new
+    assert notebooks.with_loader("sys.path[:0] = roots()") == "sys.path[:0] = roots()"
 
 
 def test_running_twice_leaves_the_same_bytes(tmp_path: Path) -> None:

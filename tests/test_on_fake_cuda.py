@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, experts, grouped, kernels
-from dsv2_ref.attend import attend_latent
-from dsv2_ref.attention import DeepseekV2Attention
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, ops
+from dsv2_ref.attention import attend
+from dsv2_ref.fast import products
 from dsv2_ref.masks import Visibility
 from tests.fake_cuda import DeviceFaultError, Watch, fake_cuda
 from tests.peers import COMMON, SMALL
@@ -162,17 +162,19 @@ def largest_in_a_step(padded: bool) -> float:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_does_not_copy_its_cache(fused: bool, padded: bool, gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the planted fault, in which it does."""
-    with kernels.enabled(fused):
+    with ops.without() if fused else ops.without("triton"):
         assert largest_in_a_step(padded) < 0.5  # the scores of four heads
-        monkeypatch.setattr(
-            "dsv2_ref.attention.attend_latent", lambda query, kept, *rest: attend_latent(query, kept.clone(), *rest)
-        )
+
+        def copying(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
+            return attend(query, key.clone(), *rest, **options)
+
+        monkeypatch.setattr("dsv2_ref.mla.attend", copying)
         assert largest_in_a_step(padded) >= 1
 
 
 def test_blocks_of_queries(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt, which is attended to a block of queries at a time."""
-    monkeypatch.setattr("dsv2_ref.attend.SCORES_AT_ONCE", 8)
+    monkeypatch.setattr("dsv2_ref.attention.SCORES_AT_ONCE", 8)
     for form in ("expanded", "absorbed"):
         before = gpu.seen
         calls(layer_of(replace(SMALL, mla_form=form), 0, torch.float32, False), torch.float32, gpu)
@@ -188,9 +190,9 @@ def test_inside_the_operator_of_grouped_products(gpu: Watch, monkeypatch: pytest
     rows, weights = (torch.empty(size, dtype=torch.bfloat16) for size in ((24, 16), (4, 32, 16)))
     ends = torch.empty(4, dtype=torch.int32)
     with gpu:
-        out = grouped._grouped_product._init_fn(rows, weights, ends)
+        out = products._grouped_product._init_fn(rows, weights, ends)
         assert out.shape == (24, 32)
-        assert grouped._grouped_outer._init_fn(out, rows, ends).shape == (4, 32, 16)
+        assert products._grouped_outer._init_fn(out, rows, ends).shape == (4, 32, 16)
 
 
 # Backward
@@ -211,17 +213,6 @@ def test_forward_and_backward_on_meta(config: DeepseekV2Config, layer_idx: int) 
 # Planted faults: each must be found, with its place
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
-    """After the queries are made, ``fault`` happens to them."""
-    queries = DeepseekV2Attention._queries
-
-    def faulty(self: Any, *args: Any) -> Any:
-        q_nope, q_pe = queries(self, *args)
-        return fault(q_nope), q_pe
-
-    monkeypatch.setattr(DeepseekV2Attention, "_queries", faulty)
-
-
 FAULTS = {
     "item": (lambda q: q * q.sum().item(), "_local_scalar_dense: the host reads a number"),
     "condition": (lambda q: q if q.sum() > 0 else -q, "_local_scalar_dense: the host reads a number"),
@@ -238,11 +229,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "said"), FAULTS.values(), ids=FAULTS)
-def test_a_planted_fault_is_named_by_file_and_line(
-    fault: Any, said: str, gpu: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_planted_fault_is_named_by_file_and_line(fault: Any, said: str, gpu: Watch) -> None:
+    """After the queries are made, ``fault`` happens to them."""
     layer, x = layer_of(SMALL, 0, torch.float32, False), torch.empty(BATCH, SEQ, SMALL.hidden_size)
-    planted(monkeypatch, fault)
+    layer.self_attn.q_b_proj.register_forward_hook(lambda module, args, query: fault(query))
     with pytest.raises(DeviceFaultError) as caught, gpu:
         layer(x)
     place, told = str(caught.value).split("\n")
@@ -251,12 +241,12 @@ def test_a_planted_fault_is_named_by_file_and_line(
     assert said in told
 
 
-def test_a_fault_in_the_package_is_named_there(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_in_the_package_is_named_there(gpu: Watch) -> None:
     """The definition of the experts finds each expert's tokens with `torch.where`: the host waits for every one."""
-    monkeypatch.setattr("dsv2_ref.experts.grouped_dispatch", experts.loop_dispatch)
     layer, x = layer_of(SMALL, 1, torch.float32, False), torch.empty(BATCH, SEQ, SMALL.hidden_size)
     with (
-        pytest.raises(DeviceFaultError, match=r"dsv2_ref/experts\.py:\d+: token, choice = torch\.where") as caught,
+        pytest.raises(DeviceFaultError, match=r"dsv2_ref/moe\.py:\d+: token, choice = torch\.where") as caught,
+        ops.without("grouped"),
         gpu,
     ):
         layer(x)

@@ -122,7 +122,7 @@ def test_layer(name: str, calls: Calls, route: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("layer_idx", range(5))
 def test_moe_layer_freq_and_first_k_dense_replace_choose_the_layers_with_experts(layer_idx: int) -> None:
-    config = replace(SMALL, first_k_dense_replace=2, moe_layer_freq=2)
+    config = replace(SMALL, num_hidden_layers=5, first_k_dense_replace=2, moe_layer_freq=2)
     layer = DeepseekV2DecoderLayer(config, layer_idx)
     assert isinstance(layer.mlp, DeepseekV2MoE) == (layer_idx in (2, 4))
     check_layer(config, layer_idx, CALLS["prefill"])
@@ -246,7 +246,7 @@ def test_mask(name: str, route: dict[str, str], mask: str) -> None:
 
 @pytest.mark.parametrize("as_mask", [lambda keep: keep, as_bias], ids=["bool", "float"])
 @pytest.mark.parametrize(("name", "route"), by_every_route("bias", "mha_grouped"))
-def test_mask_behind_a_cache(name: str, route: dict[str, str], as_mask: Callable[[Tensor], Tensor]) -> None:
+def test_mask_after_a_cache(name: str, route: dict[str, str], as_mask: Callable[[Tensor], Tensor]) -> None:
     """Queries are rows of the mask from the top, keys its columns, those in the cache first."""
     keep = random_keep(1) & CAUSAL
     pieces = [slice(0, 3), slice(3, 6), slice(6, 7)]

@@ -1,8 +1,9 @@
 """What the package needs, declares and documents: imports, requirements, docstrings, annotations."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import dsv2_ref
+from tools import gpu, notebooks
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "dsv2_ref").rglob("*.py"))
@@ -42,62 +44,59 @@ def imports_of(path: Path) -> set[str]:
     return {name if name.startswith("dsv2_ref") else name.split(".")[0] for name in names}
 
 
-OPTIONAL = {"matplotlib": "plots", "numpy": "plots", "flash_attn": "attend_flash", "triton": "kernels"}
+OPTIONAL = {
+    "matplotlib": {"plots"},
+    "numpy": {"plots"},
+    "IPython": {"plots"},
+    "flash_attn": {"checks"},
+    "triton": {"triton"},
+}
+"""Where what the package does not require may be imported: the names of modules or their folders."""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=MODULES)
 def test_modules_import_only_what_the_package_requires(path: Path) -> None:
     """torch and jaxtyping; plots also NumPy and matplotlib; flash-attn where it is asked for; kernels also Triton."""
     others = {name for name in imports_of(path) if not name.startswith("dsv2_ref")} - sys.stdlib_module_names
-    allowed = {"torch", "jaxtyping"} | {
-        name for name, place in OPTIONAL.items() if place in (path.stem, path.parent.name)
+    here = {path.stem, path.parent.name}
+    assert others <= {"torch", "jaxtyping"} | {name for name, places in OPTIONAL.items() if places & here}
+
+
+def test_the_configuration_imports_neither_torch_nor_more_than_its_checks() -> None:
+    assert imports_of(ROOT / "dsv2_ref" / "config.py") <= sys.stdlib_module_names | {"dsv2_ref", "dsv2_ref.checks"}
+
+
+def first_imports(path: Path) -> set[str]:
+    """The modules of the package that are imported when this one is: at its top, and not only for the type checker."""
+    tree, found = ast.parse(path.read_text()), set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("dsv2_ref"):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            known = {name for name in inner if (ROOT / (name.replace(".", "/") + ".py")).exists()}
+            found |= known or {node.module}
+    return found
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    arrows = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): first_imports(path)
+        for path in SOURCES
+        if path.stem != "__init__"
     }
-    assert others <= allowed
-
-
-def test_the_configuration_imports_neither_torch_nor_anything_of_ours() -> None:
-    assert imports_of(ROOT / "dsv2_ref" / "config.py") <= sys.stdlib_module_names
-
-
-ORDER = [
-    {"config", "checks"},
-    {"rmsnorm", "rope", "cache", "masks", "projection", "grouped", "balance"},
-    {"attend_cpu", "mlp", "experts"},
-    {"attend", "moe"},
-    {"attend_flash"},
-    {"attention_base"},
-    {"multi_head"},
-    {"attention"},
-    {"layer", "packed"},
-    {"model"},
-    {"__main__"},
-]
-"""Arrows point up only: a module may import those of the rows above its own."""
-
-
-def test_modules_know_only_those_that_come_before_them() -> None:
-    placed = {name: row for row, names in enumerate(ORDER) for name in names}
-    reference = [path for path in SOURCES if path.parent.name == "dsv2_ref" and path.stem != "__init__"]
-    assert placed.keys() == {path.stem for path in reference}
-    for path in reference:
-        ours = {name.removeprefix("dsv2_ref.") for name in imports_of(path) if name.startswith("dsv2_ref.")}
-        ours = {name for name in ours if name.split(".")[0] not in ("kernels", "accounting")}
-        assert {name for name in ours if placed[name] >= placed[path.stem]} == set(), path.name
-
-
-def test_kernels_know_nothing_of_the_reference_but_its_checks() -> None:
-    for path in SOURCES:
-        if path.parent.name == "kernels":
-            ours = {name for name in imports_of(path) if name.startswith("dsv2_ref")} - {"dsv2_ref.checks"}
-            assert all(name.startswith("dsv2_ref.kernels") for name in ours), path.name
+    while free := {name for name, known in arrows.items() if not known & arrows.keys()}:
+        arrows = {name: known for name, known in arrows.items() if name not in free}
+    assert arrows == {}
 
 
 def test_the_accounting_knows_nothing_but_the_configuration() -> None:
     for path in SOURCES:
         if "accounting" in path.parts:
-            ours = {name for name in imports_of(path) if name.startswith("dsv2_ref")} - {"dsv2_ref.config"}
+            if path.stem == "activations":  # runs the layer itself, and is imported when it is asked for
+                continue
+            known = {"dsv2_ref", "dsv2_ref.config", "dsv2_ref.checks"}
+            ours = {name for name in imports_of(path) if name.startswith("dsv2_ref")} - known
             assert all(name.startswith("dsv2_ref.accounting") for name in ours), path.name
-            assert imports_of(path) <= sys.stdlib_module_names | {"dsv2_ref.config"} | ours, path.name
+            assert imports_of(path) <= sys.stdlib_module_names | known | ours, path.name
 
 
 def test_plots_know_nothing_of_the_reference() -> None:
@@ -120,11 +119,11 @@ def with_what_they_require(names: set[str]) -> set[str]:
 
 def test_the_package_runs_on_torch_and_jaxtyping_alone(tmp_path: Path) -> None:
     """In an environment that holds these two, what they bring, and nothing else: no NumPy, no matplotlib."""
-    brought = with_what_they_require({"torch", "jaxtyping"})
-    for name in brought:
+    for name in with_what_they_require({"torch", "jaxtyping"}):
         distribution = metadata.distribution(name)
         for part in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
-            (tmp_path / part).symlink_to(str(distribution.locate_file(part)))
+            if not (tmp_path / part).exists():  # torch with CUDA brings many distributions that share a folder
+                (tmp_path / part).symlink_to(str(distribution.locate_file(part)))
     code = f"""
 import sys
 sys.path += [{str(tmp_path)!r}, {str(ROOT)!r}]
@@ -155,7 +154,7 @@ DIRECT = [
     pytest.param(Requirement(line), id=f"{group}: {line}")
     for group, lines in {"package": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}.items()
     for line in lines
-    if group != "gpu" and not line.startswith("dsv2-ref")
+    if not line.startswith(("dsv2-ref", "flash-attn"))
 ]
 
 
@@ -177,8 +176,19 @@ def test_what_runs_here_is_what_is_pinned() -> None:
 
 def test_the_package_requires_torch_and_jaxtyping_alone() -> None:
     assert {Requirement(line).name for line in PROJECT["dependencies"]} == {"torch", "jaxtyping"}
-    assert set(PROJECT["optional-dependencies"]) == {"plots", "book", "test", "gpu"}
-    assert {Requirement(line).name for line in PROJECT["optional-dependencies"]["gpu"]} == {"flash-attn", "triton"}
+    assert set(PROJECT["optional-dependencies"]) == {"plots", "notebooks", "book", "test", "test-cuda", "gpu"}
+    assert {Requirement(line).name for line in PROJECT["optional-dependencies"]["gpu"]} == {
+        "flash-attn",
+        "torch",
+        "triton",
+    }
+
+
+def test_every_place_that_looks_at_torch_wants_the_same_version() -> None:
+    (oldest,) = (Requirement(line).specifier for line in PROJECT["dependencies"] if line.startswith("torch"))
+    assert str(oldest) == f">={gpu.OLDEST_TORCH}"
+    assert f"< [{gpu.OLDEST_TORCH.replace('.', ', ')}]:" in notebooks.LOADER
+    assert f"wanted {gpu.OLDEST_TORCH} or newer" in notebooks.LOADER
 
 
 def test_every_directory_is_a_package_and_so_is_installed() -> None:
@@ -228,7 +238,7 @@ PUBLIC = [
 @pytest.mark.parametrize("module", modules(), ids=lambda module: module.__name__)
 def test_every_module_says_what_it_holds(module: ModuleType) -> None:
     assert module.__doc__
-    assert module.__doc__.splitlines()[0].endswith((".", ":", ","))
+    assert module.__doc__.strip().split("\n\n")[0].endswith((".", ":", ","))
 
 
 @pytest.mark.parametrize("member", PUBLIC)
@@ -268,10 +278,106 @@ def test_forward_says_the_shape_of_what_it_takes(module: type[torch.nn.Module]) 
     assert issubclass(module.forward.__annotations__[taken], jaxtyping.AbstractArray)
 
 
-def test_the_command_for_a_gpu_says_at_once_where_there_is_none() -> None:
-    if torch.cuda.is_available() or not (ROOT / ".venv" / "installed").exists():
-        pytest.skip("there is a GPU, or these tests run outside the environment that make sets up")
-    done = subprocess.run(["make", "-s", "test-cuda"], cwd=ROOT, capture_output=True, text=True)
+# Makefile
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", "-s", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["test-cuda", "bench-cuda"])
+def test_a_command_for_gpus_says_at_once_where_there_is_none(command: str) -> None:
+    """With the Python at hand, whether `make` set it up or not."""
+    done = make(command, "VENV=", f"PYTHON={sys.executable}")
     assert done.returncode != 0
-    assert "make test-cuda: torch sees no CUDA GPU here" in done.stderr
+    assert done.stderr.startswith(f"make {command}: torch sees no CUDA GPU here: torch {torch.__version__} was built ")
     assert done.stdout == ""
+
+
+def test_a_python_that_cannot_make_an_environment_is_named_with_what_helps(tmp_path: Path) -> None:
+    """As on Debian without the package python3-venv, and in Colab: ensurepip is missing."""
+    (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError(\"No module named 'ensurepip'\")")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = make("lint", f"VENV={tmp_path / 'venv'}", f"PYTHON={python}")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == (
+        f"{python} cannot make an environment: install venv and ensurepip (on Debian and Ubuntu: apt install "
+        "python3-venv), or use a Python that has the packages already: make VENV= …"
+    )
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((7, 0), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", False),
+        ((7, 0), "sm_50 sm_60 sm_70 sm_80", True),
+        ((8, 9), "sm_75 sm_80 sm_86 sm_90", True),
+        ((8, 0), "sm_86", False),
+        ((12, 1), "sm_90a compute_120", True),
+        ((9, 0), "compute_120", False),
+    ],
+)
+def test_whether_a_build_of_torch_has_code_for_a_gpu(
+    capability: tuple[int, int], architectures: str, runs: bool
+) -> None:
+    assert gpu.has_code(capability, architectures.split()) == runs
+
+
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), *sorted((ROOT / "book").glob("*.ipynb"))]
+
+
+def commands_in(path: Path) -> list[str]:
+    """Lines of code blocks and code within lines, of a page's text."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = (cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    blocks = re.findall(r"^```.*?^```|^    \S.*?$", text, re.M | re.S)
+    return [line.strip() for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_command_in_a_text_exists(path: Path) -> None:
+    """Targets of make, modules of ours, paths given to pytest, and the project's extras."""
+    targets = set(re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = {target for line in targets for target in line.split()}
+    for command in commands_in(path):
+        named = re.match(r"!?make ([a-z][\w-]*)", command)
+        assert not named or named[1] in targets, command
+        named = re.search(r"-m ((?:dsv2_ref|bench|tools|experiments)[\w.]*)", command)
+        assert not named or importlib.util.find_spec(named[1]), command
+        named = re.search(r"-m pytest (tests\S*)", command)
+        assert not named or (ROOT / named[1]).exists(), command
+        named = re.search(r"pip install .*\.[\w/{}]*\[(\w[\w-]*)\]", command)
+        assert not named or named[1] in PROJECT["optional-dependencies"], command
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+
+
+def test_what_an_environment_lacks_for_a_gpu_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "[test-cuda]" in str(gpu.lacking(["torch", "no_such_module"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", type(torch.__version__)("2.10.0"))
+        assert gpu.lacking(["torch"]) == "torch 2.10.0 is too old: torch 2.11 or newer is needed"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.version, "cuda", "13.0")
+        assert "driver 580 or newer" in str(gpu.lacking(["torch"]))
+    with monkeypatch.context() as patch:
+        pretend_gpu(patch, (7, 0))
+        assert "has no code for Tesla (sm_70)" in str(gpu.lacking(["torch"]))
+    with monkeypatch.context() as patch:
+        pretend_gpu(patch, (8, 0))
+        patch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+        lacks_headers = gpu.lacking(["torch"])
+        assert lacks_headers is None or str(tmp_path / "Python.h") in lacks_headers
+        assert (lacks_headers is None) == (importlib.util.find_spec("triton") is None)

@@ -1,41 +1,79 @@
 """Packed weights: the same layer, the same names and values, and no way to use them wrongly in silence."""
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, pack_weights
 
-pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bfloat16 instructions for oneDNN"
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+BFLOAT16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16 instructions for oneDNN"),
+    id="bfloat16",
 )
+DTYPES = pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="float32"), BFLOAT16])
 
 
-def plain_and_packed(layer_idx: int = 1) -> tuple[DeepseekV2DecoderLayer, DeepseekV2DecoderLayer]:
+def plain_and_packed(
+    dtype: torch.dtype, layer_idx: int = 1, **fields: Any
+) -> tuple[DeepseekV2DecoderLayer, DeepseekV2DecoderLayer]:
     torch.manual_seed(0)
-    plain = DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), layer_idx).bfloat16().eval()
+    config = DeepseekV2Config.tiny()
+    plain = DeepseekV2DecoderLayer(DeepseekV2Config(**config.to_dict() | fields), layer_idx).to(dtype).eval()
     return plain, pack_weights(copy.deepcopy(plain))
 
 
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Sums in another order may round to the neighbouring number, here at a stream of size 1 to 4: in bfloat16 2**-6 is
+    one step, and float32 has 16 bits more."""
+    step = 2**-6 if expected.dtype == torch.bfloat16 else 2**-20
+    torch.testing.assert_close(actual, expected, rtol=0, atol=step)
+
+
+@DTYPES
+@pytest.mark.parametrize("form", ["auto", "expanded", "absorbed"])
 @pytest.mark.parametrize("layer_idx", [0, 1])
 @pytest.mark.parametrize("seq", [1, 7, 40])
 @torch.no_grad()
-def test_a_packed_layer_computes_the_same(layer_idx: int, seq: int) -> None:
-    plain, packed = plain_and_packed(layer_idx)
-    tokens = torch.randn(2, seq, 64).bfloat16()
+def test_a_packed_layer_computes_the_same(layer_idx: int, seq: int, form: str, dtype: torch.dtype) -> None:
+    plain, packed = plain_and_packed(dtype, layer_idx, mla_form=form)
+    tokens = torch.randn(2, seq, 64).to(dtype)
     expected, expected_cache = plain(tokens, use_cache=True)
     output, cache = packed(tokens, use_cache=True)
-    # Sums in another order may round to the neighbouring bfloat16, here at a stream of size 1 to 4: 2**-6 is one step.
-    torch.testing.assert_close(output, expected, rtol=0, atol=2**-6)
-    torch.testing.assert_close(cache.tokens, expected_cache.tokens, rtol=0, atol=2**-6)
+    assert_near(output, expected)
+    assert_near(cache.tokens, expected_cache.tokens)
     output, _ = packed(tokens[:, :1], past_key_value=cache, use_cache=True)
     expected, _ = plain(tokens[:, :1], past_key_value=cache, use_cache=True)
-    torch.testing.assert_close(output, expected, rtol=0, atol=2**-6)
+    assert_near(output, expected)
 
 
-def test_the_state_dict_keeps_its_names_and_values() -> None:
-    plain, packed = plain_and_packed()
+@DTYPES
+@torch.no_grad()
+def test_multi_head_attention_and_biases_are_packed_too(dtype: torch.dtype) -> None:
+    plain, packed = plain_and_packed(dtype, use_mla=False, num_key_value_heads=2, attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn_like(parameter))
+    packed = pack_weights(copy.deepcopy(plain))
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    tokens = torch.randn(2, 7, 64).to(dtype)
+    assert_near(packed(tokens)[0], plain(tokens)[0])
+    cache = packed.self_attn.empty_cache(2, capacity=8)
+    assert (cache.tokens.dtype, cache.tokens.device) == (dtype, tokens.device)
+    _, cache = packed(tokens[:, :6], past_key_value=cache, use_cache=True)
+    assert_near(packed(tokens[:, 6:], past_key_value=cache)[0], plain(tokens)[0][:, 6:])
+
+
+@DTYPES
+def test_the_state_dict_keeps_its_names_and_values(dtype: torch.dtype) -> None:
+    plain, packed = plain_and_packed(dtype)
     expected, got = plain.state_dict(), packed.state_dict()
     assert got.keys() == expected.keys()
     for name, weight in expected.items():
@@ -43,21 +81,54 @@ def test_the_state_dict_keeps_its_names_and_values() -> None:
     plain.load_state_dict(got, strict=True)
 
 
-def test_loading_into_packed_weights_is_refused() -> None:
-    plain, packed = plain_and_packed()
+@DTYPES
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@torch.no_grad()
+def test_a_copy_is_packed_and_computes_the_same(copied: Callable[..., Any], dtype: torch.dtype) -> None:
+    _, packed = plain_and_packed(dtype)
+    twin, tokens = copied(packed), torch.randn(2, 5, 64).to(dtype)
+    assert torch.equal(twin(tokens)[0], packed(tokens)[0])
+    assert not any(isinstance(module, torch.nn.Linear) for module in twin.modules())
+    assert {name: tuple(w.shape) for name, w in twin.state_dict().items()} == (
+        {name: tuple(w.shape) for name, w in packed.state_dict().items()}
+    )
+
+
+@DTYPES
+def test_loading_into_packed_weights_is_refused(dtype: torch.dtype) -> None:
+    plain, packed = plain_and_packed(dtype)
     with pytest.raises(RuntimeError, match=r"self_attn\.q_a_proj holds packed weights; wanted a layer to load into"):
         packed.load_state_dict(plain.state_dict())
 
 
-def test_gradients_are_refused_rather_than_lost() -> None:
-    _, packed = plain_and_packed()
+@DTYPES
+def test_gradients_are_refused_rather_than_lost(dtype: torch.dtype) -> None:
+    _, packed = plain_and_packed(dtype)
     with pytest.raises(ValueError, match="packed weights give none"):
-        packed(torch.randn(1, 3, 64).bfloat16())
+        packed(torch.randn(1, 3, 64).to(dtype))
 
 
-def test_weights_of_another_dtype_are_refused_before_anything_is_packed() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_weights_of_another_dtype_are_refused_before_anything_is_packed(dtype: torch.dtype) -> None:
     layer = DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), 1)
-    layer.mlp.bfloat16()
-    with pytest.raises(ValueError, match=r"the weight of q_a_proj is .*float32 on cpu; wanted bfloat16 on cpu"):
+    layer.self_attn.o_proj.to(dtype)
+    wanted = rf"the weight of o_proj is .*{dtype} on cpu; wanted bfloat16 or float32 on cpu"
+    with pytest.raises(ValueError, match=wanted):
         pack_weights(layer)
     assert isinstance(layer.mlp.shared_experts.gate_proj, torch.nn.Linear)
+    assert isinstance(layer.self_attn.q_a_proj, torch.nn.Linear)
+
+
+def test_weights_elsewhere_are_refused() -> None:
+    with torch.device("meta"):
+        layer = DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), 1)
+    with pytest.raises(ValueError, match="on meta; wanted bfloat16 or float32 on cpu"):
+        pack_weights(layer)
+
+
+@pytest.mark.skipif(HAS_BFLOAT16, reason="this processor has bfloat16 instructions")
+def test_bfloat16_is_refused_where_the_processor_has_no_instructions_for_it() -> None:
+    layer = DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), 1).bfloat16()
+    with pytest.raises(RuntimeError, match="pack_weights needs a processor with bfloat16 instructions"):
+        pack_weights(layer)
+    assert isinstance(layer.self_attn.q_a_proj, torch.nn.Linear)

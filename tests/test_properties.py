@@ -1,6 +1,5 @@
 """What holds for every configuration and input: causality, padding, chunking, and ways of computing that must agree."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,10 +10,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2MoE, MoEGate
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2MoE, MoEGate, ops
 from dsv2_ref.balance import expert_balance_loss
-from dsv2_ref.experts import grouped_dispatch, loop_dispatch
-from tests.peers import assert_close, randomised, tokens
+from tests.peers import assert_close, experts_with, randomised, tokens
 
 SCALINGS: list[dict[str, Any] | None] = [
     None,
@@ -120,13 +118,13 @@ def test_a_sequence_alone_equals_it_in_a_left_padded_batch(
 def test_any_chunking_through_the_cache_equals_one_pass(
     config: DeepseekV2Config, chunks: list[int], padding: list[int], data: st.DataObject
 ) -> None:
-    """Each chunk in a form of its own: what is remembered must not depend on how it was used."""
+    """Each chunk in a form of its own: what is cached must not depend on how it was used."""
     layer = layer_of(config)
     seq = sum(chunks)
     x = stream(layer, 2, seq)
     real = torch.arange(seq) >= torch.tensor(padding).clamp(max=seq - 1)[:, None]
     position_ids = (real.cumsum(1) - 1).clamp(min=0)
-    whole, remembered = layer(x, real, position_ids, use_cache=True)
+    whole, cached = layer(x, real, position_ids, use_cache=True)
 
     parts, cache, start = [], None, 0
     for length in chunks:
@@ -137,7 +135,7 @@ def test_any_chunking_through_the_cache_equals_one_pass(
         assert len(cache) == start
         parts.append(part)
     assert_close(torch.cat(parts, dim=1)[real], whole[real], "output")
-    assert_close(cache.tokens, remembered.tokens, "cache")
+    assert_close(cache.tokens, cached.tokens, "cache")
 
 
 def attention_masks(batch: int, heads: int, seq: int, kv_seq: int) -> list[Tensor | None]:
@@ -227,7 +225,7 @@ def routings(kind: str, count: int, experts: int, top_k: int) -> Tensor:
 @example(dtype=torch.float32, count=1, experts=6, top_k=6, hidden=8, width=8, kind="random")
 @example(dtype=torch.bfloat16, count=1, experts=6, top_k=2, hidden=8, width=8, kind="all to the last")
 @example(dtype=torch.float64, count=9, experts=6, top_k=6, hidden=3, width=5, kind="random")
-def test_loop_and_grouped_dispatch_agree(
+def test_the_loop_over_experts_and_the_grouped_product_agree(
     dtype: torch.dtype, count: int, experts: int, top_k: int, hidden: int, width: int, kind: str
 ) -> None:
     """Sizes that torch's grouped product takes and sizes that it does not; experts that nobody chose; all chosen."""
@@ -238,13 +236,19 @@ def test_loop_and_grouped_dispatch_agree(
     arguments = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     arguments[1] = arguments[1].to(torch.promote_types(dtype, torch.float32))
 
-    def run(dispatch: Callable[..., Tensor]) -> list[Tensor]:
-        leaves = [argument.clone().requires_grad_() for argument in arguments]
-        out = dispatch(leaves[0], topk_idx, *leaves[1:])
-        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out) / 8)]
+    routed = experts_with(*arguments[2:])
 
+    def run(way: str) -> list[Tensor]:
+        leaves = [argument.clone().requires_grad_() for argument in arguments[:2]]
+        with ops.watch() as choices:
+            out = routed(leaves[0], topk_idx, leaves[1])
+        assert [choice.way for choice in choices] == [way]
+        return [out, *torch.autograd.grad(out, [*leaves, *routed.parameters()], torch.ones_like(out) / 8)]
+
+    with ops.plain():
+        expected = run("definition")
     names = ["output", "hidden_states", "topk_weight", "gate_up_proj", "down_proj"]
-    for name, looped, grouped in zip(names, run(loop_dispatch), run(grouped_dispatch), strict=True):
+    for name, looped, grouped in zip(names, expected, run("grouped"), strict=True):
         assert_close(grouped, looped, name)
 
 

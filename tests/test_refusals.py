@@ -25,7 +25,8 @@ from dsv2_ref import (
     LatentCache,
     MoEGate,
 )
-from dsv2_ref.multi_head import MultiHeadAttention, MultiHeadFlashAttention2
+from dsv2_ref.cache import LayerCache
+from dsv2_ref.mha import MultiHeadAttention, MultiHeadFlashAttention2
 from tests.peers import SMALL, assert_close, tokens
 
 pytestmark = pytest.mark.usefixtures("as_shipped")
@@ -143,8 +144,18 @@ MIXED_CACHES = [
 ]
 
 
+def place_of(cache: LayerCache) -> int:
+    """Where the storage of the cached tokens begins in memory."""
+    return cache.tokens.untyped_storage().data_ptr()
+
+
+def bits_of(cache: LayerCache) -> Tensor:
+    """All of the storage, the room after the tokens included, byte by byte."""
+    return torch.empty(0, dtype=torch.uint8).set_(cache.tokens.untyped_storage())
+
+
 class Decoding:
-    """A layer in the middle of a sequence, and a check that nothing of what it remembers has changed."""
+    """A layer in the middle of a sequence, and a check that nothing of what it has cached has changed."""
 
     def __init__(self, config: DeepseekV2Config) -> None:
         torch.manual_seed(0)
@@ -153,12 +164,8 @@ class Decoding:
         _, self.cache = self.layer(
             self.start, past_key_value=self.layer.self_attn.empty_cache(BATCH, 8), use_cache=True
         )
-        self.storage = self.cache._storage
-        self.before = self.bits().clone()
-
-    def bits(self) -> Tensor:
-        """All of the storage: what lies behind the tokens may be NaN, which equals nothing as a number."""
-        return self.storage.buffer.view(torch.int32)
+        self.place = place_of(self.cache)
+        self.before = bits_of(self.cache).clone()
 
     def refuses(self, argument: str, value: object, given: str, wanted: str) -> None:
         arguments = {"hidden_states": stream(), "past_key_value": self.cache, "use_cache": True} | {argument: value}
@@ -169,13 +176,12 @@ class Decoding:
 
     def check_memory(self) -> None:
         assert len(self.cache) == PAST
-        assert self.cache._storage is self.storage
-        assert self.storage.used == PAST
-        assert torch.equal(self.bits(), self.before)
+        assert place_of(self.cache) == self.place
+        assert torch.equal(bits_of(self.cache), self.before)
 
     def check_continuation(self) -> None:
         out, longer = self.layer(stream(), past_key_value=self.cache, use_cache=True)
-        assert longer._storage is self.storage
+        assert place_of(longer) == self.place  # the room after the tokens was not given away before
         whole = self.layer(torch.cat((self.start, stream()), dim=1))[0]
         assert_close(out, whole[:, PAST:], "continuation")
 
@@ -240,14 +246,13 @@ def test_what_flash_attn_cannot_take(
     """With flash-attn installed, on a machine where it cannot run."""
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     layer = DeepseekV2DecoderLayer(replace(config, _attn_implementation="flash_attention_2"), 0).to(dtype)
-    cache = layer.self_attn.empty_cache(BATCH, capacity=SEQ)
-    check_refusal(
-        lambda: layer(stream(dtype=dtype), past_key_value=cache, use_cache=True), "hidden_states", given, wanted
-    )
-    assert cache._storage.used == 0
-    x = stream(dtype=dtype)
-    check_refusal(lambda: layer.self_attn(x, past_key_value=cache, use_cache=True), "hidden_states", given, wanted)
-    assert cache._storage.used == 0
+    cache, x = layer.self_attn.empty_cache(BATCH, capacity=SEQ), stream(dtype=dtype)
+    for module in (layer, layer.self_attn):
+        call = functools.partial(module, x, past_key_value=cache, use_cache=True)
+        check_refusal(call, "hidden_states", given, wanted)
+        assert (bits_of(cache) == 0).all()
+    first = torch.ones(BATCH, SEQ, *layer.self_attn.cache_features, dtype=dtype)
+    assert place_of(cache.append(first)) == place_of(cache)  # its room was not given away before
 
 
 PARTS = {
@@ -333,10 +338,20 @@ def test_cache_append(new: Tensor, said: str) -> None:
     cache = LatentCache.empty(0, 2, (8,), capacity=4, dtype=torch.float32, device="cpu").append(torch.ones(2, 2, 8))
     with pytest.raises(ValueError, match=rf"past_key_value is LatentCache\(layer 0, .*; wanted .*{said}"):
         cache.append(new)
-    assert len(cache) == cache._storage.used == 2
+    assert len(cache) == 2
     assert (cache.tokens == 1).all()
+    assert place_of(cache.append(torch.ones(2, 1, 8))) == place_of(cache)
 
 
 def test_cache_append_of_a_list() -> None:
     cache = LatentCache(0, torch.ones(2, 2, 8))
     check_refusal(lambda: cache.append([[1.0]]), "new", "a list of 1", "a tensor", TypeError)
+
+
+def test_a_wrong_type_may_be_caught_as_either_error() -> None:
+    """It was a TypeError here and a ValueError there: whoever catches one of them catches it still."""
+    for error in (TypeError, ValueError):
+        with pytest.raises(error, match="hidden_states is None; wanted a tensor"):
+            DeepseekV2DecoderLayer(SMALL, 0)(None)
+        with pytest.raises(error, match=r"config is a dict; wanted a DeepseekV2Config"):
+            DeepseekV2MLP(SMALL.to_dict())

@@ -118,7 +118,7 @@ def test_the_commands_name_the_repository_or_say_what_to_fill_in() -> None:
     known = repository.commands(GITHUB, "dev")
     assert "git clone https://github.com/owner/name\ncd name\n" in known["fetch"]
     assert f"!git clone --quiet --depth 1 --branch dev {GITHUB}\n" in known["fetch_in_colab"]
-    assert '"./name[plots]"' in known["fetch_in_colab"]
+    assert '"./name[notebooks]"' in known["fetch_in_colab"]
     unknown = repository.commands(None, "main")
     assert "git clone ADDRESS\ncd FOLDER\n" in unknown["fetch"]
     assert "`ADDRESS`" in unknown["repository"]

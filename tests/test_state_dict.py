@@ -1,17 +1,23 @@
 """Weights come and go under the names of the published checkpoints, whatever the storage."""
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.func import functional_call
 from transformers import AutoModel
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pack_weights
 from tests.peers import SMALL, native_config, randomised, tokens
 from tests.test_oracle import PLAIN_ATTENTION
 
@@ -227,3 +233,172 @@ def test_published_names_are_views_of_the_stacked_experts() -> None:
         layer.mlp.experts.gate_up_proj[3, :WIDE].fill_(7.0)
     assert (held["mlp.experts.3.gate_proj.weight"] == 7.0).all()
     assert not (held["mlp.experts.3.up_proj.weight"] == 7.0).any()
+
+
+# In shards
+
+
+def shards_of(weights: dict[str, Tensor], number: int = 3) -> list[dict[str, Tensor]]:
+    """Every third name, so that the weights of each expert lie in different shards."""
+    names = sorted(weights)
+    return [{name: weights[name] for name in names[start::number]} for start in range(number)]
+
+
+def one_after_the_other(layer: DeepseekV2DecoderLayer, weights: dict[str, Tensor], assign: bool) -> None:
+    given: set[str] = set()
+    for shard in shards_of(weights):
+        keys = layer.load_state_dict(shard, strict=False, assign=assign)
+        assert set(keys.missing_keys) == weights.keys() - shard.keys()
+        assert not keys.unexpected_keys
+        given |= shard.keys()
+        held = layer.state_dict()
+        for name in given:  # what an earlier shard brought is not lost
+            assert torch.equal(held[name], weights[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("start", ["memory", "meta"])
+def test_shards_are_assigned_one_after_the_other(start: str, dtype: torch.dtype) -> None:
+    with torch.device("meta" if start == "meta" else "cpu"):
+        layer = moe_layer()
+    layer.mlp.experts.down_proj.requires_grad_(False)
+    weights = published(dtype)
+    one_after_the_other(layer, weights, assign=True)
+    assert_holds(layer, weights)
+    assert not any(parameter.is_meta for parameter in layer.parameters())
+    assert not layer.mlp.experts.down_proj.requires_grad
+    assert layer.mlp.experts.gate_up_proj.requires_grad
+    assert layer(tokens(1, 3, dtype))[0].isfinite().all()
+
+
+def test_shards_are_copied_one_after_the_other() -> None:
+    layer, weights = moe_layer(), published()
+    one_after_the_other(layer, weights, assign=False)
+    assert_holds(layer, weights)
+
+
+def test_experts_that_never_came_are_not_mistaken_for_weights() -> None:
+    """A shard is missing: what it would have brought is NaN, so that nobody computes with whatever lay in memory."""
+    with torch.device("meta"):
+        layer = moe_layer()
+    for shard in shards_of(published())[:2]:
+        layer.load_state_dict(shard, strict=False, assign=True)
+    missing = shards_of(published())[2]
+    held = layer.state_dict()
+    for name in missing:
+        assert held[name].is_meta or held[name].isnan().all(), name
+
+
+# Distributed checkpoints
+
+
+def test_distributed_state_dicts() -> None:
+    layer, other = moe_layer(), moe_layer()
+    held = get_model_state_dict(layer)
+    assert held.keys() == SHAPES.keys()
+    assert all(torch.equal(weight, held[name]) for name, weight in layer.state_dict().items())
+    keys = set_model_state_dict(other, held)
+    assert not keys.missing_keys
+    assert not keys.unexpected_keys
+    assert_holds(other, layer.state_dict())
+    assert get_model_state_dict(layer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).keys() == (
+        SHAPES.keys()
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")  # that there is one process
+@pytest.mark.parametrize("tied", [False, True], ids=["two matrices", "tied"])
+def test_distributed_checkpoints_through_files(tmp_path: Path, tied: bool) -> None:
+    config = replace(SMALL, tie_word_embeddings=tied)
+    model, other = (randomised(DeepseekV2ForCausalLM(config), torch.float32, seed) for seed in (0, 1))
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=tmp_path)
+    into = {"model": get_model_state_dict(other)}
+    dcp.load(into, checkpoint_id=tmp_path)
+    set_model_state_dict(other, into["model"])
+    ids = torch.arange(6)[None]
+    assert torch.equal(other(ids)[0], model(ids)[0])
+
+
+# torch.func.functional_call
+
+
+def all_weights(layer: DeepseekV2DecoderLayer, names: str) -> dict[str, Tensor]:
+    """By the names of parameters, or by the published ones, in which every expert has its own."""
+    weights = dict(layer.named_parameters()) if names == "parameters" else layer.state_dict()
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("names", ["parameters", "published"])
+def test_functional_call(names: str) -> None:
+    layer, other = randomised(moe_layer()), randomised(moe_layer(), seed=1)
+    before, held = dict(layer.named_parameters()), layer.state_dict()
+    values = {name: weight.clone() for name, weight in held.items()}
+    weights = {name: weight.requires_grad_() for name, weight in all_weights(other, names).items()}
+    x = tokens(2, 5, torch.float64)
+    out = functional_call(layer, weights, (x,))[0]
+    assert torch.equal(out, other(x)[0])
+
+    out.square().sum().backward()
+    other(x)[0].square().sum().backward()
+    for name, weight in weights.items():
+        if names == "parameters":
+            expected = other.get_parameter(name).grad
+        elif ".experts." in name and "shared" not in name:
+            _, _, expert, projection, _ = name.split(".")
+            stack = "down_proj" if projection == "down_proj" else "gate_up_proj"
+            expected = other.mlp.experts.get_parameter(stack).grad[int(expert)]
+            if stack == "gate_up_proj":
+                expected = expected.chunk(2)[projection == "up_proj"]
+        else:
+            expected = other.get_parameter(name).grad
+        assert weight.grad is not None, name
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-12)
+
+    assert dict(layer.named_parameters()).keys() == before.keys()
+    assert all(parameter is before[name] for name, parameter in layer.named_parameters())
+    assert all(torch.equal(weight, values[name]) for name, weight in layer.state_dict().items())
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    assert torch.equal(layer(x)[0], randomised(moe_layer())(x)[0])
+
+
+def test_functional_call_with_some_experts_and_again_after_an_error() -> None:
+    layer, x = randomised(moe_layer()), tokens(2, 5, torch.float64)
+    expected = layer(x)[0]
+    name = "mlp.experts.3.down_proj.weight"
+    changed = {name: torch.zeros_like(layer.state_dict()[name])}
+    with torch.no_grad():
+        other = randomised(moe_layer())
+        other.mlp.experts.down_proj[3].zero_()
+    for _ in range(2):
+        assert torch.equal(functional_call(layer, changed, (x,))[0], other(x)[0])
+        assert torch.equal(layer(x)[0], expected)
+        with pytest.raises(ValueError, match="hidden_states is"):
+            functional_call(layer, changed, (x[0],))
+        assert torch.equal(layer(x)[0], expected)
+    assert not torch.equal(other(x)[0], expected)
+
+
+# Copies
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize("config", [SMALL, PLAIN_ATTENTION], ids=["mla", "mha"])
+@torch.no_grad()
+def test_a_copy_of_a_model(config: DeepseekV2Config, copied: Callable[..., Any], packed: bool) -> None:
+    model = randomised(DeepseekV2ForCausalLM(config), torch.float32)
+    names = model.state_dict().keys()
+    if packed:
+        pack_weights(model)
+    twin, ids = copied(model), torch.arange(6)[None]
+    logits, caches = model(ids, use_cache=True)
+    twins_logits, twins_caches = twin(ids, use_cache=True)
+    assert torch.equal(twins_logits, logits)
+    step = torch.tensor([[7]])
+    assert torch.equal(twin(step, past_key_values=twins_caches)[0], model(step, past_key_values=caches)[0])
+    assert twin.state_dict().keys() == names
+    if not packed:
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert torch.equal(model(ids)[0], logits)
+        assert functional_call(twin, model.state_dict(), (ids,))[0].equal(logits)

@@ -25,9 +25,9 @@ from dsv2_ref import (
     MoEGate,
     RopeScaling,
 )
-from dsv2_ref import attention as attention_module
-from dsv2_ref import multi_head as multi_head_module
-from dsv2_ref.multi_head import MultiHeadAttention
+from dsv2_ref import mha as mha_module
+from dsv2_ref import rope as rope_module
+from dsv2_ref.mha import MultiHeadAttention
 from dsv2_ref.rope import inverse_frequencies, rotary_tables, rotate_half_split, rotate_interleaved
 from tests import oracle
 from tests.peers import SMALL, YARN, assert_close, native, native_config, randomised, tokens, with_weights_of
@@ -65,8 +65,8 @@ RIGHT, WRONG = 1e-12, 1e-2
 @pytest.mark.parametrize(
     ("config", "module", "right", "wrong"),
     [
-        (SMALL, attention_module, rotate_interleaved, rotate_half_split),
-        (MHA, multi_head_module, rotate_half_split, rotate_interleaved),
+        (SMALL, rope_module, rotate_interleaved, rotate_half_split),
+        (MHA, mha_module, rotate_half_split, rotate_interleaved),
     ],
     ids=["mla", "mha"],
 )

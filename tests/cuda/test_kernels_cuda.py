@@ -1,6 +1,6 @@
 """The fused kernels on a GPU, at real sizes, against float64 on the CPU.
 
-Tolerances are relative to the largest number expected: float32 sums of some thousand terms, 2e-5; float16 and bfloat16
+Tolerances are relative to the largest value expected: 2e-5 for float32 sums of some thousand terms; float16 and bfloat16
 round at 2**-11 and 2**-8, a few times over.
 """
 
@@ -8,24 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_ref import DeepseekV2RMSNorm, kernels
-from dsv2_ref.grouped import grouped_product
-from dsv2_ref.kernels import ops
-from dsv2_ref.kernels.add_rmsnorm import add_rmsnorm_definition
-from dsv2_ref.kernels.grouped_experts import grouped_product_definition
-from dsv2_ref.kernels.mla_decode import mla_decode_definition
-from dsv2_ref.kernels.rotate import rotate_definition
-from dsv2_ref.rope import rotate_interleaved
-from tests.cuda.place import DEVICE, device_needed
-
-pytestmark = [
+from dsv2_ref import DeepseekV2RMSNorm
+from tests.cuda.place import (
+    DEVICE,
+    KERNELS,
+    add_rms_norm,
+    add_rms_norm_definition,
     device_needed,
-    pytest.mark.skipif(not kernels._installed, reason="Triton is not installed"),
-    pytest.mark.usefixtures("as_shipped"),
-]
+    every_dtype,
+    fused_only,
+    grouped_product,
+    grouped_product_definition,
+    mla_decode,
+    mla_decode_definition,
+    ops,
+    rotate,
+    rotate_interleaved,
+)
+
+pytestmark = [device_needed, fused_only, pytest.mark.usefixtures("as_shipped")]
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -44,12 +47,12 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 def test_add_rms_norm_and_its_gradients(rows: int, features: int, dtype: torch.dtype) -> None:
     given = [normal(rows, features, dtype=dtype, seed=s) for s in (1, 2)] + [normal(features, dtype=dtype, seed=3)]
     exact = [t.double().requires_grad_() for t in given]
-    total, normed, _ = add_rmsnorm_definition(*exact, 1e-6)
+    total, normed = add_rms_norm_definition(*exact, 1e-6)
     upstream = [normal(rows, features, dtype=dtype, seed=s) for s in (4, 5)]
     torch.autograd.backward((total, normed), [g.double() for g in upstream])
 
     there = [t.to(DEVICE).requires_grad_() for t in given]
-    results = ops.add_rms_norm(*there, 1e-6)
+    results = add_rms_norm(*there, 1e-6)
     torch.autograd.backward(results, [g.to(DEVICE) for g in upstream])
     for actual, expected in zip(results, (total, normed), strict=True):
         assert_near(actual.detach(), expected.detach())
@@ -62,7 +65,7 @@ def test_add_rms_norm_and_its_gradients(rows: int, features: int, dtype: torch.d
 @every_dtype
 def test_norm_of_a_module_is_the_one_without_kernels(dtype: torch.dtype) -> None:
     norm, x = DeepseekV2RMSNorm(5120).to(DEVICE, dtype), normal(9, 5120, dtype=dtype).to(DEVICE)
-    with kernels.enabled(False):
+    with ops.without(KERNELS):
         expected = norm(x)
     assert_near(norm(x).detach(), expected.detach().cpu())
 
@@ -73,10 +76,10 @@ def test_rotation(heads: int, seq: int, dtype: torch.dtype) -> None:
     x = normal(2, seq, heads, 192, dtype=dtype)
     cos, sin = (normal(2, 1, seq, 32, dtype=torch.float32, seed=s) for s in (1, 2))
     there = x.to(DEVICE).transpose(1, 2)[..., 128:].requires_grad_()
-    actual = rotate_interleaved(there, cos.to(DEVICE), sin.to(DEVICE))
-    assert_near(actual.detach(), rotate_definition(x.transpose(1, 2)[..., 128:].double(), cos.double(), sin.double()))
+    actual = rotate(there, cos.to(DEVICE), sin.to(DEVICE))
+    assert_near(actual.detach(), rotate_interleaved(x.transpose(1, 2)[..., 128:].double(), cos.double(), sin.double()))
     actual.backward(actual.detach())
-    back = rotate_definition(actual.detach().cpu().double(), cos.double(), -sin.double())
+    back = rotate_interleaved(actual.detach().cpu().double(), cos.double(), -sin.double())
     assert there.grad is not None
     assert_near(there.grad, back)
 
@@ -92,7 +95,7 @@ def test_mla_decode(batch: int, heads: int, kv_seq: int, seq: int, dtype: torch.
         expected = mla_decode_definition(query.double(), cache[:, :kv_seq].double(), 512, 192**-0.5, mask)
         mask = None if mask is None else mask.to(DEVICE)
         with torch.no_grad():
-            actual = ops.mla_decode(query.to(DEVICE), cache.to(DEVICE)[:, :kv_seq], 512, 192**-0.5, mask)
+            actual = mla_decode(query.to(DEVICE), cache.to(DEVICE)[:, :kv_seq], 512, 192**-0.5, mask)
         assert_near(actual, expected)
 
 

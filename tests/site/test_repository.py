@@ -74,7 +74,7 @@ def test_a_page_leads_to_its_source(published: dict[str, BeautifulSoup], page: s
 def test_the_commands_can_be_copied_as_they_are(published: dict[str, BeautifulSoup]) -> None:
     shown = [block.get_text() for block in published["running.md"].find_all("pre")]
     assert f"git clone {GITHUB}\ncd fork\n" in shown
-    colab = f'!git clone --quiet --depth 1 --branch trunk {GITHUB}\n!pip install --quiet "./fork[plots]"\n'
+    colab = f'!git clone --quiet --depth 1 --branch trunk {GITHUB}\n!pip install --quiet "./fork[notebooks]"\n'
     assert colab in shown
 
 

@@ -1,0 +1,48 @@
+"""The command that lists which way computes each call of a layer, and why."""
+
+import pytest
+
+from dsv2_ref.__main__ import main
+
+SMALL = ["--preset", "tiny", "--layer", "1"]
+
+
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["ways", *SMALL, *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["--dtype", "float32", "--seq", "9"], ["attend sdpa", "RoutedExperts.forward grouped"]),
+        (["--dtype", "float32", "--kv", "90"], ["attend products", "not triton decoding: for cuda, not cpu"]),
+        (["--kv", "90"], ["attend cpu rounded keys"]),
+        (["--attention", "eager", "--seq", "9"], ["attend definition", "implementation is 'eager', not 'sdpa'"]),
+        (
+            ["--device", "cuda", "--kv", "90"],
+            ["apply_rotary triton rotation", "attend triton decoding", "Ampere generation or newer"],
+        ),
+        (["--device", "cuda", "--seq", "9", "--training"], ["attend sdpa", "training"]),
+    ],
+)
+def test_the_way_of_each_call(arguments: list[str], lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    found = " ".join(listed(capsys, *arguments).split())
+    for line in lines:
+        assert line in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "tpu"], "device is 'tpu'; wanted cpu or cuda"),
+        (["--layer", "9"], "layer_idx is 9; wanted"),
+        (["--dtype", "int8"], "dtype is 'int8'; wanted a floating-point dtype"),
+        (["--seq", "9", "--kv", "3"], "kv is 3; wanted at least the 9 new tokens"),
+    ],
+)
+def test_refusals_take_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ways", "--preset", "tiny", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(said)
+    assert error.count("\n") == 1
