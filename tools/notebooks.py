@@ -4,9 +4,9 @@
     python -m tools.notebooks FILE ...   these
 
 Kept are sources, cell ids, the metadata that the book reads, outputs and execution counts from 1. What Jupyter adds
-(times, versions, the state of an editor) is dropped, and figures are stored in a third of the space. Each first cell is
-given the address of the repository (`tools.repository`), from which it fetches the package where a notebook is opened
-alone. A notebook that fails is left as it was.
+(times, versions, the state of an editor) is dropped, and figures are stored in a third of the space. In each first cell
+the lines that find the package are replaced by `LOADER`, with the address of the repository (`tools.repository`), from
+which they fetch the package where a notebook is opened alone. A notebook that fails is left as it was.
 """
 
 import argparse
@@ -44,13 +44,17 @@ def roots():
     return [str(p) for p in places if (p / "dsv2_ref").is_dir()]
 
 
+from importlib.metadata import version
+
+if [int(n) for n in version("torch").split(".")[:2]] < [2, 11]:
+    raise ImportError(f"torch {version('torch')} is here; wanted 2.11 or newer")
 if REPOSITORY and not roots():
     subprocess.run(["git", "clone", "--depth=1", REPOSITORY], check=True)
     install = [sys.executable, "-m", "pip", "install", "--quiet", "jaxtyping"]
     subprocess.run(install, check=True)
 sys.path[:0] = roots()
 """
-"""The part of each notebook's first cell that finds the package."""
+"""The part of each notebook's first cell that finds the package, and stops where PyTorch is too old for it."""
 
 
 def in_book() -> list[Path]:
@@ -84,11 +88,18 @@ def address() -> str:
     return repository.find(ROOT, settings["repository"]["url"]) or ""
 
 
+def with_loader(source: str) -> str:
+    """A cell's source with today's `LOADER` in the place of the one that it has, if any, and with the address."""
+    begin, end = (re.escape(LOADER.strip().splitlines()[place]) for place in (0, -1))
+    source = re.sub(rf"^{begin}$.*?^{end}$", lambda _: LOADER.strip(), source, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r'^REPOSITORY = ".*?"', f'REPOSITORY = "{address()}"', source, flags=re.MULTILINE)
+
+
 def execute(path: Path) -> None:
     """Run a notebook in its own folder, with this Python, and store it."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
-        cell.source = re.sub(r'^REPOSITORY = ".*?"', f'REPOSITORY = "{address()}"', cell.source, flags=re.MULTILINE)
+        cell.source = with_loader(cell.source)
     settings: dict[str, Any] = {"kernel_name": "python3", "timeout": 600, "coalesce_streams": True}
     folder = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, record_timing=False, resources=folder, **settings).execute()

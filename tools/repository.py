@@ -116,7 +116,7 @@ def commands(address: str | None, branch: str) -> dict[str, str]:
         "repository": known,
         "fetch": f"```bash\ngit clone {where}\ncd {name}\n```",
         "fetch_in_colab": (
-            f'```\n!git clone --quiet --depth 1{chosen} {where}\n!pip install --quiet "./{name}[plots]"\n```'
+            f'```\n!git clone --quiet --depth 1{chosen} {where}\n!pip install --quiet "./{name}[notebooks]"\n```'
         ),
     }
 

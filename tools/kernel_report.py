@@ -1,0 +1,205 @@
+"""What Triton's compiler makes of the kernels for a GPU generation, without a GPU: registers, shared memory, spills.
+
+``python -m tools.kernel_report`` prints it for every kernel and generation.
+"""
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv2_ref.checks import require
+from dsv2_ref.fast.triton import plan
+
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+
+REGISTERS = 2**16
+"""Registers of a multiprocessor, in every generation here (as above)."""
+
+WARPS = {80: 64, 89: 48, 90: 64, 100: 64}
+"""Warps that a multiprocessor keeps at once (as above)."""
+
+RESERVED = 1024
+"""Bytes of shared memory that a block takes besides its own (as above)."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler reports of one kernel for one GPU generation.
+
+    Attributes:
+        kernel: its name. capability: 10 · major + minor, as 90 for sm_90. dtype: fp16, bf16 or fp32.
+        registers: of a thread. shared: bytes of a block. stack: bytes of a thread in memory, where registers spill.
+        warps: of a block, 32 threads each.
+    """
+
+    kernel: str
+    capability: int
+    dtype: str
+    registers: int
+    shared: int
+    stack: int
+    warps: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether a block may use so much shared memory there."""
+        return self.shared <= SHARED_BYTES[self.capability]
+
+    @property
+    def at_once(self) -> int:
+        """Blocks that a multiprocessor keeps at once, as many as shared memory, registers and warps allow."""
+        by_shared = (SHARED_BYTES[self.capability] + RESERVED) // (self.shared + RESERVED)
+        registers = -(-self.registers // 8) * 8  # given out by eight
+        return min(by_shared, REGISTERS // (registers * 32 * self.warps), WARPS[self.capability] // self.warps)
+
+
+DTYPES = ("fp16", "bf16", "fp32")
+"""What the kernels know, as Triton calls it."""
+
+_KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, Any]]] = {
+    # name: module, function, types of its arguments ("x" stands for the dtype), constants, options
+    "add_rmsnorm": (
+        "norm", "add_rmsnorm_kernel",
+        {"inverse_rms": "*fp32", "eps": "fp32"} | dict.fromkeys(("update", "residual", "weight", "total", "normed"), "*x"),
+        {"HAS_RESIDUAL": True, "BLOCK": 8192}, {"num_warps": 16},
+    ),
+    "add_rmsnorm_backward": (
+        "norm", "add_rmsnorm_backward_kernel",
+        {"inverse_rms": "*fp32", "by_weight": "*fp32"} | dict.fromkeys(("grad", "total", "weight", "by_input"), "*x"),
+        {"BLOCK": 8192}, {"num_warps": 16},
+    ),
+    "rotate": (
+        "rotate", "rotate_kernel",
+        {"x": "*x", "out": "*x", "cos": "*fp32", "sin": "*fp32", "sign": "fp32"},
+        {"BLOCK": 16, "PAIRS": 32}, {"num_warps": 4, "enable_fp_fusion": False},
+    ),
+    "mla_partial": (
+        "decode", "mla_partial_kernel",
+        {"query": "*x", "keys": "*x", "padding": "*u8", "sums": "*fp32", "log_sums": "*fp32", "scale": "fp32"},
+        {"HAS_PADDING": True, "ONE_SHARE": False, "ROWS": plan.BLOCK_ROWS, "LATENT": 512, "ROPE": 64, "p_token": 1},
+        {"num_warps": 4, "num_stages": plan.STAGES},
+    ),
+    "mla_combine": (
+        "decode", "mla_combine_kernel",
+        {"sums": "*fp32", "log_sums": "*fp32", "out": "*x"},
+        {"SHARES": plan.MAX_SHARES, "AT_ONCE": 16, "COLUMNS": 128}, {"num_warps": 4},
+    ),
+    "grouped_product": (
+        "experts", "grouped_product_kernel",
+        {"rows": "*x", "weights": "*x", "group_ends": "*i32", "out": "*x"},
+        {"GROUPS": 256, "weight_input": 1}, {"num_warps": 4, "num_stages": 3},
+    ),
+}  # fmt: skip
+
+KERNELS = tuple(_KERNELS)
+"""Names that `resources` knows; sizes are those of DeepSeek-V2 (D up to 8192, C = 512, R = 64, up to 256 experts)."""
+
+
+def launched_with(kernel: str, itemsize: int, capability: int = 90) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a kernel as it is launched at the sizes of DeepSeek-V2, for elements of ``itemsize``
+    bytes on a GPU of that generation."""
+    place, _, _, fixed, options = _KERNELS[kernel]
+    module = importlib.import_module(f"dsv2_ref.fast.triton.{place}")
+    fixed, options = dict(fixed), dict(options)
+    if kernel == "mla_partial":
+        fixed["KEYS"] = plan.keys_at_once(itemsize, SHARED_BYTES[capability] + RESERVED)
+    if kernel == "grouped_product":
+        fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize), strict=True)
+    return fixed, options
+
+
+def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: int) -> Resources:
+    """Compile a kernel to machine code and read what the compiler says of it.
+
+    Args:
+        kernel: one of `KERNELS`.
+        capability: 80, 89, 90 or 100.
+        dtype: fp16, bf16 or fp32.
+        **constants: block sizes, ``num_warps`` and ``num_stages`` in place of the shipped ones.
+
+    Raises:
+        ValueError: for a kernel, capability, dtype or constant that is not known.
+        ImportError: without Triton.
+    """
+    require(kernel in _KERNELS, "kernel", kernel, "one of {}", KERNELS)
+    require(capability in SHARED_BYTES, "capability", capability, "one of {}", tuple(SHARED_BYTES))
+    require(dtype in DTYPES, "dtype", dtype, "one of {}", DTYPES)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    place, function, types, *_ = _KERNELS[kernel]
+    module = importlib.import_module(f"dsv2_ref.fast.triton.{place}")
+    fixed, options = launched_with(kernel, 4 if dtype == "fp32" else 2, capability)
+    options |= {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    jitted = getattr(module, function)
+    for name in constants:
+        require(
+            name in jitted.arg_names, "a constant", name, "one of {}", (*jitted.arg_names, "num_warps", "num_stages")
+        )
+    fixed |= constants
+    types = types | ({"sums": "*x"} if fixed.get("ONE_SHARE") else {})  # then the output itself
+    signature = {
+        name: "constexpr" if name in fixed else types.get(name, "i32").replace("*x", f"*{dtype}")
+        for name in jitted.arg_names
+    }
+    # As at a launch: a stride of 1 is a constant, pointers and most sizes are multiples of 16, from which follows how wide loads can be.
+    unaligned = {"shares", "seq", "kv_seq", "p_batch", "weight_input"}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(jitted.arg_names)
+        if (signature[name] == "i32" and name not in unaligned) or signature[name].startswith("*")
+    }
+    source = ASTSource(jitted, signature, fixed, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout)
+    require(found is not None, "report", report.stdout, "registers and stack of a kernel", error=RuntimeError)
+    assert found is not None
+    return Resources(
+        kernel, capability, dtype, int(found[1]), compiled.metadata.shared, int(found[2]), options["num_warps"]
+    )
+
+
+def _constant(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    return name, int(size)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table of `resources`, and return 0, or 1 if anything does not fit or spills."""
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=main.__doc__)
+    parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument(
+        "--set", type=_constant, action="append", default=[], metavar="NAME=SIZE", help="a block size, or num_warps"
+    )
+    chosen = parser.parse_args(arguments)
+    if chosen.set and chosen.kernel is None:
+        parser.error("--set is for one kernel: say which with --kernel")
+    print(f"{chosen.dtype:22}{'registers':>10}{'spilled':>9}{'shared':>9}{'at once':>9}")
+    good = True
+    for kernel in KERNELS if chosen.kernel is None else (chosen.kernel,):
+        for capability in SHARED_BYTES:
+            found = resources(kernel, capability, chosen.dtype, **dict(chosen.set))
+            good = good and found.fits and not found.stack
+            at_once = found.at_once if found.fits else "none"
+            place = f"sm_{capability}"
+            row = f"{kernel if capability == min(SHARED_BYTES) else '':21}{place:6}"
+            print(f"{row}{found.registers:5}{found.stack:9}{found.shared:9,}{at_once:>9}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
