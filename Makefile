@@ -1,77 +1,111 @@
-# Everything runs in .venv, which the first command makes from requirements.txt. `make help` lists the commands.
+# Everything runs in the environment $(VENV), which the first command makes from requirements.txt. `make help` lists the
+# commands. With VENV= (empty) no environment is made: $(PYTHON) is used as it is, and nothing is installed into it.
 
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/installed
+VENV := .venv
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+BIN := $(if $(VENV),$(VENV)/bin/)
+INSTALLED := $(if $(VENV),$(VENV)/installed)
 
-NBVAL := $(BIN)/python -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nbval-current-env book
+UNIT := -m pytest -n 2 --ignore=tests/site --ignore=tests/cuda
+NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nbval-current-env book
 # Without vector instructions and with two threads, products are summed in another order: outputs must not depend on it.
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-on_a_gpu = $(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make $(1): torch sees no CUDA GPU here")'
-
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit site notebooks serve bench test-cuda bench-cuda clean
+.PHONY: help book test lint unit site test-other-build notebooks serve bench test-cuda bench-cuda clean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 26
 
 book: $(INSTALLED) ## build the book in _build/html
 	@rm -rf _build/html _build/.doctrees  # pages of what is gone, and warnings already given, must not be kept
-	@$(BIN)/jupyter-book build . --all -n -W --keep-going
+	@$(BIN)jupyter-book build . --all -n -W --keep-going
 
 test: lint unit site ## lint, types, unit, property and notebook tests, and the checks on the built book
 
 lint: $(INSTALLED)
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)ruff check .
+	@$(BIN)ruff format --check .
+	@$(BIN)mypy
 
 unit: $(INSTALLED)
-	@$(BIN)/python -m pytest -n 2 --ignore=tests/site --ignore=tests/cuda
+	@$(RUN) $(UNIT)
 	@$(NBVAL)
 	@$(PLAIN_CPU) OMP_NUM_THREADS=2 $(NBVAL)
 
 site: book
-	@$(BIN)/python -m pytest -n 2 tests/site
+	@$(RUN) -m pytest -n 2 tests/site
+
+# On PyPI, torch for Linux is built with CUDA; builds for the CPU lie elsewhere, and pip's settings decide which of them an
+# environment gets. The tests must pass with both.
+OTHER_BUILD = $(shell $(RUN) -c 'import torch; print("cpu" if torch.version.cuda else "cuda")')
+
+test-other-build: $(INSTALLED) ## on Linux: the unit tests with the build of torch that .venv has not, with CUDA or without
+	@if [ "$$(uname)" != Linux ]; then \
+		echo "make $@: torch has only one build for this system"; \
+	elif $(MAKE) --no-print-directory .venv/$(OTHER_BUILD)/installed; then \
+		.venv/$(OTHER_BUILD)/bin/python $(UNIT) -m "not slow"; \
+	elif [ "$$CI" = true ] && [ -z "$$UV_OFFLINE" ]; then \
+		echo "make $@: cannot install torch's $(OTHER_BUILD) build; with UV_OFFLINE=1 its tests are left out" >&2; exit 1; \
+	else \
+		echo "make $@: cannot install torch's $(OTHER_BUILD) build, so the tests with it were left out"; \
+	fi
+
+UV := uv==0.13.9
+FROM_cpu := --torch-backend cpu
+
+# uv, as pip would give the same build again.
+.venv/cuda/installed .venv/cpu/installed: .venv/%/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -m venv .venv/$*
+	@.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 $(UV)
+	@.venv/$*/bin/uv pip install --quiet --python .venv/$*/bin/python $(FROM_$*) -r requirements.txt
+	@.venv/$*/bin/python -c 'import sys, torch; found = "cuda" if torch.version.cuda else "cpu"; \
+		sys.exit(None if found == "$*" else "torch has no $* build for this system")'
+	@touch $@
 
 notebooks: $(INSTALLED) ## run every notebook of the book again and store its outputs
-	@$(BIN)/python -m tools.notebooks
+	@$(RUN) -m tools.notebooks
 
 serve: book ## build the book and serve it on http://localhost:8000
-	@$(BIN)/python -m http.server --bind localhost --directory _build/html 8000
+	@$(RUN) -m http.server --bind localhost --directory _build/html 8000
 
 bench: $(INSTALLED) ## time the layer against transformers and the machine
-	@$(BIN)/python -m bench
+	@$(RUN) -m bench
 
 test-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: every path of the layer and its kernels against float64, and every notebook
-	@$(call on_a_gpu,$@)
-	@DSV2_TEST_DEVICE=cuda $(BIN)/python -m pytest -rs tests/cuda
-	@$(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env book
+	@$(RUN) -m tools.gpu "make $@" jaxtyping torch beartype hypothesis ipykernel matplotlib nbval pytest safetensors
+	@DSV2_TEST_DEVICE=cuda $(RUN) -m pytest -rs tests/cuda
+	@$(RUN) -m pytest -p no:cacheprovider --nbval --nbval-current-env book
 
 bench-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: time the layer's parts there, against transformers and flash-attn
-	@$(call on_a_gpu,$@)
-	@$(BIN)/python -m bench.cuda
+	@$(RUN) -m tools.gpu "make $@" jaxtyping torch
+	@$(RUN) -m bench.cuda
 
 clean: ## remove what was built, the environment included
 	rm -rf .venv _build
 
+ifneq ($(VENV),)
 $(INSTALLED): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer with venv is needed; say which with: make PYTHON=/path/to/python3.11 …"; exit 1; }
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; say which with: make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make an environment: install venv and ensurepip (on Debian and Ubuntu: apt install" \
+			"python3-venv), or use a Python that has the packages already: make VENV= …" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(INSTALLED)
+endif
 
 # flash-attn's Python half, for tests that put a double in the place of its compiled half: off every path, as an install
 # without CUDA can be imported by nobody else. Where it is not to be had, these tests say so and are skipped.
 FLASH_ATTN := flash-attn==2.8.3.post2
 FLASH_ATTN_FRONT_END := .venv/flash-attn/installed
 
-unit: $(FLASH_ATTN_FRONT_END)
+unit test-other-build: $(FLASH_ATTN_FRONT_END)
 
 $(FLASH_ATTN_FRONT_END): $(INSTALLED)
 	@mkdir -p $(@D)
-	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet \
+	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(RUN) -m pip install --quiet \
 		--disable-pip-version-check --retries 1 --no-deps --no-build-isolation --upgrade --target $(@D) $(FLASH_ATTN) && \
 		touch $@ || echo "$(FLASH_ATTN) was not installed for its tests: they will be skipped"
