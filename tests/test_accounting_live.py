@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,11 +60,10 @@ def numbers(layer: DeepseekV2DecoderLayer, call: acc.Call) -> dict[str, int]:
     """How many numbers each small operation of a call makes, from what the layer's modules take and give."""
     found = {"swiglu": 0}
 
-    def note(module: nn.Module, given: Any, result: Any) -> None:
-        if isinstance(module, DeepseekV2MLP):
-            found["swiglu"] += call.tokens * module.down_proj.in_features
+    def note(module: Any, given: Any, result: Any) -> None:
+        found["swiglu"] += call.tokens * module.down_proj.in_features
 
-    hooks = [module.register_forward_hook(note) for module in layer.modules()]
+    hooks = [module.register_forward_hook(note) for module in layer.modules() if isinstance(module, DeepseekV2MLP)]
     hidden = layer.hidden_size
     cache = layer.self_attn.empty_cache(call.batch, capacity=call.kv)
     if past := call.kv - call.seq:

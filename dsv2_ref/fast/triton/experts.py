@@ -28,7 +28,7 @@ def grouped_product_kernel(
     outputs,
     inputs,
     row_stride,
-    weight_group,  # strides, in numbers
+    weight_group,  # strides, in elements
     weight_output,
     weight_input,
     GROUPS: tl.constexpr,

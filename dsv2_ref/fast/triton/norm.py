@@ -1,7 +1,7 @@
 """Residual addition and RMSNorm in one pass over memory, forward and backward.
 
 Apart, the addition reads two streams and writes one, and the norm's plain form reads and writes several times more.
-Fused, each of the N · D numbers is read twice (update, residual) and written twice (sum, normalised): 4·N·D numbers move
+Fused, each of the N · D elements is read twice (update, residual) and written twice (sum, normalised): 4·N·D elements move
 instead of 5·N·D for an addition and a fused norm, and 14·N·D in separate operations of PyTorch, half of them in float32.
 
 Source: Zhang and Sennrich (2019), equation 4, with the rounding of ``DeepseekV2RMSNorm`` of the published code.
@@ -19,13 +19,13 @@ BACKWARD_PROGRAMS = 256
 
 @jit
 def add_rmsnorm_kernel(
-    update,  # pointers to the first number of each tensor
+    update,  # pointers to the first element of each tensor
     residual,
     weight,
     total,
     normed,
     inverse_rms,
-    update_stride,  # numbers from one row to the next
+    update_stride,  # elements from one row to the next
     residual_stride,
     features,
     eps,
@@ -87,7 +87,7 @@ def add_rmsnorm_backward_kernel(
 
 
 def warps(features: int) -> int:
-    """Warps of a program: about sixteen numbers a thread."""
+    """Warps of a program: about sixteen elements per thread."""
     return min(16, max(1, power_of_two(features) // 512))
 
 

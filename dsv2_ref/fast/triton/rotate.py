@@ -1,4 +1,4 @@
-"""Rotary positions on interleaved pairs in one pass: every number is read once and written once.
+"""Rotary positions on interleaved pairs in one pass: every element is read once and written once.
 
 In PyTorch the four products, the two sums, the stacking and two changes of dtype each pass over memory. The gradient is
 the rotation back, by the same kernel with the sine's sign turned.
@@ -26,7 +26,7 @@ def rotate_kernel(
     seq,
     rows,
     pairs,
-    x_batch,  # strides, in numbers
+    x_batch,  # strides, in elements
     x_head,
     x_token,
     cos_batch,
