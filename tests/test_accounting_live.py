@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -157,6 +157,7 @@ def met_by_a_token(config: DeepseekV2Config) -> int:
     return met
 
 
+@settings(max_examples=20)
 @given(config=configs(), call=calls())
 def test_the_report_of_any_model(config: DeepseekV2Config, call: acc.Call) -> None:
     found, width = acc.report(config, call), BITS[call.dtype] // 8

@@ -342,8 +342,8 @@ def test_dropout_in_attention(mla: bool) -> None:
 def test_more_than_a_thousand_experts_per_token() -> None:
     crowd = replace(TINY, n_routed_experts=1_200, num_experts_per_tok=1_100)
     call = acc.Call(batch=4, form="expanded")
-    for training in (False, True):
-        assert acc.activation_peak(crowd, call, 1, training) == of_layer(crowd, call, 1, training)
+    found = of_layer(crowd, call, 1)
+    assert acc.activation_peak(crowd, call, 1) == found < acc.activation_peak(crowd, call, 1, training=True)
 
 
 def test_flash_attention_takes_what_sdpa_takes() -> None:
