@@ -269,6 +269,18 @@ def test_a_layer_quantised_by_torch(config: DeepseekV2Config, form: str, kernel:
             quantised(x)
 
 
+def test_a_wrapped_norm_widens_as_the_norm_does() -> None:
+    layer = DeepseekV2DecoderLayer(SMALL, 0)
+    narrow = tokens(2, 5, torch.bfloat16)
+    expected = layer(narrow)[0]
+    layer.input_layernorm = nn.Sequential(layer.input_layernorm)
+    assert torch.equal(layer(narrow)[0], expected)
+    with pytest.raises(
+        ValueError, match=r"hidden_states is .*float64.*; wanted floating-point numbers that torch.float32"
+    ):
+        layer(narrow.double())
+
+
 # The same of packed weights
 
 PLACES = [
@@ -394,7 +406,9 @@ def test_float16_scores_beyond_its_range(
         out = attention(leaf, attention_mask=given)[0]
         first, _, cache = attention(leaf[:, :23], cut(given, slice(0, 23), 23), use_cache=True)
         last = attention(leaf[:, 23:], cut(given, slice(23, 24), 24), past_key_value=cache)[0]
-    expected = wide(x.double(), attention_mask=given)[0]
+    # A mask that hides hides whatever the score: float64 is told by a bool one.
+    hides = mask == "lowest of float16"
+    expected = wide(x.double(), attention_mask=float16_masks(24)["bool"] if hides else given)[0]
     assert largest_score(config, wide, x.double()) > LARGEST  # or the test would show nothing
     for name, actual in (("one pass", out), ("steps", torch.cat((first, last), dim=1))):
         assert actual.dtype == torch.float16

@@ -277,6 +277,20 @@ def test_shards_are_copied_one_after_the_other() -> None:
     assert_holds(layer, weights)
 
 
+def test_a_shard_of_another_dtype_keeps_what_earlier_ones_brought() -> None:
+    """The stacks take the dtype of the last shard that was assigned, as a whole."""
+    layer, weights = moe_layer(), published()
+    first, *others = shards_of(weights)
+    layer.load_state_dict(first, strict=False)
+    for shard in others:
+        narrow = {name: weight.to(torch.bfloat16) for name, weight in shard.items()}
+        layer.load_state_dict(narrow, strict=False, assign=True)
+    held = layer.state_dict()
+    for name, weight in weights.items():
+        if ".experts." in name and "shared" not in name:
+            assert torch.equal(held[name], weight.to(torch.bfloat16)), name
+
+
 def test_experts_that_never_came_are_not_mistaken_for_weights() -> None:
     """A shard is missing: what it would have brought is NaN, so that nobody computes with whatever lay in memory."""
     with torch.device("meta"):

@@ -18,7 +18,8 @@ from dsv2_ref.checks import require
 from dsv2_ref.fast.triton import plan
 
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+"""Shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, technical
+specifications)."""
 
 REGISTERS = 2**16
 """Registers of a multiprocessor, in every generation here (as above)."""
@@ -151,7 +152,8 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
         name: "constexpr" if name in fixed else types.get(name, "i32").replace("*x", f"*{dtype}")
         for name in jitted.arg_names
     }
-    # As at a launch: a stride of 1 is a constant, pointers and most sizes are multiples of 16, from which follows how wide loads can be.
+    # As at a launch: a stride of 1 is a constant, and pointers and most sizes are multiples of 16, from which follows
+    # how wide loads can be.
     unaligned = {"shares", "seq", "kv_seq", "p_batch", "weight_input"}
     aligned = {
         (place,): [["tt.divisibility", 16]]

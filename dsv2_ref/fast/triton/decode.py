@@ -1,11 +1,12 @@
 """Attention of a few queries to the latent cache, split over the keys so that a long context fills the GPU.
 
-All heads share one key of C + R features whose first C are its value: a tile of keys is read once, and used twice, for the
-scores and for the sum. The scores never leave the chip. The first kernel attends to one share of the keys for a block of
-queries; the second adds the shares, weighted by their log-sum-exp. With a single share the first writes the output itself.
+All heads share one key of C + R features whose first C are its value: a tile of keys is read once, and used twice, for
+the scores and for the sum. The scores never leave the chip. The first kernel attends to one share of the keys for a
+block of queries; the second adds the shares, weighted by their log-sum-exp. With a single share the first writes the
+output itself.
 
-The K · (C + R) elements of the cache move once, as the blocks of queries of one sequence run side by side and share what
-the second-level cache holds; plain products also write and read the scores and read the values again.
+The blocks of queries of one sequence are launched side by side, so that all but the first may find the keys in the
+second-level cache. Plain products also write and read the scores, and read the values again.
 
 Source: the running softmax of Milakov and Gimelshein (2018); the split over keys of Flash-Decoding (Dao et al., 2023);
 DeepSeek-V2, section 2.1 and appendix C, for the absorbed form.
@@ -120,7 +121,10 @@ def mla_partial_kernel(
 def mla_combine_kernel(
     sums, log_sums, out, latent, shares, SHARES: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A program: COLUMNS features of one row, whose shares are weighted by exp(log-sum - highest), AT_ONCE at a time."""
+    """A program: COLUMNS features of one row, the sum of its shares, AT_ONCE at a time.
+
+    Each share is weighted by exp(its log-sum - the highest).
+    """
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.arange(0, SHARES)

@@ -1,8 +1,9 @@
 """Residual addition and RMSNorm in one pass over memory, forward and backward.
 
 Apart, the addition reads two streams and writes one, and the norm's plain form reads and writes several times more.
-Fused, each of the N · D elements is read twice (update, residual) and written twice (sum, normalised): 4·N·D elements move
-instead of 5·N·D for an addition and a fused norm, and 14·N·D in separate operations of PyTorch, half of them in float32.
+Fused, each of the N · D elements is read twice (update, residual) and written twice (sum, normalised): 4·N·D elements
+move instead of 5·N·D for an addition and a fused norm, and 14·N·D in separate operations of PyTorch, half of them in
+float32.
 
 Source: Zhang and Sennrich (2019), equation 4, with the rounding of ``DeepseekV2RMSNorm`` of the published code.
 """

@@ -112,8 +112,9 @@ def plain_cycles(batch: int, rows: int, width: int, latent: int, processors: int
 def decoding_pays(batch: int, heads: int, seq: int, width: int, latent: int, processors: int) -> bool:
     """Whether the decoding kernel needs fewer cycles than plain products, by count.
 
-    On an H100 it does for up to 64 rows (heads · seq) at any batch, and with 128 heads for up to 8 sequences. Both counts
-    grow with the number of keys, which therefore cancels; launches, of which plain products have more, are left out.
+    On an H100 it does for up to 64 rows (heads · seq) at any batch, and with 128 heads for up to 8 sequences. Both
+    counts grow with the number of keys, which therefore cancels; launches, of which plain products have more, are
+    left out.
     """
     sizes = batch, heads * seq, width, latent, processors
     return kernel_cycles(*sizes) <= plain_cycles(*sizes)
