@@ -23,6 +23,7 @@ from dsv2_ref import (
     accounting,
     pack_weights,
 )
+from dsv2_ref.fast.cpu import has_bfloat16
 
 Call = Callable[[], Any]
 Module = TypeVar("Module", bound=nn.Module)
@@ -100,7 +101,7 @@ def _settings(module: Module, by_us: Callable[[Module], Callable[[], Tensor]]) -
     """A step with the weights as they are published, and packed where that is to be had."""
     modules, weight = {"plain": module}, next(module.parameters())
     packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if packs and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if packs and has_bfloat16():
         modules["packed"] = pack_weights(copy.deepcopy(module))
     return {name: by_us(module) for name, module in modules.items()}
 

@@ -63,7 +63,7 @@ class Visibility:
                 return mask | ~sees_any, sees_any
             keep = mask > torch.finfo(mask.dtype).min / 2
             sees_any = keep.any(dim=-1, keepdim=True)
-            # Whatever the scores: the lowest float16 added to 90,000 would hide nothing.
+            # Whatever the scores: the lowest float16, added to 90,000, hides nothing.
             hidden = mask.masked_fill(~keep, float("-inf"))
             return hidden.where(sees_any, 0), sees_any
         end = self.kv_seq - self.seq + stop

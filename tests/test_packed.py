@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, pack_weights
+from dsv2_ref.fast.cpu import has_bfloat16
 
-HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BFLOAT16 = has_bfloat16()
 BFLOAT16 = pytest.param(
     torch.bfloat16,
     marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16 instructions for oneDNN"),

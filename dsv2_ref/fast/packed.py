@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.checks import require
+from dsv2_ref.fast.cpu import has_bfloat16
 from dsv2_ref.fast.products import combine, sort_by_expert
 from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear, offers_matrices
 from dsv2_ref.moe import RoutedExperts
@@ -180,8 +181,7 @@ def pack_weights(module: Module) -> Module:
             fits = weight.dtype in (torch.bfloat16, torch.float32)
             fits = fits and weight.device.type == "cpu"
             require(fits, f"the weight of {name}", weight, "bfloat16 or float32 on cpu")
-            supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            if weight.dtype == torch.bfloat16 and not supported:
+            if weight.dtype == torch.bfloat16 and not has_bfloat16():
                 needed = "a processor with bfloat16 instructions that oneDNN can use (AVX-512)"
                 raise RuntimeError(f"pack_weights needs {needed}")
     for parent, name, child in places:
