@@ -13,7 +13,7 @@ NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nb
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit site test-other-build notebooks serve bench test-cuda bench-cuda clean
+.PHONY: help book test lint unit site test-other-build test-oldest-torch notebooks serve bench test-cuda bench-cuda clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 26
@@ -52,16 +52,22 @@ test-other-build: $(INSTALLED) ## on Linux: the unit tests with the build of tor
 		echo "make $@: cannot install torch's $(OTHER_BUILD) build, so the tests with it were left out"; \
 	fi
 
-UV := uv==0.13.9
-FROM_cpu := --torch-backend cpu
+test-oldest-torch: .venv/oldest/installed ## the unit tests with the oldest torch that is supported
+	@.venv/oldest/bin/python $(UNIT) -m "not slow"
 
-# uv, as pip would give the same build again.
-.venv/cuda/installed .venv/cpu/installed: .venv/%/installed: requirements.txt pyproject.toml
+UV := uv==0.13.9
+
+# uv, as pip would give the same build again. The oldest torch wants an older setuptools, and its own Triton.
+.venv/cpu/installed: BACKEND := --torch-backend cpu
+.venv/oldest/installed: PINS := s/^torch==.*/torch==2.11.0/; s/^triton==[^;]*/triton==3.6.0/; s/^setuptools==.*/setuptools<82/
+
+.venv/cuda/installed .venv/cpu/installed .venv/oldest/installed: .venv/%/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -m venv .venv/$*
 	@.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 $(UV)
-	@.venv/$*/bin/uv pip install --quiet --python .venv/$*/bin/python $(FROM_$*) -r requirements.txt
+	@sed '$(PINS)' requirements.txt >.venv/$*/requirements.txt
+	@.venv/$*/bin/uv pip install --quiet --python .venv/$*/bin/python $(BACKEND) -r .venv/$*/requirements.txt
 	@.venv/$*/bin/python -c 'import sys, torch; found = "cuda" if torch.version.cuda else "cpu"; \
-		sys.exit(None if found == "$*" else "torch has no $* build for this system")'
+		sys.exit(None if "$*" in (found, "oldest") else "torch has no $* build for this system")'
 	@touch $@
 
 notebooks: $(INSTALLED) ## run every notebook of the book again and store its outputs
@@ -102,7 +108,7 @@ endif
 FLASH_ATTN := flash-attn==2.8.3.post2
 FLASH_ATTN_FRONT_END := .venv/flash-attn/installed
 
-unit test-other-build: $(FLASH_ATTN_FRONT_END)
+unit test-other-build test-oldest-torch: $(FLASH_ATTN_FRONT_END)
 
 $(FLASH_ATTN_FRONT_END): $(INSTALLED)
 	@mkdir -p $(@D)

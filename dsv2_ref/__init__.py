@@ -4,7 +4,8 @@ Names are imported when they are first asked for, so that `accounting` and `conf
 without torch.
 """
 
-from importlib import import_module
+import sys
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +55,19 @@ _MODULE_OF = {
     "RopeScaling": "config",
     "pack_weights": "fast.packed",
 }
+
+
+def _refuse_old_torch() -> None:
+    try:
+        loaded = sys.modules.get("torch")
+        torch = str(loaded.__version__) if loaded else metadata.version("torch")
+    except (AttributeError, metadata.PackageNotFoundError):
+        return  # whoever needs torch will say so
+    if [int(part) for part in torch.split(".")[:2]] < [2, 11]:
+        raise ImportError(f"torch {torch} is here; wanted 2.11 or newer")
+
+
+_refuse_old_torch()
 
 
 def __getattr__(name: str) -> Any:

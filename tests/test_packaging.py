@@ -356,6 +356,22 @@ def test_every_command_in_a_text_exists(path: Path) -> None:
         assert not named or named[1] in PROJECT["optional-dependencies"], command
 
 
+@pytest.mark.parametrize("imported", ["", "import torch; torch.__version__ = '2.10.1+cu128'; "])
+@pytest.mark.parametrize(("version", "enough"), [("2.10.1+cu128", False), ("2.9.0", False), ("2.11.0a0+nv26.2", True)])
+def test_an_older_torch_is_refused_at_import_in_one_line(
+    version: str, enough: bool, imported: str, tmp_path: Path
+) -> None:
+    installed = tmp_path / f"torch-{version}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; {imported.replace('2.10.1+cu128', version)}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program + "import dsv2_ref"], capture_output=True, text=True, cwd=tmp_path
+    )
+    said = done.stderr.splitlines()[-1:]
+    assert said == ([] if enough else [f"ImportError: torch {version} is here; wanted 2.11 or newer"])
+
+
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
