@@ -15,11 +15,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from dsv2_ref.fast.cpu import has_bfloat16
 
 CUDA = torch.device("cuda", 0)
 MAY_MIX = {"copy_", "__set__", "__setitem__", "__getitem__", "index_put_"}
 """Operations that take tensors of both kinds on a GPU as well."""
+
+PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "linear"}
+"""Made in float32, and rounded, where the CPU would multiply bfloat16 one number at a time."""
 
 SHAPES = (Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.requires_grad.__get__)
 IDENTITY = {
@@ -81,6 +86,9 @@ class PretendCuda(TorchFunctionMode):
         strangers = [x for x in tensors if not self.marked(x) and x.device.type == "cpu" and x.ndim]
         if strangers and name not in MAY_MIX:
             raise RuntimeError(f"{name}: expected all tensors on cuda:0, found {tuple(strangers[0].shape)} on cpu")
+        if name in PRODUCTS and tensors[0].dtype == torch.bfloat16 and not has_bfloat16():
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            return self.mark(func(*args, **kwargs).bfloat16())
         return tree_map(self.mark, func(*args, **kwargs))
 
     def to(self, x: Tensor, rest: list[Any], kwargs: dict[str, Any]) -> Tensor:

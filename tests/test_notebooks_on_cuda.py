@@ -27,6 +27,7 @@ def run(notebook: nbformat.NotebookNode, path: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=path.parent, env=alone, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 # The chapter on kernels stays on the CPU, where it interprets them, whatever there is.
 @pytest.mark.parametrize(
     "path", [path for path in notebooks.in_book() if path.stem != "kernels"], ids=lambda path: path.stem

@@ -364,7 +364,9 @@ def test_an_older_torch_is_refused_at_import_in_one_line(
     installed = tmp_path / f"torch-{version}.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; {imported.replace('2.10.1+cu128', version)}"
+    program = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; {imported.replace('2.10.1+cu128', version)}"
+    )
     done = subprocess.run(
         [sys.executable, "-I", "-c", program + "import dsv2_ref"], capture_output=True, text=True, cwd=tmp_path
     )

@@ -3,18 +3,17 @@
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import EngFormatter
 
-from dsv2_ref.plots.style import INK, STYLES, new_axes
-
-MARKERS = "osD^"
+from dsv2_ref.plots.style import INK, add_curves, add_legend, new_axes, tick_only, whole
 
 
-def _token_axis(axes: Axes, ticks: list[int]) -> None:
+def _over_tokens(axes: Axes, curves: Mapping[str, Mapping[int, int]]) -> None:
+    """Marked curves over numbers of tokens, which are the ticks; both scales are logarithmic."""
+    add_curves(axes, curves, marked=True)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yscale("log")
+    tick_only(axes.xaxis, list(next(iter(curves.values()))))
     axes.tick_params(axis="x", rotation=30)
 
 
@@ -30,37 +29,23 @@ def crossover(borders: Mapping[str, Mapping[int, int]], limit: float) -> Axes:
     contexts = list(next(iter(borders.values())))
     first, second = (list(border.values()) for border in borders.values())
     axes.fill_between(contexts, first, second, color=INK, alpha=0.1, linewidth=0, label="counts disagree")
-    for (label, border), (colour, style), marker in zip(borders.items(), STYLES, MARKERS, strict=False):
-        points = list(border), list(border.values())
-        axes.plot(*points, style, marker=marker, color=colour, linewidth=2.2, markersize=6, label=label)
+    _over_tokens(axes, borders)
     axes.plot(contexts, contexts, color=INK, linewidth=1.2, label="prompt, S = K")
     axes.axhline(limit, color=INK, linestyle=":", linewidth=1.5)
-    axes.text(contexts[0], limit * 1.1, f"{limit:.0f}", color=INK, va="bottom")
-    _token_axis(axes, contexts)
-    axes.set_yscale("log")
     axes.set_ylim(min(*first, *second) / 2, 1.5 * contexts[-1])
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+    axes.yaxis.set_major_formatter(whole)
+    axes.text(contexts[0], limit * 1.1, f"{limit:.0f}", color=INK, va="bottom")
     axes.text(contexts[-1], limit / 4, "absorbed", ha="right", color=INK)
     # Along the strip between the second border and what a prompt asks at once.
     middle = len(contexts) // 2
     between = (contexts[middle] * second[middle]) ** 0.5
     axes.text(contexts[middle], between, "expanded", ha="center", va="center", rotation=32, color=INK)
-    axes.legend(frameon=False, labelcolor=INK, loc="upper left", fontsize=11)
-    return axes
+    return add_legend(axes, loc="upper left", fontsize=11)
 
 
 def memory_growth(peaks: Mapping[str, Mapping[int, int]]) -> Axes:
-    """Peak bytes beyond the inputs over the number of tokens, both logarithmic, a marked line for each way.
-
-    Args:
-        peaks: for each way to attend, bytes by number of tokens; up to four ways.
-    """
+    """Peak bytes beyond the inputs over the number of tokens, both logarithmic, for up to four ways to attend."""
     axes = new_axes("tokens attending to one another", "peak bytes of one head", height=3.6)
-    for (label, line), (colour, style), marker in zip(peaks.items(), STYLES, MARKERS, strict=False):
-        points = list(line), list(line.values())
-        axes.plot(*points, style, marker=marker, color=colour, linewidth=2.2, markersize=6, label=label)
-    _token_axis(axes, list(next(iter(peaks.values()))))
-    axes.set_yscale("log")
+    _over_tokens(axes, peaks)
     axes.yaxis.set_major_formatter(EngFormatter("B"))
-    axes.legend(frameon=False, labelcolor=INK)
     return axes

@@ -1,13 +1,12 @@
 """Figures of the chapter on fused kernels."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MultipleLocator
 
-from dsv2_ref.plots.style import INK, STYLES, new_axes
+from dsv2_ref.plots.style import INK, STYLES, add_bars, new_axes, whole
 
 
 def bytes_moved(rows: Mapping[str, tuple[float, float]]) -> Axes:
@@ -17,19 +16,14 @@ def bytes_moved(rows: Mapping[str, tuple[float, float]]) -> Axes:
         rows: for each label, bytes read and bytes written.
     """
     axes = new_axes("bytes moved", "", height=1.6 + 0.5 * len(rows))
-    read, written = ([pair[place] for pair in rows.values()] for place in (0, 1))
-    bars: dict[str, Any] = {"height": 0.6, "edgecolor": INK, "linewidth": 0.6}
-    axes.barh(list(rows), read, color=STYLES[0][0], label="read", **bars)
-    axes.barh(list(rows), written, left=read, color="#E69F00", hatch="//", label="written", **bars)
-    for place, total in enumerate(map(sum, rows.values())):
+    parts = {"read": {"color": STYLES[0][0]}, "written": {"color": "#E69F00", "hatch": "//"}}
+    add_bars(axes, rows, parts, 0.6)
+    totals = [sum(moved) for moved in rows.values()]
+    for place, total in enumerate(totals):
         axes.text(total, place, f" {EngFormatter(unit='B')(float(f'{total:.3g}'))}", va="center", color=INK)
-    axes.set_xlim(0, 1.2 * max(map(sum, rows.values())))
+    axes.set_xlim(0, 1.2 * max(totals))
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    axes.xaxis.set_major_locator(MultipleLocator(_step(max(map(sum, rows.values())))))
-    axes.invert_yaxis()
-    axes.grid(False)
-    axes.tick_params(left=False)
-    axes.legend(frameon=False, labelcolor=INK, ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    axes.xaxis.set_major_locator(MultipleLocator(_step(max(totals))))
     return axes
 
 
@@ -49,27 +43,27 @@ def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> A
         kv_seq: keys. split_size: those of a program.
     """
     axes = new_axes("key", "query of a head", height=3.4)
-    for start in range(0, kv_seq, split_size):
-        for first in range(0, rows, rows_at_once):
+    firsts, starts = range(0, rows, rows_at_once), range(0, kv_seq, split_size)
+    for start in starts:
+        for first in firsts:
             size = min(split_size, kv_seq - start), min(rows_at_once, rows - first)
             axes.add_patch(Rectangle((start, first), *size, facecolor="#9CC9E3", edgecolor="white", linewidth=0.8))
-    shown = Rectangle((0, 0), min(split_size, kv_seq), min(rows_at_once, rows), facecolor="none", linewidth=2.5)
-    shown.set_edgecolor(STYLES[1][0])
-    shown.set_clip_on(False)
-    axes.add_patch(shown)
-    blocks, shares = -(-rows // rows_at_once), -(-kv_seq // split_size)
-    said = f"one program: {min(rows_at_once, rows)} queries, {min(split_size, kv_seq):,} keys"
-    axes.text(0, -0.03 * rows, said, color=STYLES[1][0], va="bottom")
+    keys, queries = min(split_size, kv_seq), min(rows_at_once, rows)
+    orange, green = STYLES[1][0], STYLES[2][0]
+    outline = Rectangle((0, 0), keys, queries, facecolor="none", edgecolor=orange, linewidth=2.5, clip_on=False)
+    axes.add_patch(outline)
+    axes.text(0, -0.03 * rows, f"one program: {queries} queries, {keys:,} keys", color=orange, va="bottom")
+    blocks, shares = len(firsts), len(starts)
     said = f"{blocks} blocks of queries × {shares} shares of the keys = {blocks * shares} programs"
     axes.figure.suptitle(said, color=INK, fontsize=11)
     query = min((blocks // 2 + 0.5) * rows_at_once, rows - 0.5)
-    line = {"arrowstyle": "-|>", "color": STYLES[2][0], "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
+    line = {"arrowstyle": "-|>", "color": green, "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (1.1 * kv_seq, query), (0, query), arrowprops=line, annotation_clip=False)
     said = f"one query:\n{shares} pairs\n$(o_j, L_j)$\n→ one output"
     axes.text(1.12 * kv_seq, query, said, color=INK, va="center", fontsize=11)
     axes.set(xlim=(0, kv_seq), ylim=(rows, 0))
     axes.yaxis.set_major_locator(MultipleLocator(max(rows_at_once, rows // 4)))
     axes.xaxis.set_major_locator(MultipleLocator(max(1, kv_seq // 2)))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.xaxis.set_major_formatter(whole)
     axes.grid(False)
     return axes

@@ -1,65 +1,57 @@
 """Figures of the chapter on the pre-norm layer."""
 
 from collections.abc import Mapping, Sequence
+from statistics import median_high
 
 from matplotlib.axes import Axes
 
-from dsv2_ref.plots.style import INK, STYLES, new_axes
+from dsv2_ref.plots.style import STYLES, add_curves, add_legend, add_line, new_axes
+
+Runs = Mapping[str, Mapping[float, Sequence[float]]] | Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def by_layer(curves: Mapping[str, Sequence[float]], ylabel: str, logarithmic: bool = False) -> Axes:
-    """A quantity of every layer, from the first to the last.
+    """A quantity, ``ylabel``, of every layer from the first to the last, on a scale that is logarithmic or starts at 0.
 
     Args:
-        curves: for each label, a value for each layer; up to four. ylabel: what the values are.
-        logarithmic: the scale of the values; otherwise it starts at 0.
+        curves: for each label, a value for each layer; up to four.
     """
-    axes = new_axes("layer", ylabel, height=3.4)
-    for (label, values), (colour, line) in zip(curves.items(), STYLES, strict=False):
-        axes.plot(range(len(values)), values, line, color=colour, linewidth=2.2, label=label)
-    if logarithmic:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(0, None)
-    axes.set_xlim(0, None)
-    axes.legend(frameon=False, labelcolor=INK)
+    axes = add_curves(new_axes("layer", ylabel, height=3.4, yscale="log" if logarithmic else "linear"), curves)
+    axes.set(xlim=(0, None), ylim=(None if logarithmic else 0, None))
     return axes
 
 
-def training_curves(runs: Mapping[str, Mapping[int, Sequence[float]]], guessing: float) -> Axes:
+def training_curves(runs: Runs, guessing: float) -> Axes:
     """Loss over training steps: the median of the seeds as a line, their range as a band.
 
     Args:
-        runs: for each label, the seeds' bits a byte by step; up to four. guessing: bits without any context, a line.
+        runs: for each label, the seeds' bits a byte by step; up to four.
+        guessing: bits without any context, a line.
     """
-    axes = new_axes("training step", "bits a byte", height=3.8)
-    for (label, curve), (colour, line) in zip(runs.items(), STYLES, strict=False):
-        steps = list(curve)
-        ordered = [sorted(seeds) for seeds in curve.values()]
-        middle = [seeds[len(seeds) // 2] for seeds in ordered]
-        axes.fill_between(
-            steps, [s[0] for s in ordered], [s[-1] for s in ordered], color=colour, alpha=0.2, linewidth=0
-        )
-        axes.plot(steps, middle, line, color=colour, linewidth=2.2, label=label)
-    axes.axhline(guessing, color=INK, linewidth=0.9, label="frequencies alone")
+    axes = add_curves(new_axes("training step", "bits a byte", height=3.8), _medians(runs))
+    for run, (colour, _) in zip(runs.values(), STYLES, strict=False):
+        lowest, highest = list(map(min, run.values())), list(map(max, run.values()))
+        axes.fill_between(list(run), lowest, highest, color=colour, alpha=0.2, linewidth=0)
+    add_line(axes, guessing, "frequencies alone")
     axes.set_xlim(0, None)
-    axes.legend(frameon=False, labelcolor=INK)
-    return axes
+    return add_legend(axes)
 
 
-def ends_by_rate(ends: Mapping[str, Mapping[float, Sequence[float]]], guessing: float) -> Axes:
+def ends_by_rate(ends: Runs, guessing: float) -> Axes:
     """Where trainings end, over the learning rate: the median of the seeds as a line, each seed as a point.
 
     Args:
-        ends: for each label, the seeds' bits a byte at the end by rate; up to four. guessing: as for `training_curves`.
+        ends: for each label, the seeds' bits a byte at the end by rate; up to four.
+        guessing: as for `training_curves`.
     """
-    axes = new_axes("learning rate", "bits a byte at the end", height=4.2)
-    for (label, by_rate), (colour, line) in zip(ends.items(), STYLES, strict=False):
-        middle = [sorted(seeds)[len(seeds) // 2] for seeds in by_rate.values()]
-        axes.plot(list(by_rate), middle, line, color=colour, linewidth=2.2, label=label)
+    axes = new_axes("learning rate", "bits a byte at the end", height=4.2, xscale="log")
+    add_curves(axes, _medians(ends))
+    for by_rate, (colour, _) in zip(ends.values(), STYLES, strict=False):
         for rate, seeds in by_rate.items():
             axes.plot([rate] * len(seeds), seeds, "o", color=colour, markersize=3.5)
-    axes.axhline(guessing, color=INK, linewidth=0.9, label="frequencies alone")
-    axes.set_xscale("log")
-    axes.legend(frameon=False, labelcolor=INK, fontsize=11, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
-    return axes
+    add_line(axes, guessing, "frequencies alone")
+    return add_legend(axes, fontsize=11, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2)
+
+
+def _medians(runs: Runs) -> dict[str, dict[float, float]]:
+    return {label: {x: median_high(seeds) for x, seeds in run.items()} for label, run in runs.items()}

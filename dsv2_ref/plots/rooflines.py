@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import EngFormatter
 
-from dsv2_ref.plots.style import INK, STYLES, new_axes
+from dsv2_ref.plots.style import INK, add_curves, add_legend, add_line, new_axes, tick_only
 
 
 def roofline(machines: Mapping[str, tuple[float, float]], operations: Mapping[str, float]) -> Axes:
@@ -15,20 +15,20 @@ def roofline(machines: Mapping[str, tuple[float, float]], operations: Mapping[st
         machines: for each name, FLOPs a second and bytes a second; up to four.
         operations: for each name, FLOPs for each byte read; marked by a labelled line.
     """
-    axes = new_axes("FLOP for each byte read", "attainable FLOP/s", height=4.0)
     left, right = 0.3, 3000.0
-    for (name, (peak, bandwidth)), (colour, line) in zip(machines.items(), STYLES, strict=False):
-        corner = peak / bandwidth
-        axes.plot([left, corner, right], [left * bandwidth, peak, peak], line, color=colour, linewidth=2.2, label=name)
-    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    axes = new_axes("FLOP for each byte read", "attainable FLOP/s", height=4.0, xscale="log", yscale="log")
+    roofs = {}
+    for name, (peak, bandwidth) in machines.items():
+        roofs[name] = {left: left * bandwidth, peak / bandwidth: peak, right: peak}
+    add_curves(axes, roofs)
+    axes.set_xlim(left, right)
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top * 30)
     for name, intensity in operations.items():
         axes.axvline(intensity, color=INK, linewidth=0.9, linestyle=":")
         axes.text(intensity * 1.07, top * 25, name, rotation=90, va="top", fontsize=11, color=INK)
     axes.yaxis.set_major_formatter(EngFormatter())
-    axes.legend(frameon=True, framealpha=1, edgecolor="white", labelcolor=INK, loc="lower right", fontsize=11)
-    return axes
+    return add_legend(axes, frameon=True, framealpha=1, edgecolor="white", loc="lower right", fontsize=11)
 
 
 def intensity_over_batch(curves: Mapping[str, Mapping[int, float]], balances: Mapping[str, float]) -> Axes:
@@ -38,19 +38,14 @@ def intensity_over_batch(curves: Mapping[str, Mapping[int, float]], balances: Ma
         curves: for each part of a layer, intensity by batch; up to four.
         balances: for each machine, FLOPs it does in the time in which it reads a byte.
     """
-    axes = new_axes("sequences in the batch", "FLOP for each byte read", height=4.4)
-    for (name, curve), (colour, line) in zip(curves.items(), STYLES, strict=False):
-        axes.plot(list(curve), list(curve.values()), line, color=colour, linewidth=2.2, label=name)
+    axes = new_axes("sequences in the batch", "FLOP for each byte read", height=4.4, xscale="log", yscale="log")
+    add_curves(axes, curves)
     batches = list(next(iter(curves.values())))
     for name, balance in balances.items():
+        add_line(axes, balance, linestyle=":")
         above = balance == max(balances.values())  # the others keep clear of a curve between two lines
-        axes.axhline(balance, color=INK, linewidth=0.9, linestyle=":")
         place = balance * 1.08 if above else balance / 1.12
         axes.text(batches[0], place, name, va="bottom" if above else "top", fontsize=11, color=INK)
-    axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_major_locator(FixedLocator(batches[:: max(1, len(batches) // 5)]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    tick_only(axes.xaxis, batches[:: max(1, len(batches) // 5)])
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.5g}")
-    axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), fontsize=11)
-    return axes
+    return add_legend(axes, loc="lower left", bbox_to_anchor=(0, 1), fontsize=11)

@@ -5,67 +5,57 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dsv2_ref.plots.style import INK, STYLES, add_curves, new_axes
+from dsv2_ref.plots.style import INK, STYLES, add_curves, add_line, new_axes
 
 BETWEEN_CLOCKS = 2.5
 
+ByLabel = Mapping[str, Sequence[float]]
 
-def clocks(angles: Mapping[str, Sequence[float]]) -> Axes:
+
+def clocks(angles: ByLabel) -> Axes:
     """One clock for each pair of features, with a hand for each position, the later ones darker.
 
     Args:
         angles: for each label, the pair's angle in radians at position 0, 1, 2, …
     """
-    axes = new_axes("", "", height=2.0)
-    colour = STYLES[0][0]
-    around = np.linspace(0, 2 * np.pi, 100)
     centres = [BETWEEN_CLOCKS * number for number in range(len(angles))]
+    axes = new_axes("", "", height=2.0, aspect="equal", yticks=[])
+    around = np.linspace(0, 2 * np.pi, 100)
     for centre, hands in zip(centres, angles.values(), strict=True):
         axes.plot(centre + np.cos(around), np.sin(around), color=INK, linewidth=0.8)
         for position, angle in enumerate(hands):
             tip = (centre + np.cos(angle), np.sin(angle))
             shade = 0.2 + 0.8 * (position + 1) / len(hands)
-            axes.plot([centre, tip[0]], [0, tip[1]], color=colour, alpha=shade, linewidth=1.6)
+            axes.plot([centre, tip[0]], [0, tip[1]], color=STYLES[0][0], alpha=shade, linewidth=1.6)
     axes.set_xticks(centres, labels=list(angles))
-    axes.set_yticks([])
     axes.tick_params(bottom=False)
     axes.spines[:].set_visible(False)
-    axes.grid(visible=False)
-    axes.set_aspect("equal")
+    axes.grid(False)
     return axes
 
 
-def turns_by_pair(turns: Mapping[str, Sequence[float]], limits: Mapping[str, float], positions: int) -> Axes:
+def turns_by_pair(turns: ByLabel, limits: Mapping[str, float], positions: int) -> Axes:
     """How often each pair of features turns around over a sequence, on a logarithmic scale.
 
     Args:
         turns: for each way of scaling, the turns of pair 0, pair 1, …; up to four curves.
-        limits: numbers of turns to mark by a labelled horizontal line.
-        positions: the length of the sequence.
+        limits: numbers of turns to mark by a labelled line. positions: the length of the sequence.
     """
-    axes = new_axes("pair of features", f"turns over {positions:,} positions", height=3.6)
-    add_curves(axes, turns, start=0)
-    axes.set_yscale("log")
+    axes = new_axes("pair of features", f"turns over {positions:,} positions", height=3.6, yscale="log")
+    add_curves(axes, turns)
     last = max(map(len, turns.values())) - 1
     for label, value in limits.items():
-        axes.axhline(value, color=INK, linewidth=0.9)
+        add_line(axes, value)
         axes.annotate(label, (last, value), (0, 3), textcoords="offset points", ha="right", fontsize=11)
     return axes
 
 
-def stretch_by_pair(stretches: Mapping[str, Sequence[float]]) -> Axes:
-    """By which factor a way of scaling slows each pair of features down, on a logarithmic scale.
-
-    Args:
-        stretches: for each way of scaling, the factor of pair 0, pair 1, …; up to four curves.
-    """
-    axes = new_axes("pair of features", "times slower")
-    add_curves(axes, stretches, start=0)
-    axes.set_yscale("log")
-    return axes
+def stretch_by_pair(stretches: ByLabel) -> Axes:
+    """By which factor each of up to four ways of scaling slows pair 0, pair 1, … down, on a logarithmic scale."""
+    return add_curves(new_axes("pair of features", "times slower", yscale="log"), stretches)
 
 
-def angle_errors(positions: Sequence[int], errors: Mapping[str, Sequence[float]]) -> Axes:
+def angle_errors(positions: Sequence[int], errors: ByLabel) -> Axes:
     """The largest error of an angle among positions up to the given ones; both scales are logarithmic.
 
     Args:
@@ -73,15 +63,13 @@ def angle_errors(positions: Sequence[int], errors: Mapping[str, Sequence[float]]
         errors: for each number format, the error in radians at each of these; zeros are left out. Up to four curves.
     """
     axes = new_axes("position", "largest error of an angle (radians)", height=3.6)
-    for (label, values), (colour, line) in zip(errors.items(), STYLES[: len(errors)], strict=True):
-        axes.plot(positions, values, line, color=colour, linewidth=2.2, label=label)
+    add_curves(axes, _over(positions, errors))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", nonpositive="mask")
-    axes.legend(frameon=False, labelcolor=INK)
     return axes
 
 
-def scores_by_distance(distances: Sequence[int], scores: Mapping[str, Sequence[float]]) -> Axes:
+def scores_by_distance(distances: Sequence[int], scores: ByLabel) -> Axes:
     """The score of a query with a key, by the number of positions between them; thin lines, for they are ragged.
 
     Args:
@@ -89,8 +77,10 @@ def scores_by_distance(distances: Sequence[int], scores: Mapping[str, Sequence[f
         scores: for each label, the score at each of these distances; up to four curves.
     """
     axes = new_axes("distance (positions)", "score, relative to distance 0")
-    for (label, values), (colour, line) in zip(scores.items(), STYLES[: len(scores)], strict=True):
-        axes.plot(distances, values, line, color=colour, linewidth=1.5, label=label)
-    axes.legend(frameon=False, labelcolor=INK)
-    axes.axhline(0, color=INK, linewidth=0.9)
+    add_curves(axes, _over(distances, scores), linewidth=1.5)
+    add_line(axes, 0)
     return axes
+
+
+def _over(places: Sequence[int], curves: ByLabel) -> dict[str, dict[int, float]]:
+    return {label: dict(zip(places, values, strict=True)) for label, values in curves.items()}

@@ -9,33 +9,100 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.container import BarContainer
+from matplotlib.ticker import FixedLocator, NullLocator
 
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+MARKERS = ("o", "s", "D", "^")
 INK = "#333333"
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+SETTINGS: dict[Any, Any] = {"font.size": 12, **dict.fromkeys(INKED, INK)}
+OPEN = {"axes.spines.top": False, "axes.spines.right": False}
+
+Curves = Mapping[str, Mapping[int, float] | Mapping[float, float] | Sequence[float]]
 
 
-def new_axes(xlabel: str, ylabel: str, height: float = 3.2) -> Axes:
-    """Empty axes in the book's style, with the given labels; ``height`` is in inches.
+def new_axes(xlabel: str, ylabel: str, height: float = 3.2, **settings: Any) -> Axes:
+    """Empty axes in the book's style, with the given labels and other settings of `Axes.set`; ``height`` is in inches.
 
     Five inches wide, so that the letters are as large as the text of a page, and can be read on a phone.
     """
-    style: dict[Any, Any] = {"font.size": 12, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK}
-    style |= {"xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
+    with plt.rc_context(SETTINGS | OPEN):
         _, axes = plt.subplots(figsize=(5, height), dpi=200, facecolor="white", layout="constrained")
         axes.set(xlabel=xlabel, ylabel=ylabel, facecolor="white")
         axes.grid(alpha=0.25)
+    axes.set(**settings)
     return axes
 
 
-def add_curves(axes: Axes, curves: Mapping[str, Sequence[float]], start: int) -> None:
-    """Draw each labelled curve over start, start + 1, …, and name them in a legend.
+def add_curves(axes: Axes, curves: Curves, start: int = 0, marked: bool = False, linewidth: float = 2.2) -> Axes:
+    """Draw each labelled curve, with or without marks, and name them in a legend.
+
+    Args:
+        curves: for each label, y by x, or the y at start, start + 1, …
 
     Raises:
         ValueError: for more curves than there are styles.
     """
     if len(curves) > len(STYLES):
         raise ValueError(f"curves has {len(curves)} curves; wanted at most {len(STYLES)}")
-    for (label, values), (colour, line) in zip(curves.items(), STYLES, strict=False):
-        axes.plot(range(start, start + len(values)), values, line, color=colour, linewidth=2.2, label=label)
-    axes.legend(frameon=False, labelcolor=INK)
+    for (label, values), (colour, line), marker in zip(curves.items(), STYLES, MARKERS, strict=False):
+        points = values if isinstance(values, Mapping) else dict(enumerate(values, start))
+        marks = {"marker": marker, "markersize": 6} if marked else {}
+        axes.plot(list(points), list(points.values()), line, color=colour, linewidth=linewidth, label=label, **marks)
+    return add_legend(axes)
+
+
+def add_legend(axes: Axes, **place: Any) -> Axes:
+    """Name what is labelled; ``place`` and letters as in `Axes.legend`."""
+    axes.legend(**{"frameon": False, "labelcolor": INK} | place)
+    return axes
+
+
+def add_line(axes: Axes, height: float, label: str | None = None, linestyle: str = "-") -> None:
+    """A thin level line, to compare with."""
+    axes.axhline(height, color=INK, linewidth=0.9, linestyle=linestyle, label=label)
+
+
+def add_bars(
+    axes: Axes, rows: Mapping[str, Sequence[float]], looks: Mapping[str, dict[str, Any]], height: float, **letters: Any
+) -> list[BarContainer]:
+    """A bar for each row, the first on top, of parts side by side, whose names are in a legend above.
+
+    Args:
+        rows: for each label, the width of every part.
+        looks: for each part, its colour and hatch as in `Axes.barh`.
+
+    Returns:
+        The bars of each part.
+    """
+    left = dict.fromkeys(rows, 0.0)
+    for number, (part, look) in enumerate(looks.items()):
+        widths = {row: parts[number] for row, parts in rows.items()}
+        bars = {"height": height, "left": list(left.values()), "edgecolor": INK, "linewidth": 0.6}
+        axes.barh(list(rows), list(widths.values()), label=part, **bars, **look)
+        left = {row: left[row] + widths[row] for row in rows}
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.tick_params(left=False)
+    add_legend(axes, ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.0), **letters)
+    return [bars for bars in axes.containers if isinstance(bars, BarContainer)]
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows 0, 1, … from the top."""
+    axes.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=names)
+    axes.tick_params(left=False)
+
+
+def tick_only(axis: Axis, places: Sequence[float]) -> None:
+    """Ticks at these whole numbers and nowhere else."""
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(whole)
+
+
+def whole(number: float, _: object = None) -> str:
+    """A tick's number without decimals."""
+    return f"{number:,.0f}"
