@@ -1,12 +1,12 @@
-"""The door: every refusal, in one line that names the argument, the value and what was
-wanted. The public classes name their check where `ops.defines` decorates them, and it
-runs once per public call. Importing this module does not import torch, so that the
-accounting works without it."""
+"""The door: every refusal, in one line that names the argument, the value and what was wanted. The public classes name
+their check where `ops.defines` decorates them, and it runs once per public call. Importing this module does not import
+torch, so that the accounting works without it."""
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -19,27 +19,25 @@ class WrongTypeError(TypeError, ValueError):
     """An argument of another type than the one wanted."""
 
 
-def require(
-    condition: bool,
-    name: str,
-    value: Any,
-    wanted: str,
-    *details: Any,
-    error: type[Exception] = ValueError,
-) -> None:
-    """Raise ``error`` naming argument, value and what was wanted, unless ``condition``.
+def refuse(name: str, value: Any, wanted: str, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``error`` naming argument, value and what was wanted."""
+    raise error(f"{name} is {describe(value)}; wanted {wanted}")
 
-    A tensor is described by shape, dtype and device, a list or tuple by its length.
-    ``details`` fill the braces of ``wanted`` only where the error is raised, so that a
-    check costs little and a compiled layer keeps its sizes symbolic.
+
+def require(
+    condition: bool, name: str, value: Any, wanted: str, *details: Any, error: type[Exception] = ValueError
+) -> None:
+    """`refuse` unless ``condition``.
+
+    ``details`` fill the braces of ``wanted`` only where the error is raised, so that a check costs little and a
+    compiled layer keeps its sizes symbolic.
     """
     if not condition:
-        wanted = wanted.format(*details) if details else wanted
-        raise error(f"{name} is {describe(value)}; wanted {wanted}")
+        refuse(name, value, wanted.format(*details) if details else wanted, error)
 
 
 def describe(value: Any) -> str:
-    """A value in few words."""
+    """A value in few words: a tensor's shape, dtype and device, a list's or tuple's length."""
     if hasattr(value, "dtype") and hasattr(value, "device") and hasattr(value, "shape"):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
     if isinstance(value, list | tuple):
@@ -54,15 +52,14 @@ def require_tensor(value: object, name: str) -> None:
     from torch import Tensor
 
     if not isinstance(value, Tensor):
-        require(False, name, value, "a tensor", error=WrongTypeError)
+        refuse(name, value, "a tensor", WrongTypeError)
 
 
 def require_values(condition: "Tensor", name: str, value: str, wanted: str) -> None:
     """`require` for a condition on a tensor's values (a 0-d bool tensor).
 
-    On the CPU it raises ValueError at once. On an accelerator, or while compiling,
-    reading the condition would make the host wait for the device, so a device-side
-    assertion with the same message is queued instead.
+    On the CPU it raises ValueError at once. On an accelerator, or while compiling, reading the condition would make the
+    host wait for the device, so a device-side assertion with the same message is queued instead.
     """
     import torch
 
@@ -80,50 +77,40 @@ def require_values(condition: "Tensor", name: str, value: str, wanted: str) -> N
 
 # The configuration
 
-
-def is_int(value: object, least: int, most: float = math.inf) -> bool:
-    """Whether this is an integer, not a bool, between ``least`` and ``most``."""
-    return (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and least <= value <= most
-    )
-
-
-def is_number(value: object) -> bool:
-    """Whether this is a finite int or float, not a bool."""
-    try:
-        real = isinstance(value, int | float) and not isinstance(value, bool)
-        return real and math.isfinite(value)  # type: ignore[arg-type]
-    except OverflowError:  # an integer larger than any float
-        return False
-
-
 LARGEST_SIZE = 10**15
 """No size of a model or call is larger; products of such sizes still fit a float."""
 
+SMALLEST_EPS = 2**-84
+"""The gradient of a norm holds eps**-1.5, which float32 must be able to hold."""
 
-def require_ints(
-    holder: object, names: tuple[str, ...], least: int, optional: bool = False
-) -> None:
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+MLA_FORMS = ("auto", "expanded", "absorbed")
+
+
+def is_int(value: object, least: int, most: float = math.inf) -> bool:
+    """Whether this is an integer, not a bool, between ``least`` and ``most``."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _require_each(holder: object, names: tuple[str, ...], fits: Callable[[Any], bool], wanted: str) -> None:
+    for name in names:
+        value = getattr(holder, name)
+        require(fits(value), name, value, wanted)
+
+
+def require_ints(holder: object, names: tuple[str, ...], least: int, optional: bool = False) -> None:
     """Require integers of at least ``least`` in these attributes, or None if ``optional``."""
-    for name in names:
-        value = getattr(holder, name)
-        fits = is_int(value, least, LARGEST_SIZE) or (optional and value is None)
-        wanted = (
-            f"an integer of at least {least}{' or None' * optional}, and at most 10^15"
-        )
-        require(fits, name, value, wanted)
+    wanted = f"an integer of at least {least}{' or None' * optional}, and at most 10^15"
+    _require_each(holder, names, lambda n: is_int(n, least, LARGEST_SIZE) or (optional and n is None), wanted)
 
 
-def _require_numbers(
-    holder: object, names: tuple[str, ...], least: float, below: float = math.inf
-) -> None:
-    for name in names:
-        value = getattr(holder, name)
-        end = f", below {below:g}" if below < math.inf else ""
-        fits = is_number(value) and least <= value < below
-        require(fits, name, value, f"a finite number, at least {least:g}{end}")
+def _require_numbers(holder: object, names: tuple[str, ...], least: float, below: float = math.inf) -> None:
+    wanted = f"a finite number, at least {least:g}" + (f", below {below:g}" if below < math.inf else "")
+    _require_each(holder, names, lambda x: _is_number(x) and least <= x < below, wanted)
 
 
 def require_object(value: object, name: str) -> Mapping[str, Any]:
@@ -135,161 +122,93 @@ def require_object(value: object, name: str) -> Mapping[str, Any]:
 
 def rope_scaling(scaling: "RopeScaling") -> None:
     """Refuse a stretch of rotary positions that cannot be computed."""
-    kinds = "linear, dynamic or yarn"
-    require(
-        scaling.type in ("linear", "dynamic", "yarn"),
-        "rope_scaling type",
-        scaling.type,
-        kinds,
-    )
+    kind, slow = scaling.type, scaling.beta_slow
+    require(kind in ("linear", "dynamic", "yarn"), "rope_scaling type", kind, "linear, dynamic or yarn")
     _require_numbers(scaling, ("factor",), 1)
     require_ints(scaling, ("original_max_position_embeddings",), 1)
     _require_numbers(scaling, ("beta_slow", "mscale", "mscale_all_dim"), 0)
-    _require_numbers(scaling, ("beta_fast",), scaling.beta_slow)
-    slow_enough = 0 < scaling.beta_slow < scaling.beta_fast
-    require(slow_enough, "beta_slow", scaling.beta_slow, "between 0 and beta_fast")
-    for field in fields(scaling)[2:] if scaling.type != "yarn" else ():
-        value = getattr(scaling, field.name)
-        wanted = f"nothing: {scaling.type} scaling has no such setting"
-        require(value == field.default, field.name, value, wanted)
-
-
-IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
-MLA_FORMS = ("auto", "expanded", "absorbed")
+    _require_numbers(scaling, ("beta_fast",), slow)
+    require(0 < slow < scaling.beta_fast, "beta_slow", slow, "between 0 and beta_fast")
+    for field in fields(scaling)[2:] if kind != "yarn" else ():
+        wanted = f"nothing: {kind} scaling has no such setting"
+        _require_each(scaling, (field.name,), field.default.__eq__, wanted)
 
 
 def configuration(config: "DeepseekV2Config") -> None:
     """Refuse a configuration from which no layer can be built."""
-    sizes: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size")
-    sizes += (
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-        "moe_layer_freq",
-    )
-    require_ints(config, sizes, 1)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    require_ints(config, (*sizes, "max_position_embeddings", "moe_layer_freq"), 1)
     require_ints(config, ("first_k_dense_replace",), 0)
-    optional = (
-        "num_key_value_heads",
-        "n_shared_experts",
-        "n_routed_experts",
-        "q_lora_rank",
-    )
+    optional = ("num_key_value_heads", "n_shared_experts", "n_routed_experts", "q_lora_rank")
     require_ints(config, optional, 1, optional=True)
-    weights = (
-        "aux_loss_alpha",
-        "device_aux_loss_alpha",
-        "communication_aux_loss_alpha",
-    )
-    _require_numbers(
-        config, ("routed_scaling_factor", "initializer_range", *weights), 0
-    )
+    alphas = ("aux_loss_alpha", "device_aux_loss_alpha", "communication_aux_loss_alpha")
+    _require_numbers(config, ("routed_scaling_factor", "initializer_range", *alphas), 0)
     _require_numbers(config, ("attention_dropout",), 0, below=1)
     _require_numbers(config, ("rms_norm_eps",), SMALLEST_EPS)
     _require_numbers(config, ("rope_theta",), math.nextafter(1, 2))
-    for name in (
-        "norm_topk_prob",
-        "seq_aux",
-        "tie_word_embeddings",
-        "attention_bias",
-        "use_mla",
-    ):
-        value = getattr(config, name)
-        require(isinstance(value, bool), name, value, "True or False")
-    require(
-        config.hidden_act == "silu",
-        "hidden_act",
-        config.hidden_act,
-        "silu, as in every published model",
-    )
-    for name, known in (
-        ("_attn_implementation", IMPLEMENTATIONS),
-        ("mla_form", MLA_FORMS),
-    ):
-        require(
-            getattr(config, name) in known,
-            name,
-            getattr(config, name),
-            ", ".join(known),
-        )
-    _heads(config)
+    flags = ("norm_topk_prob", "seq_aux", "tie_word_embeddings", "attention_bias", "use_mla")
+    _require_each(config, flags, lambda flag: isinstance(flag, bool), "True or False")
+    _require_each(config, ("hidden_act",), "silu".__eq__, "silu, as in every published model")
+    for name, known in (("_attn_implementation", IMPLEMENTATIONS), ("mla_form", MLA_FORMS)):
+        _require_each(config, (name,), known.__contains__, ", ".join(known))
+    if config.use_mla:
+        _latent_heads(config)
+    else:
+        _plain_heads(config)
     if config.n_routed_experts is not None:
         _experts(config, config.n_routed_experts)
 
 
-def _heads(config: "DeepseekV2Config") -> None:
+def _latent_heads(config: "DeepseekV2Config") -> None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if config.use_mla:
-        wanted = f"{heads} or None: MLA has no KV heads"
-        require(kv_heads in (None, heads), "num_key_value_heads", kv_heads, wanted)
-        require_ints(
-            config,
-            ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim"),
-            1,
-        )
-        rope = config.qk_rope_head_dim
-        require(rope % 2 == 0, "qk_rope_head_dim", rope, "an even number")
-        return
+    require(kv_heads in (None, heads), "num_key_value_heads", kv_heads, f"{heads} or None: MLA has no KV heads")
+    require_ints(config, ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim"), 1)
+    require(config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", config.qk_rope_head_dim, "an even number")
+
+
+def _plain_heads(config: "DeepseekV2Config") -> None:
+    heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
     wanted = f"a multiple of twice num_attention_heads={heads}, for heads that rotate in pairs"
-    require(
-        config.hidden_size % (2 * heads) == 0, "hidden_size", config.hidden_size, wanted
-    )
-    divides = kv_heads is None or heads % kv_heads == 0
-    require(divides, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
+    require(hidden % (2 * heads) == 0, "hidden_size", hidden, wanted)
+    require(kv_heads is None or heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
 
 
 def _experts(config: "DeepseekV2Config", experts: int) -> None:
-    method = config.topk_method
+    grouped = config.topk_method == "group_limited_greedy"
     require_ints(config, ("moe_intermediate_size", "num_experts_per_tok"), 1)
-    require(
-        config.scoring_func == "softmax", "scoring_func", config.scoring_func, "softmax"
-    )
+    _require_each(config, ("scoring_func",), "softmax".__eq__, "softmax")
     methods = ("greedy", "group_limited_greedy")
-    require(method in methods, "topk_method", method, " or ".join(methods))
-    for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha"):
-        alone = getattr(config, name) > 0 and method == "greedy"
-        wanted = "0 without group_limited_greedy, whose groups are the devices"
-        require(not alone, name, getattr(config, name), wanted)
+    _require_each(config, ("topk_method",), methods.__contains__, " or ".join(methods))
+    wanted = "0 without group_limited_greedy, whose groups are the devices"
+    alphas = ("device_aux_loss_alpha", "communication_aux_loss_alpha")
+    _require_each(config, alphas, lambda alpha: grouped or alpha == 0, wanted)
     allowed, wanted = experts, f"at most n_routed_experts={experts}"
-    if method == "group_limited_greedy":
+    if grouped:
         require_ints(config, ("n_group", "topk_group"), 1)
         groups, kept = config.n_group, config.topk_group
-        require(
-            experts % groups == 0,
-            "n_group",
-            groups,
-            f"a divisor of n_routed_experts={experts}",
-        )
+        require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts={experts}")
         require(kept <= groups, "topk_group", kept, f"at most n_group={groups}")
         allowed = kept * experts // groups
         wanted = f"at most {allowed}, the experts in topk_group={kept} of n_group={groups} groups"
-    chosen = config.num_experts_per_tok
-    require(chosen <= allowed, "num_experts_per_tok", chosen, wanted)
+    _require_each(config, ("num_experts_per_tok",), lambda chosen: chosen <= allowed, wanted)
 
 
 # Building modules
 
-SMALLEST_EPS = 2**-84
-"""The gradient of a norm holds eps**-1.5, which float32 must be able to hold."""
-
 
 def norm_sizes(hidden_size: int, eps: float) -> None:
     """Refuse sizes and epsilons of which no norm can be made."""
-    require(
-        hidden_size > 0, "hidden_size", hidden_size, "a positive number of features"
-    )
-    wanted = "a finite number, at least 2**-84 (5.2e-26)"
-    require(SMALLEST_EPS <= eps < math.inf, "eps", eps, wanted)
+    require(hidden_size >= 1, "hidden_size", hidden_size, "a positive number of features")
+    require(SMALLEST_EPS <= eps < math.inf, "eps", eps, "a finite number, at least 2**-84 (5.2e-26)")
 
 
 def is_config(config: object) -> None:
     """Refuse what is not a configuration, such as a dict."""
     from dsv2_ref.config import DeepseekV2Config
 
-    wanted = "a DeepseekV2Config; DeepseekV2Config.from_published reads a dict or a config.json"
-    described = f"a {type(config).__name__}"
     if not isinstance(config, DeepseekV2Config):
-        raise WrongTypeError(f"config is {described}; wanted {wanted}")
+        wanted = "a DeepseekV2Config; DeepseekV2Config.from_published reads a dict or a config.json"
+        raise WrongTypeError(f"config is a {type(config).__name__}; wanted {wanted}")
 
 
 def layer_of(config: "DeepseekV2Config", layer_idx: int) -> None:
@@ -300,35 +219,28 @@ def layer_of(config: "DeepseekV2Config", layer_idx: int) -> None:
     require(is_int(layer_idx, 0, last), "layer_idx", layer_idx, wanted)
 
 
-def attention_of(
-    config: "DeepseekV2Config", layer_idx: int, use_mla: bool, fixed: str | None
-) -> None:
-    """Refuse a configuration of the other kind of attention, and flash-attn where it is
-    not installed; ``fixed`` is the implementation of a class that has but one."""
+def attention_of(config: "DeepseekV2Config", layer_idx: int, use_mla: bool, fixed: str | None) -> None:
+    """Refuse a configuration of the other kind of attention, and flash-attn where it is not installed; ``fixed`` is the
+    implementation of a class that has but one."""
     layer_of(config, layer_idx)
     if (fixed or config._attn_implementation) == "flash_attention_2":
         flash_attn()
-    kind = (
-        "True for latent attention"
-        if use_mla
-        else "False for plain multi-head attention"
-    )
-    require(config.use_mla == use_mla, "use_mla", config.use_mla, kind)
+    wanted = "True for latent attention" if use_mla else "False for plain multi-head attention"
+    require(config.use_mla == use_mla, "use_mla", config.use_mla, wanted)
 
 
 def mlp_sizes(hidden_size: int, intermediate_size: int) -> None:
     """Refuse widths below 1."""
-    positive = "a positive number of features"
-    require(hidden_size >= 1, "hidden_size", hidden_size, positive)
-    require(intermediate_size >= 1, "intermediate_size", intermediate_size, positive)
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        require(size >= 1, name, size, "a positive number of features")
 
 
 def number_of_experts(config: "DeepseekV2Config") -> int:
     """The number of routed experts; refuse a configuration without any."""
     is_config(config)
     if config.n_routed_experts is None:
-        require(False, "n_routed_experts", None, "a number of experts")
-    return config.n_routed_experts  # type: ignore[return-value]
+        refuse("n_routed_experts", None, "a number of experts")
+    return config.n_routed_experts
 
 
 def cache_sizes(batch: int, capacity: int) -> None:
@@ -337,12 +249,29 @@ def cache_sizes(batch: int, capacity: int) -> None:
     require(capacity >= 0, "capacity", capacity, "room for 0 or more tokens")
 
 
-# Calling modules
+FLASH_ATTN_NEEDED = (
+    "flash_attention_2 needs the flash-attn package and an NVIDIA GPU (Ampere or newer): pip install flash-attn "
+    "--no-build-isolation. Or choose _attn_implementation='sdpa', which needs neither"
+)
+
+
+def flash_attn() -> Any:
+    """The flash-attn package, or an ImportError that says how to get it."""
+    try:
+        import flash_attn
+    except ImportError as error:
+        raise ImportError(FLASH_ATTN_NEEDED) from error
+    if getattr(flash_attn.__spec__, "origin", "") is None:  # flash-attn 4 makes a bare folder of that name
+        raise ImportError(FLASH_ATTN_NEEDED)
+    return flash_attn
+
+
+# Calling modules: messages are made only where they are raised, so that a compiled layer keeps its sizes symbolic.
 
 
 def first_weight(*modules: "nn.Module | None") -> "Tensor | None":
-    """The first plain weight among these modules, which says dtype and device. A module
-    that was quantised or wrapped by others may not have one: it then speaks for itself."""
+    """The first plain weight among these modules, which says dtype and device. A module that was quantised or wrapped
+    by others may not have one: it then speaks for itself."""
     from torch import Tensor
 
     for module in modules:
@@ -352,88 +281,65 @@ def first_weight(*modules: "nn.Module | None") -> "Tensor | None":
     return None
 
 
-def norm_input(norm: Any, hidden_states: "Tensor") -> None:
-    """Check of `DeepseekV2RMSNorm.forward`."""
-    require_tensor(hidden_states, "hidden_states")
-    weight = norm.weight
-    fits = (
-        hidden_states.is_floating_point() and hidden_states.shape[-1:] == weight.shape
-    )
-    fits = fits and hidden_states.device == weight.device
-    wanted = "floating-point numbers whose last axis is {}, on {}"
-    require(fits, "hidden_states", hidden_states, wanted, weight.numel(), weight.device)
-
-
-def mlp_input(mlp: Any, hidden_states: "Tensor") -> None:
-    """Check of `DeepseekV2MLP.forward`."""
-    require_tensor(hidden_states, "hidden_states")
-    _features(
-        hidden_states, mlp.hidden_size, first_weight(mlp.gate_proj, mlp.down_proj)
-    )
-
-
-def gate_input(gate: Any, hidden_states: "Tensor") -> None:
-    """Check of `MoEGate.forward`."""
-    require_tensor(hidden_states, "hidden_states")
-    weight = gate.weight
-    fits = hidden_states.ndim == 3 and hidden_states.is_floating_point()
-    fits = (
-        fits
-        and hidden_states.numel() > 0
-        and hidden_states.shape[-1] == weight.shape[-1]
-    )
-    fits = fits and hidden_states.device == weight.device
-    wanted = "floating (batch, seq, {}) on {}, with at least one token"
-    require(
-        fits, "hidden_states", hidden_states, wanted, weight.shape[-1], weight.device
-    )
-
-
-def moe_input(moe: Any, hidden_states: "Tensor") -> None:
-    """Check of `DeepseekV2MoE.forward`."""
-    require_tensor(hidden_states, "hidden_states")
-    require(
-        hidden_states.ndim == 3, "hidden_states", hidden_states, "(batch, seq, hidden)"
-    )
-    gate, experts = first_weight(moe.gate), getattr(moe.experts, "gate_up_proj", None)
-    weight = experts if hasattr(experts, "dtype") else gate
-    width = hidden_states.shape[-1] if gate is None else gate.shape[-1]
-    _features(hidden_states, width, weight)
-
-
-def _features(
-    hidden_states: "Tensor",
-    width: int,
-    weight: "Tensor | None",
-    dtype: "torch.dtype | None" = None,
-) -> None:
-    """Tokens of this width, in the dtype (``dtype`` if they are still to be widened) and
-    on the device of the weight. Autocast decides the dtypes where it is on."""
-    fits = hidden_states.shape[-1:] == (width,) and hidden_states.numel() > 0
-    kind = "floating point"
-    if weight is not None:
-        kind = f"{weight.dtype} on {weight.device}, as the weights"
-        device = hidden_states.device
-        same = (dtype or hidden_states.dtype) == weight.dtype
-        fits = fits and device == weight.device and (same or _autocast(device))
-    if not fits:
-        wanted = "at least one token of {} features, {}"
-        require(False, "hidden_states", hidden_states, wanted, width, kind)
-
-
 def _within(module: Any, attribute: str) -> Any:
-    """The module that has this attribute: the one given or, where others wrap it, one
-    inside of it. None if there is none: such a module checks its own input."""
-    for inner in module.modules():
-        if hasattr(inner, attribute):
-            return inner
-    return None
+    """The module that has this attribute: the one given or, where others wrap it, one inside of it. None if there is
+    none: such a module checks its own input."""
+    return next((inner for inner in module.modules() if hasattr(inner, attribute)), None)
 
 
 def _autocast(device: "torch.device") -> bool:
     import torch
 
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def norm_input(norm: Any, hidden_states: "Tensor") -> None:
+    """Check of `DeepseekV2RMSNorm.forward`."""
+    require_tensor(hidden_states, "hidden_states")
+    weight = norm.weight
+    fits = hidden_states.is_floating_point() and hidden_states.shape[-1:] == weight.shape
+    if not fits or hidden_states.device != weight.device:
+        wanted = f"floating-point numbers whose last axis is {weight.numel()}, on {weight.device}"
+        refuse("hidden_states", hidden_states, wanted)
+
+
+def mlp_input(mlp: Any, hidden_states: "Tensor") -> None:
+    """Check of `DeepseekV2MLP.forward`."""
+    require_tensor(hidden_states, "hidden_states")
+    _features(hidden_states, mlp.hidden_size, first_weight(mlp.gate_proj, mlp.down_proj))
+
+
+def gate_input(gate: Any, hidden_states: "Tensor") -> None:
+    """Check of `MoEGate.forward`."""
+    require_tensor(hidden_states, "hidden_states")
+    width, device = gate.weight.shape[-1], gate.weight.device
+    fits = hidden_states.ndim == 3 and hidden_states.is_floating_point() and hidden_states.numel() > 0
+    if not fits or hidden_states.shape[-1] != width or hidden_states.device != device:
+        wanted = f"floating (batch, seq, {width}) on {device}, with at least one token"
+        refuse("hidden_states", hidden_states, wanted)
+
+
+def moe_input(moe: Any, hidden_states: "Tensor") -> None:
+    """Check of `DeepseekV2MoE.forward`."""
+    require_tensor(hidden_states, "hidden_states")
+    if hidden_states.ndim != 3:
+        refuse("hidden_states", hidden_states, "(batch, seq, hidden)")
+    gate, experts = first_weight(moe.gate), getattr(moe.experts, "gate_up_proj", None)
+    width = hidden_states.shape[-1] if gate is None else gate.shape[-1]
+    _features(hidden_states, width, experts if hasattr(experts, "dtype") else gate)
+
+
+def _features(hidden_states: "Tensor", width: int, weight: "Tensor | None", dtype: "torch.dtype | None" = None) -> None:
+    """Tokens of this width, in the dtype (``dtype`` if they are still to be widened) and on the device of the weight.
+    Autocast decides the dtypes where it is on."""
+    device = hidden_states.device
+    fits = hidden_states.shape[-1:] == (width,) and hidden_states.numel() > 0
+    if weight is not None:
+        same = (dtype or hidden_states.dtype) == weight.dtype
+        fits = fits and device == weight.device and (same or _autocast(device))
+    if not fits:
+        kind = "floating point" if weight is None else f"{weight.dtype} on {weight.device}, as the weights"
+        refuse("hidden_states", hidden_states, f"at least one token of {width} features, {kind}")
 
 
 def layer_call(
@@ -453,29 +359,20 @@ def layer_call(
         weight = first_weight(*layer.modules())
     dtype = None if weight is None else weight.dtype
     if isinstance(hidden_states, torch.Tensor) and dtype is not None:
-        fits = hidden_states.is_floating_point()
-        if not fits or torch.promote_types(hidden_states.dtype, dtype) != dtype:
-            wanted = "floating-point numbers that {} weights can hold"
-            require(False, "hidden_states", hidden_states, wanted, dtype)
+        widens = hidden_states.is_floating_point() and torch.promote_types(hidden_states.dtype, dtype) == dtype
+        if not widens:
+            refuse("hidden_states", hidden_states, f"floating-point numbers that {dtype} weights can hold")
     attention = layer.self_attn
     if not hasattr(attention, "cache_class"):
         attention = _within(attention, "cache_class")
-    if attention is None:
-        return
-    attention_call(
-        attention,
-        hidden_states,
-        attention_mask,
-        position_ids,
-        past_key_value,
-        output_attentions,
-        dtype=dtype,
-    )
+    if attention is not None:
+        arguments = (hidden_states, attention_mask, position_ids, past_key_value, output_attentions)
+        attention_call(attention, *arguments, dtype=dtype)
 
 
 def attention_call(
     attention: Any,
-    hidden_states: Any,
+    hidden_states: "Tensor",
     attention_mask: "Tensor | None" = None,
     position_ids: "Tensor | None" = None,
     past_key_value: Any = None,
@@ -483,50 +380,37 @@ def attention_call(
     use_cache: bool | None = False,
     dtype: "torch.dtype | None" = None,
 ) -> None:
-    """Check of the attention classes' ``forward``. ``dtype`` is what a norm before it
-    widens ``hidden_states`` to."""
+    """Check of the attention classes' ``forward``. ``dtype`` is what a norm before it widens ``hidden_states`` to."""
     from torch import Tensor
 
     if not isinstance(hidden_states, Tensor):
-        require(False, "hidden_states", hidden_states, "a tensor", error=WrongTypeError)
+        refuse("hidden_states", hidden_states, "a tensor", WrongTypeError)
     if hidden_states.ndim != 3:
-        require(False, "hidden_states", hidden_states, "(batch, seq, hidden)")
-    config, implementation = attention.config, attention.implementation
+        refuse("hidden_states", hidden_states, "(batch, seq, hidden)")
     weight = getattr(attention.o_proj, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         weight = first_weight(*attention.children())
-    _features(hidden_states, config.hidden_size, weight, dtype)
-    if output_attentions and implementation != "eager":
-        wanted = (
-            "False: _attn_implementation={!r} never holds the weights, 'eager' does"
-        )
-        require(False, "output_attentions", output_attentions, wanted, implementation)
-    kv_seq = hidden_states.shape[1]
+    _features(hidden_states, attention.config.hidden_size, weight, dtype)
+    kernel = attention.implementation
+    if output_attentions and kernel != "eager":
+        wanted = f"False: _attn_implementation={kernel!r} never holds the weights, 'eager' does"
+        refuse("output_attentions", output_attentions, wanted)
+    batch, seq, _ = hidden_states.shape
+    kv_seq = seq
     if past_key_value is not None:
         _cache(attention, past_key_value, hidden_states, weight)
         kv_seq += past_key_value.length
     if position_ids is not None:
         _positions(position_ids, hidden_states)
     if attention_mask is not None:
-        batch, seq, _ = hidden_states.shape
-        mask(
-            attention_mask,
-            batch,
-            attention.num_heads,
-            seq,
-            kv_seq,
-            hidden_states.device,
-        )
-    form = attention.form if config.use_mla else "expanded"
+        _mask(attention_mask, batch, attention.num_heads, seq, kv_seq, hidden_states.device)
+    form = attention.form if attention.config.use_mla else "expanded"
     if form not in MLA_FORMS:
-        require(False, "form", form, "expanded, absorbed or auto")
+        refuse("form", form, "expanded, absorbed or auto")
     if form == "absorbed":
         _up_matrices(attention.kv_b_proj)
-    elif implementation == "flash_attention_2":
-        if form == "auto":
-            form = attention.cheaper_form(hidden_states.shape[1], kv_seq)
-        if form == "expanded":
-            _flash_input(attention, hidden_states, attention_mask, dtype)
+    elif kernel == "flash_attention_2" and (form == "expanded" or attention.cheaper_form(seq, kv_seq) == "expanded"):
+        _flash_input(attention, hidden_states, attention_mask, dtype)
 
 
 def _up_matrices(kv_b_proj: "nn.Module") -> None:
@@ -547,64 +431,30 @@ FLASH_WIDTH = 256
 
 
 def _flash_input(
-    attention: Any,
-    hidden_states: "Tensor",
-    attention_mask: "Tensor | None",
-    dtype: "torch.dtype | None",
+    attention: Any, hidden_states: "Tensor", attention_mask: "Tensor | None", dtype: "torch.dtype | None"
 ) -> None:
     import torch
 
-    device = hidden_states.device
-    dtype = dtype or hidden_states.dtype
-    if _autocast(device):
-        dtype = torch.get_autocast_dtype(device.type)
+    kind, width = hidden_states.device.type, attention.widest_head
+    dtype = torch.get_autocast_dtype(kind) if _autocast(hidden_states.device) else dtype or hidden_states.dtype
     half = dtype in (torch.float16, torch.bfloat16)
     require(half, "hidden_states", hidden_states, "float16 or bfloat16 for flash-attn")
-    on_gpu = device.type in FLASH_DEVICES
-    require(on_gpu, "hidden_states", hidden_states, "a CUDA tensor for flash-attn")
+    require(kind in FLASH_DEVICES, "hidden_states", hidden_states, "a CUDA tensor for flash-attn")
     padding = attention_mask is None or attention_mask.ndim == 2
-    wanted = "None or (batch, kv_seq) for flash-attn"
-    require(padding, "attention_mask", attention_mask, wanted)
-    width = attention.widest_head
-    wanted = "at most {} for flash-attn"
-    require(width <= FLASH_WIDTH, "the width of a head", width, wanted, FLASH_WIDTH)
+    require(padding, "attention_mask", attention_mask, "None or (batch, kv_seq) for flash-attn")
+    require(width <= FLASH_WIDTH, "the width of a head", width, f"at most {FLASH_WIDTH} for flash-attn")
 
 
-FLASH_ATTN_NEEDED = (
-    "flash_attention_2 needs the flash-attn package and an NVIDIA GPU (Ampere or newer): "
-    "pip install flash-attn --no-build-isolation. Or choose _attn_implementation='sdpa', "
-    "which needs neither"
-)
-
-
-def flash_attn() -> Any:
-    """The flash-attn package, or an ImportError that says how to get it."""
-    try:
-        import flash_attn
-    except ImportError as error:
-        raise ImportError(FLASH_ATTN_NEEDED) from error
-    # flash-attn 4 makes a bare folder of that name.
-    if getattr(flash_attn.__spec__, "origin", "") is None:
-        raise ImportError(FLASH_ATTN_NEEDED)
-    return flash_attn
-
-
-def _cache(
-    attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor | None"
-) -> None:
+def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor | None") -> None:
     kind, device = attention.cache_class, hidden_states.device
     if type(cache) is not kind or cache.layer_idx != attention.layer_idx:
-        wanted = "the {} that layer {} returned"
-        require(
-            False, "past_key_value", cache, wanted, kind.__name__, attention.layer_idx
-        )
+        refuse("past_key_value", cache, f"the {kind.__name__} that layer {attention.layer_idx} returned")
     shape = (len(hidden_states), *attention.cache_features)
     held = cache._storage.buffer  # not its tokens: see `LayerCache.append`
     dtype = held.dtype if weight is None else weight.dtype
     fits = (*held.shape[:1], *held.shape[2:]) == shape and held.device == device
     if not fits or (held.dtype != dtype and not _autocast(device)):
-        wanted = "one that fits the new tokens, {} {} on {}"
-        require(False, "past_key_value", cache, wanted, shape, dtype, device)
+        refuse("past_key_value", cache, f"one that fits the new tokens, {tuple(shape)} {dtype} on {device}")
 
 
 def appended(cache: Any, new: "Tensor") -> None:
@@ -613,66 +463,46 @@ def appended(cache: Any, new: "Tensor") -> None:
     held = cache.tokens
     alike = ((*new.shape[:1], *new.shape[2:]), new.dtype, new.device)
     own = ((*held.shape[:1], *held.shape[2:]), held.dtype, held.device)
-    wanted = "one that fits the new tokens, {} {} on {}"
-    require(alike == own, "past_key_value", cache, wanted, *alike)
+    require(alike == own, "past_key_value", cache, "one that fits the new tokens, {} {} on {}", *alike)
 
 
 def _positions(position_ids: "Tensor", hidden_states: "Tensor") -> None:
     import torch
 
     require_tensor(position_ids, "position_ids")
-    dtype, (batch, seq, _) = position_ids.dtype, hidden_states.shape
+    dtype, device, (batch, seq, _) = position_ids.dtype, hidden_states.device, hidden_states.shape
     integers = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    fits = position_ids.shape in ((batch, seq), (1, seq)) and integers
-    fits = fits and position_ids.device == hidden_states.device
-    wanted = "integers ({} or 1, {}) on {}"
-    require(
-        fits, "position_ids", position_ids, wanted, batch, seq, hidden_states.device
-    )
-    negative = "negative somewhere"
-    require_values(
-        (position_ids >= 0).all(), "position_ids", negative, "positions from 0 on"
-    )
+    if not (integers and position_ids.shape in ((batch, seq), (1, seq)) and position_ids.device == device):
+        refuse("position_ids", position_ids, f"integers ({batch} or 1, {seq}) on {device}")
+    require_values((position_ids >= 0).all(), "position_ids", "negative somewhere", "positions from 0 on")
 
 
-def mask(
-    attention_mask: "Tensor",
-    batch: int,
-    heads: int,
-    seq: int,
-    kv_seq: int,
-    device: "torch.device",
-) -> None:
-    """Check of an ``attention_mask``: see `Visibility` for what is read how."""
+def _mask(attention_mask: "Tensor", batch: int, heads: int, seq: int, kv_seq: int, device: "torch.device") -> None:
+    """See `Visibility` for what is read how."""
     import torch
 
     name = "attention_mask"
     require_tensor(attention_mask, name)
     shape, dtype = tuple(attention_mask.shape), attention_mask.dtype
-    require(
-        attention_mask.device == device, name, attention_mask, "a mask on {}", device
-    )
-    real = dtype.is_floating_point or dtype.is_complex
+    if attention_mask.device != device:
+        refuse(name, attention_mask, f"a mask on {device}")
     if attention_mask.ndim == 2:
-        wanted = "shape {}, cache included; or, for each query, ({}, 1, {}, {}): add [None, None]"
-        fits = shape == (batch, kv_seq)
-        require(fits, name, attention_mask, wanted, (batch, kv_seq), batch, seq, kv_seq)
-        wanted = "bool or integers in a (batch, kv_seq) mask"
-        require(not real, name, attention_mask, wanted)
+        if shape != (batch, kv_seq):
+            each = f"({batch}, 1, {seq}, {kv_seq}): add [None, None]"
+            refuse(name, attention_mask, f"shape {(batch, kv_seq)}, cache included; or, for each query, {each}")
+        integers = not (dtype.is_floating_point or dtype.is_complex)
+        require(integers, name, attention_mask, "bool or integers in a (batch, kv_seq) mask")
         return
     fits = len(shape) == 4 and shape[2:] == (seq, kv_seq)
-    fits = fits and shape[0] in (1, batch) and shape[1] in (1, heads)
-    wanted = "shape {} or, for each query, ({} or 1, {} or 1, {}, {})"
-    sizes = ((batch, kv_seq), batch, heads, seq, kv_seq)
-    require(fits, name, attention_mask, wanted, *sizes)
-    fits = dtype == torch.bool or dtype.is_floating_point
-    wanted = "bool (True keeps) or floating point (added to the scores)"
-    require(fits, name, attention_mask, wanted)
-    if not dtype.is_floating_point:
+    if not fits or shape[0] not in (1, batch) or shape[1] not in (1, heads):
+        each = f"({batch} or 1, {heads} or 1, {seq}, {kv_seq})"
+        refuse(name, attention_mask, f"shape {(batch, kv_seq)} or, for each query, {each}")
+    if dtype == torch.bool:
         return
+    wanted = "bool (True keeps) or floating point (added to the scores)"
+    require(dtype.is_floating_point, name, attention_mask, wanted)
     lowest, highest = attention_mask.aminmax()
-    given = "infinite or NaN somewhere"
-    require_values(highest < float("inf"), name, given, "numbers below infinity")
+    require_values(highest < float("inf"), name, "infinite or NaN somewhere", "numbers below infinity")
     masks_something = lowest < 0
     if seq == 1:
         masks_something |= (lowest == 0) & (highest == 0)
@@ -680,9 +510,8 @@ def mask(
         masks_something,
         name,
         "a floating-point mask without a negative entry, which masks nothing",
-        "negative entries where keys are hidden: it is added to the scores. Ones and zeros "
-        "that mean keep and drop must be bool and have four axes, as in "
-        "torch.ones(seq, kv_seq).tril().bool()[None, None]; None is causal",
+        "negative entries where keys are hidden: it is added to the scores. Ones and zeros that mean keep and drop "
+        "must be bool and have four axes, as in torch.ones(seq, kv_seq).tril().bool()[None, None]; None is causal",
     )
 
 
@@ -698,28 +527,23 @@ def model_call(
     import torch
 
     require_tensor(input_ids, "input_ids")
-    embedding, layers, vocab = model.embed_tokens, model.layers, model.config.vocab_size
-    weight = first_weight(embedding)
+    layers, vocab = model.layers, model.config.vocab_size
+    weight = first_weight(model.embed_tokens)
     if weight is None:  # an embedding that others wrap
         weight = first_weight(*layers[0].modules())
     device = input_ids.device if weight is None else weight.device
     fits = input_ids.ndim == 2 and input_ids.numel() > 0 and input_ids.device == device
-    fits = fits and input_ids.dtype in (torch.int32, torch.int64)
-    wanted = "integers (batch, seq) on {}, with at least one token"
-    require(fits, "input_ids", input_ids, wanted, device)
+    if not fits or input_ids.dtype not in (torch.int32, torch.int64):
+        refuse("input_ids", input_ids, f"integers (batch, seq) on {device}, with at least one token")
     inside = ((input_ids >= 0) & (input_ids < vocab)).all()
     wanted = f"tokens from 0 to {vocab - 1}: vocab_size is {vocab}"
     require_values(inside, "input_ids", "outside of the vocabulary somewhere", wanted)
-    fits = past_key_values is None or len(past_key_values) == len(layers)
-    wanted = "a cache for each of {} layers, or None"
-    require(fits, "past_key_values", past_key_values, wanted, len(layers))
-    caches = past_key_values or [None] * len(layers)
+    if past_key_values is not None and len(past_key_values) != len(layers):
+        refuse("past_key_values", past_key_values, f"a cache for each of {len(layers)} layers, or None")
     # What the layers will get, as far as a check looks at it: a shape, a dtype, a device.
-    batch, seq = input_ids.shape
     dtype = torch.get_default_dtype() if weight is None else weight.dtype
-    sample = torch.empty(1, dtype=dtype, device=device)
-    hidden_states = sample.expand(batch, seq, model.config.hidden_size)
-    for wrapped, cache in zip(layers, caches, strict=True):
+    hidden_states = torch.empty(1, dtype=dtype, device=device).expand(*input_ids.shape, model.config.hidden_size)
+    for wrapped, cache in zip(layers, past_key_values or [None] * len(layers), strict=True):
         if (layer := _within(wrapped, "self_attn")) is not None:
             layer_call(layer, hidden_states, attention_mask, position_ids, cache)
             attention_mask = position_ids = None  # looked at once

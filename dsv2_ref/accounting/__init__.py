@@ -1,9 +1,7 @@
-"""What a layer and a model cost: parameters, FLOPs and bytes, counted from the
-configuration in exact integers.
+"""What a layer and a model cost: parameters, FLOPs and bytes, counted from the configuration in exact integers.
 
-Letters are those of the book (see `Sizes`): B sequences of S new tokens each, which
-attend to K tokens (the new ones included); T = B · S. Nothing here needs torch, except
-`activation_peak`, which runs the layer on fake tensors.
+Letters are those of the book (see `Sizes`): B sequences of S new tokens each, which attend to K tokens (the new ones
+included); T = B · S. Nothing here needs torch, except `activation_peak`, which runs the layer on fake tensors.
 """
 
 from dsv2_ref.accounting.cached import CACHE_KINDS, cache_bytes, cache_numbers
@@ -11,31 +9,10 @@ from dsv2_ref.accounting.call import DTYPE_BYTES, FORMS, Call
 from dsv2_ref.accounting.operations import elementwise, products
 from dsv2_ref.accounting.summary import activation_peak, report
 from dsv2_ref.accounting.traffic import activations_moved, experts_read, weights_read
-from dsv2_ref.accounting.weights import (
-    Matrix,
-    matrices,
-    model_matrices,
-    model_parameters,
-    parameters,
-)
+from dsv2_ref.accounting.weights import Matrix, matrices, model_matrices, model_parameters, parameters
 
 __all__ = [
-    "CACHE_KINDS",
-    "DTYPE_BYTES",
-    "FORMS",
-    "Call",
-    "Matrix",
-    "activation_peak",
-    "activations_moved",
-    "cache_bytes",
-    "cache_numbers",
-    "elementwise",
-    "experts_read",
-    "matrices",
-    "model_matrices",
-    "model_parameters",
-    "parameters",
-    "products",
-    "report",
-    "weights_read",
-]
+    "CACHE_KINDS", "DTYPE_BYTES", "FORMS", "Call", "Matrix", "activation_peak", "activations_moved", "cache_bytes",
+    "cache_numbers", "elementwise", "experts_read", "matrices", "model_matrices", "model_parameters", "parameters",
+    "products", "report", "weights_read",
+]  # fmt: skip

@@ -1,19 +1,15 @@
 """Bytes of activations that are alive at once, counted on the layer itself.
 
-The real layer or model runs on the meta device, whose tensors have a shape, a dtype and
-a storage but no memory, and every storage that it makes is counted while it is alive.
-No way made for one device serves there, neither for CPUs nor the Triton kernels; the
-fused attention of torch does, which never writes its scores. ``flash_attention_2`` runs
-as ``sdpa``. This differs only for several queries over a cache, where ``sdpa`` makes a
-mask that flash-attn does not need.
+The real layer or model runs on the meta device, whose tensors have a shape, a dtype and a storage but no memory, and
+every storage that it makes is counted while it is alive. No way made for one device serves there, neither for CPUs nor
+the Triton kernels; the fused attention of torch does, which never writes its scores. ``flash_attention_2`` runs as
+``sdpa``. This differs only for several queries over a cache, where ``sdpa`` makes a mask that flash-attn does not need.
 
-Not counted: weights and their gradients, the optimizer, the input of a layer, the
-cache, the loss and its gradient, and what an operation uses inside its own kernel. A
-sum of gradients counts as a new tensor, as it is where operations are watched; autograd
-alone may add in place, and then needs less.
+Not counted: weights and their gradients, the optimizer, the input of a layer, the cache, the loss and its gradient, and
+what an operation uses inside its own kernel. A sum of gradients counts as a new tensor, as it is where operations are
+watched; autograd alone may add in place, and then needs less.
 
-All layers of a kind cost the same, so one of each kind is run: a model of any depth
-takes as long as a model of two layers.
+All layers of a kind cost the same, so one of each kind is run: a model of any depth takes as long as a model of two.
 """
 
 import weakref
@@ -21,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from dsv2_ref.accounting.call import Call, layers_alike, moe_layers
+from dsv2_ref.accounting.call import Call, layers_alike
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.attention import SCORES_AT_ONCE
 from dsv2_ref.config import DeepseekV2Config
@@ -46,8 +43,8 @@ MOST = 10_000
 class LiveBytes(TorchDispatchMode):
     """Notes after every operation how many bytes are alive.
 
-    Counted are storages that were made while the mode was on, by the first operation
-    that returns a storage without having taken it.
+    Counted are storages that were made while the mode was on, by the first operation that returns a storage without
+    having taken it.
 
     Attributes:
         now: bytes that are alive.
@@ -60,20 +57,14 @@ class LiveBytes(TorchDispatchMode):
         self.totals: list[int] = []
         self._alive: dict[int, tuple[int, int]] = {}  # made when, and how large
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        given = {x.untyped_storage()._cdata for x in tensors}
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                address, size = storage._cdata, storage.nbytes()
-                if address not in given and address not in self._alive:
-                    self._alive[address] = (len(self.totals), size)
-                    self.now += size
-                    weakref.finalize(storage, self._freed, address)
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)):
+            if storage._cdata not in given and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = (len(self.totals), storage.nbytes())
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
         self.totals.append(self.now)
         return out
 
@@ -90,20 +81,6 @@ class LiveBytes(TorchDispatchMode):
         self.add(-size, start)
 
 
-class Fused(TorchFunctionMode):
-    """Lets attention and dropout run as the single operations that they are on an
-    accelerator. The meta device would take them apart, and write all scores."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            func = _attention
-        if func is F.dropout:
-            func = _dropout
-        return func(*args, **(kwargs or {}))
-
-
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -116,29 +93,33 @@ def _attention(
 ) -> Tensor:
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # kernels add masks
         attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    options = {"attn_mask": attn_mask, "scale": scale}
-    out: Tensor = kernel(query, key, value, dropout_p, is_causal, **options)[0]
-    return out
+    kernel: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 def _dropout(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
     return torch.native_dropout(x, p, training)[0]
 
 
+FUSED: dict[Any, Any] = {F.scaled_dot_product_attention: _attention, F.dropout: _dropout}
+
+
+class Fused(TorchFunctionMode):
+    """Lets attention and dropout run as the single operations that they are on an accelerator. The meta device would take
+    them apart, and write all scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return FUSED.get(func, func)(*args, **(kwargs or {}))
+
+
 @contextmanager
 def without_memory(call: Call, training: bool = False) -> Iterator[None]:
-    """Inside the ``with`` block modules and tensors are made on the meta device, in the
-    dtype of a call, and run with what gradients need only in training."""
+    """Inside the ``with`` block modules and tensors are made on the meta device, in the dtype of a call, and run with what
+    gradients need only in training."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, call.dtype))
     try:
-        with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(training),
-            torch.device("meta"),
-            Fused(),
-        ):
+        with torch.inference_mode(False), torch.set_grad_enabled(training), torch.device("meta"), Fused():
             yield
     finally:
         torch.set_default_dtype(before)
@@ -167,21 +148,16 @@ def as_run(config: DeepseekV2Config, call: Call) -> DeepseekV2Config:
     )
 
 
-def layer_and_cache(
-    config: DeepseekV2Config, call: Call, layer_idx: int
-) -> tuple[DeepseekV2DecoderLayer, Any]:
+def layer_and_cache(config: DeepseekV2Config, call: Call, layer_idx: int) -> tuple[DeepseekV2DecoderLayer, Any]:
     """A layer, and its cache before a call, with room for the new tokens; or None."""
     layer, past = DeepseekV2DecoderLayer(config, layer_idx), call.kv - call.seq
     if past == 0:
         return layer, None
     cache = layer.self_attn.empty_cache(call.batch, capacity=call.kv + 1)
-    features = layer.self_attn.cache_features
-    return layer, cache.append(torch.zeros(call.batch, past, *features))
+    return layer, cache.append(torch.zeros(call.batch, past, *layer.self_attn.cache_features))
 
 
-def count(
-    live: LiveBytes, module: nn.Module, run: Callable[[], Tensor], training: bool
-) -> None:
+def _count(live: LiveBytes, module: nn.Module, run: Callable[[], Tensor], training: bool) -> None:
     """Count a call, and in training its backward pass, less the weights' gradients."""
     with live:
         out = run()
@@ -200,42 +176,33 @@ def _checkpointed(layer: DeepseekV2DecoderLayer) -> None:
         layer.forward,
         use_reentrant=False,
         preserve_rng_state=False,
-        # Function modes are off in a backward pass.
-        context_fn=lambda: (nullcontext(), Fused()),
+        context_fn=lambda: (nullcontext(), Fused()),  # function modes are off in a backward pass
     )
 
 
-def _of_layer(
-    config: DeepseekV2Config,
-    call: Call,
-    layer_idx: int,
-    training: bool,
-    checkpointing: bool,
-) -> LiveBytes:
+def _of_layer(config: DeepseekV2Config, call: Call, layer_idx: int, training: bool, checkpointing: bool) -> LiveBytes:
     layer, cache = layer_and_cache(config, call, layer_idx)
     x = torch.zeros(call.batch, call.seq, config.hidden_size, requires_grad=training)
-    live = LiveBytes()
     layer.train(training)
     if checkpointing:
         _checkpointed(layer)
-    count(live, layer, lambda: layer(x, past_key_value=cache)[0], training)
+    live = LiveBytes()
+    _count(live, layer, lambda: layer(x, past_key_value=cache)[0], training)
     return live
 
 
-def _of_model(
-    config: DeepseekV2Config, call: Call, training: bool, checkpointing: bool
-) -> LiveBytes:
-    """The last layer of each kind runs. What the layers before it keep for the backward
-    pass is added while it runs; no other layer of its kind has as much beside it."""
-    last = [layer_idx for layer_idx, _ in layers_alike(config)]
+def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointing: bool) -> LiveBytes:
+    """The last layer of each kind runs. What the layers before it keep for the backward pass is added while it runs; no
+    other layer of its kind has as much beside it."""
+    (last, alike), *others = layers_alike(config)
     model = DeepseekV2ForCausalLM(replace(config, num_hidden_layers=1))
-    layers, caches = zip(*(layer_and_cache(config, call, i) for i in last), strict=True)
+    layers, caches = zip(*(layer_and_cache(config, call, i) for i in (last, *(i for i, _ in others))), strict=True)
     model.model.layers = nn.ModuleList(layers)
     model.train(training)
     ids = torch.zeros(call.batch, call.seq, dtype=torch.long)
 
-    # When each layer starts, and the norm after the last: operations so far, and bytes
-    # alive. When the backward pass of a layer is over: operations so far.
+    # When each layer starts, and the norm after the last: operations so far, and bytes alive. When the backward pass of
+    # a layer is over: operations so far.
     live = LiveBytes()
     starts: list[tuple[int, int]] = []
     ends: dict[int, int] = {}
@@ -252,29 +219,18 @@ def _of_model(
     for layer in layers if checkpointing else ():
         _checkpointed(layer)
     past = caches if call.kv > call.seq else None
-    count(live, model, lambda: model(ids, past_key_values=past)[0], training)
+    _count(live, model, lambda: model(ids, past_key_values=past)[0], training)
 
-    kept = {False: 0, True: 0}  # by a layer without and with experts
-    for layer_idx, (_, before), (_, after) in zip(
-        last, starts, starts[1:], strict=False
-    ):
-        kept[config.is_moe_layer(layer_idx)] = after - before
-    end = 0
-    for index, layer_idx in enumerate(last):
-        mixed = moe_layers(config, layer_idx) - moe_layers(config, end)
-        skipped = mixed * kept[True] + (layer_idx - end - mixed) * kept[False]
-        live.add(skipped, starts[index][0], ends.get(index))
-        end = layer_idx + 1
+    kept = [after - before for (_, before), (_, after) in pairwise(starts)]
+    # All layers before the first that runs are of its kind or the other; all between the two are of the other.
+    skipped = [(alike - 1) * kept[0] + (last + 1 - alike) * kept[-1]]
+    skipped += [(index - last - 1) * kept[-1] for index, _ in others]
+    for index, size in enumerate(skipped):
+        live.add(size, starts[index][0], ends.get(index))
     return live
 
 
-def peak(
-    config: DeepseekV2Config,
-    call: Call,
-    layer_idx: int | None,
-    training: bool,
-    checkpointing: bool,
-) -> int:
+def peak(config: DeepseekV2Config, call: Call, layer_idx: int | None, training: bool, checkpointing: bool) -> int:
     """See `activation_peak`, which has checked the arguments and chosen the form."""
     _require_followable(config, call)
     config = as_run(config, call)

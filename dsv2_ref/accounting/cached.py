@@ -1,6 +1,6 @@
 """Bytes of the cache, in every kind that a model of these sizes could have."""
 
-from dsv2_ref.accounting.call import DTYPE_BYTES
+from dsv2_ref.accounting.call import DTYPE_BYTES, Counts
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.checks import is_int, require
 from dsv2_ref.config import DeepseekV2Config
@@ -9,43 +9,33 @@ CACHE_KINDS = ("own", "latent", "expanded", "mha", "gqa", "mqa")
 """What could be cached of a token, as `cache_numbers` counts it."""
 
 
+def numbers_by_kind(config: DeepseekV2Config) -> Counts:
+    """`cache_numbers` of every kind that a model of these sizes could have."""
+    s = Sizes.of(config)
+    groups = s.G if s.G < s.H else max(n for n in range(1, 9) if s.H % n == 0)
+    shared = {"mha": 2 * s.H * s.V, "gqa": 2 * groups * s.V, "mqa": 2 * s.V}
+    if not config.use_mla:
+        return {"own": 2 * s.G * s.V} | shared
+    return {"own": s.C + s.R, "latent": s.C + s.R, "expanded": s.H * (s.N + s.R + s.V)} | shared
+
+
 def cache_numbers(config: DeepseekV2Config, kind: str = "own") -> int:
     """Values that a layer caches per token.
 
     Args:
-        kind: ``own``, what the package's cache holds; or what this model would hold as
-            ``latent`` (MLA), as ``expanded`` (keys and values of all MLA heads), as
-            ``mha``, ``gqa`` or ``mqa``, with heads as wide as its values. ``gqa`` has
-            the model's ``num_key_value_heads`` groups where heads share keys, else the
-            largest number of groups up to 8 that divides the heads.
+        kind: ``own``, what the package's cache holds; or what this model would hold as ``latent`` (MLA), as ``expanded``
+            (keys and values of all MLA heads), as ``mha``, ``gqa`` or ``mqa``, with heads as wide as its values. ``gqa``
+            has the model's ``num_key_value_heads`` groups where heads share keys, else the largest number of groups up
+            to 8 that divides the heads.
     """
+    numbers = numbers_by_kind(config)
     require(kind in CACHE_KINDS, "kind", kind, ", ".join(CACHE_KINDS))
-    s = Sizes.of(config)
-    if kind == "own":
-        kind = "latent" if config.use_mla else "kv"
-    if kind in ("latent", "expanded"):
-        wanted = "own, mha, gqa or mqa: this model has no latent"
-        require(config.use_mla, "kind", kind, wanted)
-        return s.C + s.R if kind == "latent" else s.H * (s.N + s.R + s.V)
-    groups = s.G if s.G < s.H else max(n for n in range(1, 9) if s.H % n == 0)
-    heads = {"kv": s.G, "mha": s.H, "gqa": groups, "mqa": 1}
-    return 2 * heads[kind] * s.V
-
-
-def possible_kinds(config: DeepseekV2Config) -> list[str]:
-    """Kinds of cache that a model of these sizes could have."""
-    only_latent = ("latent", "expanded")
-    return [
-        kind for kind in CACHE_KINDS[1:] if config.use_mla or kind not in only_latent
-    ]
+    require(kind in numbers, "kind", kind, "own, mha, gqa or mqa: this model has no latent")
+    return numbers[kind]
 
 
 def cache_bytes(
-    config: DeepseekV2Config,
-    tokens: int,
-    dtype: str = "bfloat16",
-    kind: str = "own",
-    layers: int | None = None,
+    config: DeepseekV2Config, tokens: int, dtype: str = "bfloat16", kind: str = "own", layers: int | None = None
 ) -> int:
     """Bytes of the caches of ``layers`` layers (None: all of the model's).
 
@@ -53,8 +43,8 @@ def cache_bytes(
         tokens: cached tokens, of all sequences together.
 
     Raises:
-        ValueError: unless tokens and layers are integers of at least 0, for an unknown
-            dtype or kind, and for a latent where the model has none.
+        ValueError: unless tokens and layers are integers of at least 0, for an unknown dtype or kind, and for a latent
+            where the model has none.
     """
     layers = config.num_hidden_layers if layers is None else layers
     require(is_int(tokens, 0), "tokens", tokens, "an integer of at least 0")

@@ -23,14 +23,14 @@ class Call:
         batch: number of sequences B.
         seq: new tokens S of each sequence.
         kv: tokens K that the last new token attends to, itself included.
-        form: of latent attention, one of `FORMS`. ``auto`` is the configuration's
-            ``mla_form``; where that is ``auto`` too, the form with fewer FLOPs.
+        form: of latent attention, one of `FORMS`. ``auto`` is the configuration's ``mla_form``; where that is ``auto``
+            too, the form with fewer FLOPs.
         causal: count only pairs of a query and a key that it sees, not all S · K.
         dtype: of weights, activations and cache, one of `DTYPE_BYTES`.
 
     Raises:
-        ValueError: unless the sizes are integers from 1 to 10^15, for more new tokens
-            than tokens attended to, and for an unknown form or dtype.
+        ValueError: unless the sizes are integers from 1 to 10^15, for more new tokens than tokens attended to, and for
+            an unknown form or dtype.
     """
 
     batch: int = 1
@@ -42,9 +42,7 @@ class Call:
 
     def __post_init__(self) -> None:
         require_ints(self, ("batch", "seq", "kv"), 1)
-        require(
-            self.kv >= self.seq, "kv", self.kv, "at least the {} new tokens", self.seq
-        )
+        require(self.kv >= self.seq, "kv", self.kv, "at least the {} new tokens", self.seq)
         require(isinstance(self.causal, bool), "causal", self.causal, "True or False")
         require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
         require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, ", ".join(DTYPE_BYTES))
@@ -74,26 +72,17 @@ def require_layer(config: DeepseekV2Config, layer_idx: int) -> None:
 
 def moe_layers(config: DeepseekV2Config, end: int) -> int:
     """Number of layers with experts among the first ``end`` layers."""
-    if config.n_routed_experts is None:
-        return 0
-    every = config.moe_layer_freq
-    return -(-end // every) - -(-min(config.first_k_dense_replace, end) // every)
+    every, dense = config.moe_layer_freq, min(config.first_k_dense_replace, end)
+    return 0 if config.n_routed_experts is None else -(-end // every) - -(-dense // every)
 
 
 def layers_alike(config: DeepseekV2Config) -> list[tuple[int, int]]:
-    """The two kinds of layers, dense and with experts: for each that the model has, the
-    index of its last layer and the number of its layers, ordered by index."""
+    """The kinds of layers that a model has, dense or with experts: the index of the last layer and the number of layers
+    of each, ordered by index."""
     end, every = config.num_hidden_layers, config.moe_layer_freq
-    mixed = moe_layers(config, end)
-    # The last layer of each kind is among these: two neighbours with experts mean that
-    # every layer from first_k_dense_replace on has them.
-    last_forced_dense, last_multiple = (
-        config.first_k_dense_replace - 1,
-        (end - 1) // every * every,
-    )
-    last: dict[bool, int] = {}
-    for layer_idx in (min(last_forced_dense, end - 1), end - 2, last_multiple, end - 1):
-        if layer_idx >= 0:
-            kind = config.is_moe_layer(layer_idx)
-            last[kind] = max(layer_idx, last.get(kind, 0))
-    return sorted((i, mixed if kind else end - mixed) for kind, i in last.items())
+    first, mixed = min(config.first_k_dense_replace, end), moe_layers(config, end)
+    # The last layer of each kind is one of these: two neighbours with experts mean that every layer from ``first`` on
+    # has them.
+    candidates = sorted((first - 1, end - 2, (end - 1) // every * every, end - 1))
+    last = {config.is_moe_layer(i): i for i in candidates if i >= 0}
+    return sorted((i, mixed if moe else end - mixed) for moe, i in last.items())

@@ -1,12 +1,10 @@
 """FLOPs of a layer by operation.
 
-A *product* counts a multiplication and its addition as two FLOPs. Everything else is
-counted by `elementwise`, per element: 4 for a norm (square, sum, two multiplications),
-3 for a rotation (4 multiplications and 2 additions per pair), 6 for a softmax (scale,
-maximum, subtraction, exponential, sum, division), 5 for a SwiGLU (exponential,
-addition, division, two multiplications) and 1 for a residual addition. What a fused
-kernel computes in addition is not counted: zeros that pad values to the width of keys,
-and pairs that a mask hides.
+A *product* counts a multiplication and its addition as two FLOPs. Everything else is counted by `elementwise`, per
+element: 4 for a norm (square, sum, two multiplications), 3 for a rotation (4 multiplications and 2 additions per pair), 6
+for a softmax (scale, maximum, subtraction, exponential, sum, division), 5 for a SwiGLU (exponential, addition, division,
+two multiplications) and 1 for a residual addition. What a fused kernel computes in addition is not counted: zeros that
+pad values to the width of keys, and pairs that a mask hides.
 """
 
 from dataclasses import replace
@@ -18,11 +16,8 @@ from dsv2_ref.config import DeepseekV2Config
 
 
 def form_of(config: DeepseekV2Config, call: Call) -> str:
-    """The form of latent attention that a call takes: the call's own, else the
-    configuration's, else the one with fewer FLOPs.
-
-    The layer makes the last choice by causal pairs, whatever ``call.causal`` says.
-    """
+    """The form of latent attention that a call takes: the call's own, else the configuration's, else the one with fewer
+    FLOPs, by causal pairs as the layer counts them, whatever ``call.causal`` says."""
     for form in (call.form, config.mla_form):
         if form != "auto":
             return form
@@ -33,6 +28,7 @@ def form_of(config: DeepseekV2Config, call: Call) -> str:
     return "absorbed" if absorbed < expanded else "expanded"
 
 
+# fmt: off
 def _attention_products(config: DeepseekV2Config, call: Call) -> Counts:
     """Multiplications of the products in attention."""
     s, pairs = Sizes.of(config), call.batch * call.pairs
@@ -54,17 +50,16 @@ def _attention_products(config: DeepseekV2Config, call: Call) -> Counts:
     counts["scores"] = pairs * s.H * (s.N + s.R)
     counts["values"] = pairs * s.H * s.V
     return counts
+# fmt: on
 
 
 def products(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
     """FLOPs of a layer's matrix products, by operation."""
-    counts = {
-        f"self_attn.{name}": n for name, n in _attention_products(config, call).items()
-    }
+    counts = {f"self_attn.{name}": 2 * n for name, n in _attention_products(config, call).items()}
     for name, n in parameters(config, layer_idx, active=True).items():
         if name.startswith("mlp"):
-            counts[name.removesuffix(".weight")] = call.tokens * n
-    return {name: 2 * n for name, n in counts.items()}
+            counts[name.removesuffix(".weight")] = 2 * call.tokens * n
+    return counts
 
 
 def elementwise(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:

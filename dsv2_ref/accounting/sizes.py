@@ -8,46 +8,29 @@ from dsv2_ref.config import DeepseekV2Config
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Sizes of a model as integers; 0 for a part that the model does not have.
+    """Sizes of a model as integers; 0 for a part that the model does not have."""
 
-    Attributes:
-        D: hidden size.
-        H: attention heads.
-        G: heads that have keys and values of their own.
-        N: width of the part of a head's key that does not rotate.
-        R: width of the part that does; without latent attention, of the whole key.
-        V: width of a head's value.
-        C: latent of keys and values; 0 without latent attention.
-        Q: latent of queries; 0 where they are not compressed.
-        E: routed experts.
-        k: experts that each token chooses.
-        I: width of an expert.
-        shared: experts that serve every token.
-        dense: width of a dense feed-forward network.
-        vocab: tokens of the vocabulary.
-    """
-
-    D: int
-    H: int
-    G: int
-    N: int
-    R: int
-    V: int
-    C: int
-    Q: int
-    E: int
-    k: int
+    D: int  #: hidden size
+    H: int  #: attention heads
+    G: int  #: heads that have keys and values of their own
+    N: int  #: width of the part of a head's key that does not rotate
+    R: int  #: width of the part that does; without latent attention, of the whole key
+    V: int  #: width of a head's value
+    C: int  #: latent of keys and values; 0 without latent attention
+    Q: int  #: latent of queries; 0 where they are not compressed
+    E: int  #: routed experts
+    k: int  #: experts that each token chooses
+    #: width of an expert
     I: int  # noqa: E741
-    shared: int
-    dense: int
-    vocab: int
+    shared: int  #: experts that serve every token
+    dense: int  #: width of a dense feed-forward network
+    vocab: int  #: tokens of the vocabulary
 
     @classmethod
     def of(cls, config: DeepseekV2Config) -> Self:
         """The sizes of a model. Only here is an optional field read as 0."""
-        heads, experts = config.num_attention_heads, config.n_routed_experts or 0
+        heads, experts, latent = config.num_attention_heads, config.n_routed_experts or 0, config.use_mla
         width = config.hidden_size // heads
-        latent = config.use_mla
         return cls(
             D=config.hidden_size,
             H=heads,
@@ -67,6 +50,5 @@ class Sizes:
 
     @property
     def rotated(self) -> int:
-        """Values that rotate per token, of every query and of every key that is kept.
-        Latent attention keeps one key for all heads."""
+        """Values that rotate per token, of every query and of every key that is kept: with latent attention, of one."""
         return (self.H + (1 if self.C else self.G)) * self.R

@@ -1,9 +1,10 @@
 """All counts of a call together, and the activations that are alive at once."""
 
+from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
 
-from dsv2_ref.accounting.cached import cache_bytes, possible_kinds
+from dsv2_ref.accounting.cached import cache_bytes, numbers_by_kind
 from dsv2_ref.accounting.call import Call, Counts, layers_alike, require_layer
 from dsv2_ref.accounting.operations import elementwise, form_of, products
 from dsv2_ref.accounting.sizes import Sizes
@@ -13,22 +14,14 @@ from dsv2_ref.checks import require
 from dsv2_ref.config import DeepseekV2Config
 
 
-def _checked(
-    config: DeepseekV2Config,
-    call: Call,
-    layer_idx: int | None,
-    training: bool,
-    checkpointing: bool,
-) -> Call:
+def _checked(config: DeepseekV2Config, call: Call, layer_idx: int | None, training: bool, checkpointing: bool) -> Call:
     """The call in the form that it takes; ValueError for one that cannot be made."""
     if layer_idx is not None:
         require_layer(config, layer_idx)
     call = replace(call, form=form_of(config, call))
-    flash = config._attn_implementation == "flash_attention_2"
-    flash = flash and not (config.use_mla and call.form == "absorbed")
-    half = call.dtype in ("float16", "bfloat16")
-    wanted = "float16 or bfloat16 for flash_attention_2"
-    require(half or not flash, "dtype", call.dtype, wanted)
+    absorbed = config.use_mla and call.form == "absorbed"
+    fits = config._attn_implementation != "flash_attention_2" or absorbed or call.dtype in ("float16", "bfloat16")
+    require(fits, "dtype", call.dtype, "float16 or bfloat16 for flash_attention_2")
     wanted = "False where nothing is trained"
     require(training or not checkpointing, "checkpointing", checkpointing, wanted)
     wanted = "the {} new tokens: training has no cache"
@@ -43,30 +36,24 @@ def activation_peak(
     training: bool = False,
     checkpointing: bool = False,
 ) -> int:
-    """The most bytes of activations that are alive at once in a call of a layer, or of
-    a model (``layer_idx`` is None).
+    """The most bytes of activations that are alive at once in a call of a layer, or of a model (``layer_idx`` is None).
 
-    The layer itself runs, on tensors without memory; see `activations` for what is
-    counted. ``config._attn_implementation`` decides whether attention holds its scores
-    (``eager``) or not. The layer's mask is causal, whatever ``call.causal`` says about
-    FLOPs.
+    The layer itself runs, on tensors without memory; see `activations` for what is counted.
+    ``config._attn_implementation`` decides whether attention holds its scores (``eager``) or not. The layer's mask is
+    causal, whatever ``call.causal`` says about FLOPs.
 
     Args:
-        training: the forward pass keeps what gradients need, and a backward pass
-        follows.
-        checkpointing: keep only the inputs of layers, and run each layer once more when
-            its gradient is due.
+        training: the forward pass keeps what gradients need, and a backward pass follows.
+        checkpointing: keep only the inputs of layers, and run each layer once more when its gradient is due.
 
     Raises:
         ModuleNotFoundError: where torch is not installed.
         OverflowError: for a call too large to be followed (see `activations`).
-        ValueError: for a layer that the model does not have; for training over a cache;
-            for checkpointing without training; for ``int8``, in which no layer runs;
-            and for ``flash_attention_2`` in a dtype that it does not take.
+        ValueError: for a layer that the model does not have; for training over a cache; for checkpointing without
+            training; for ``int8``, in which no layer runs; and for ``flash_attention_2`` in a dtype that it does not take.
     """
     call = _checked(config, call, layer_idx, training, checkpointing)
-    wanted = "a floating-point dtype: no layer runs in int8"
-    require(call.dtype != "int8", "dtype", call.dtype, wanted)
+    require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype: no layer runs in int8")
     from dsv2_ref.accounting.activations import peak  # needs torch
 
     return peak(config, call, layer_idx, training, checkpointing)
@@ -74,16 +61,14 @@ def activation_peak(
 
 def _peak_or_none(config: DeepseekV2Config, call: Call, *how: Any) -> int | None:
     """`activation_peak`; None where it cannot be counted."""
-    if call.dtype == "int8":
-        return None
     try:
-        return activation_peak(config, call, *how)
+        return None if call.dtype == "int8" else activation_peak(config, call, *how)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        return None
     except OverflowError:
-        return None
+        pass
+    return None
 
 
 def report(
@@ -93,25 +78,21 @@ def report(
     training: bool = False,
     checkpointing: bool = False,
 ) -> dict[str, Any]:
-    """All counts for one layer, or for the whole model with embedding and head, ready
-    for JSON.
+    """All counts for one layer, or for the whole model with embedding and head, ready for JSON.
 
     Returns:
         A dict with the keys below.
 
-        - ``config``: the fields of the configuration, and the ``call`` in the form that
-          it takes. `DeepseekV2Config.from_published` reads it, and ignores the call.
-        - ``parameters``: ``total`` and ``active_per_token``, both also as ``by_module``
-          and ``active_by_module``; and ``by_matrix``: for each weight its shape, the
-          number of such weights, and the parameters stored and active.
+        - ``config``: the fields of the configuration, and the ``call`` in the form that it takes.
+          `DeepseekV2Config.from_published` reads it, and ignores the call.
+        - ``parameters``: ``total`` and ``active_per_token``, both also as ``by_module`` and ``active_by_module``; and
+          ``by_matrix``: for each weight its shape, the number of such weights, and the parameters stored and active.
         - ``flops``: ``total``, ``products`` (of matrices alone), ``by_operation``.
-        - ``bytes``: ``weights``; ``weights_read`` (see `weights_read`); ``kv_cache``
-          (all tokens, after the call), ``kv_cache_by_kind`` (what it would be, see
-          `cache_numbers`), ``kv_cache_written`` (the new tokens); ``activations_read``
-          and ``activations_written`` (see `activations_moved`), both also as
-          ``activations_by_operation``; and ``activations_peak`` (see `activation_peak`,
-          to which ``training`` and ``checkpointing`` belong), None where torch is not
-          installed, in int8, and for a call too large to be followed.
+        - ``bytes``: ``weights``; ``weights_read`` (see `weights_read`); ``kv_cache`` (all tokens, after the call),
+          ``kv_cache_by_kind`` (what it would be, see `cache_numbers`), ``kv_cache_written`` (the new tokens);
+          ``activations_read`` and ``activations_written`` (see `activations_moved`), both also as
+          ``activations_by_operation``; and ``activations_peak`` (see `activation_peak`, to which ``training`` and
+          ``checkpointing`` belong), None where torch is not installed, in int8, and for a call too large to be followed.
         - ``intensity``: FLOPs per byte of weights and cache that are read.
 
     Raises:
@@ -119,28 +100,24 @@ def report(
     """
     call = _checked(config, call, layer_idx, training, checkpointing)
     if layer_idx is None:
-        layers, weights = layers_alike(config), model_matrices(config)
-        operations, others, moved, read = _ends(config, call)
+        layers, weights, ends = layers_alike(config), model_matrices(config), _ends(config, call)
     else:
-        layers, weights = [(layer_idx, 1)], matrices(config, layer_idx)
-        operations, others, moved, read = {}, {}, {}, 0
+        layers, weights, ends = [(layer_idx, 1)], matrices(config, layer_idx), ({}, {}, {}, 0)
+    operations, others, moved, read = Counter(ends[0]), Counter(ends[1]), ends[2], ends[3]
     for index, alike in layers:
         for name, count in products(config, index, call).items():
-            operations[name] = operations.get(name, 0) + alike * count
+            operations[name] += alike * count
         for name, count in elementwise(config, index, call).items():
-            others[name] = others.get(name, 0) + alike * count
+            others[name] += alike * count
         for name, (taken, given) in activations_moved(config, index, call).items():
             before = moved.get(name, (0, 0))
             moved[name] = before[0] + alike * taken, before[1] + alike * given
         read += alike * weights_read(config, index, call)
     stored, active = by_module(weights), by_module(weights, active=True)
     number, tokens = sum(alike for _, alike in layers), call.batch * call.kv
-    cached = {
-        kind: cache_bytes(config, tokens, call.dtype, kind, number)
-        for kind in ("own", *possible_kinds(config))
-    }
+    cached = {kind: cache_bytes(config, tokens, call.dtype, kind, number) for kind in numbers_by_kind(config)}
     cache = cached.pop("own")
-    flops = sum(operations.values()) + sum(others.values())
+    flops = operations.total() + others.total()
     how = {"layer": layer_idx, "training": training, "checkpointing": checkpointing}
     form = {"form": call.form if config.use_mla else None}
     return {
@@ -151,20 +128,11 @@ def report(
             "by_module": stored,
             "active_by_module": active,
             "by_matrix": {
-                name: {
-                    "shape": list(one.shape),
-                    "number": one.number,
-                    "stored": one.stored,
-                    "active": one.active,
-                }
+                name: {"shape": list(one.shape), "number": one.number, "stored": one.stored, "active": one.active}
                 for name, one in weights.items()
             },
         },
-        "flops": {
-            "total": flops,
-            "products": sum(operations.values()),
-            "by_operation": operations | others,
-        },
+        "flops": {"total": flops, "products": operations.total(), "by_operation": {**operations, **others}},
         "bytes": {
             "weights": sum(stored.values()) * call.itemsize,
             "weights_read": read,
@@ -174,8 +142,7 @@ def report(
             "activations_read": sum(taken for taken, _ in moved.values()),
             "activations_written": sum(given for _, given in moved.values()),
             "activations_by_operation": {
-                name: {"read": taken, "written": given}
-                for name, (taken, given) in moved.items()
+                name: {"read": taken, "written": given} for name, (taken, given) in moved.items()
             },
             "activations_peak": _peak_or_none(config, call, *how.values()),
         },
@@ -184,23 +151,11 @@ def report(
 
 
 def _ends(config: DeepseekV2Config, call: Call) -> tuple[Counts, Counts, Moved, int]:
-    """What a model computes and moves outside of its layers: embedding, last norm and
-    head.
-
-    Returns:
-        FLOPs of products, FLOPs of everything else, bytes of activations, and bytes of
-        weights that are read.
-    """
+    """What a model needs outside of its layers, for embedding, last norm and head: FLOPs of products, FLOPs of everything
+    else, bytes of activations, and bytes of weights that are read."""
     s, size = Sizes.of(config), call.itemsize
     stream, logits = call.tokens * s.D * size, call.tokens * s.vocab * size
-    moved: Moved = {
-        "embed_tokens": (0, stream),
-        "last_norm": (stream, stream),
-        "lm_head": (stream, logits),
-    }
-    rows = (
-        0 if config.tie_word_embeddings else call.tokens
-    )  # a tied one is read as the head
+    moved = {"embed_tokens": (0, stream), "last_norm": (stream, stream), "lm_head": (stream, logits)}
+    rows = 0 if config.tie_word_embeddings else call.tokens  # a tied embedding is read as the head
     read = (s.vocab + rows + 1) * s.D * size
-    products_of_head = {"lm_head": 2 * call.tokens * s.D * s.vocab}
-    return products_of_head, {"last_norm": 4 * call.tokens * s.D}, moved, read
+    return {"lm_head": 2 * call.tokens * s.D * s.vocab}, {"last_norm": 4 * call.tokens * s.D}, moved, read

@@ -1,9 +1,8 @@
 """Bytes that a call moves: of weights, and of activations by operation.
 
-Every operation stands alone here: it reads what it needs once and writes its result
-once, in the dtype of the call. Kernels that fuse operations move less, which is why
-they are written. The scores of fused attention (``sdpa``, ``flash_attention_2``) are
-never written.
+Every operation stands alone here: it reads what it needs once and writes its result once, in the dtype of the call.
+Kernels that fuse operations move less, which is why they are written. The scores of fused attention (``sdpa``,
+``flash_attention_2``) are never written.
 """
 
 from dsv2_ref.accounting.call import Call, require_layer
@@ -26,8 +25,7 @@ def experts_read(config: DeepseekV2Config, tokens: int) -> float:
 
 
 def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
-    """Bytes of a layer's weights that a call reads, each once; of the routed experts,
-    as many as `experts_read` expects."""
+    """Bytes of a layer's weights that a call reads, each once; of the routed experts, as many as `experts_read` expects."""
     s, counts = Sizes.of(config), parameters(config, layer_idx)
     if "mlp.experts" in counts:
         per_expert = counts["mlp.experts"] // s.E
@@ -35,46 +33,34 @@ def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
     return sum(counts.values()) * call.itemsize
 
 
-def _attended(config: DeepseekV2Config, call: Call) -> Moved:
-    """Elements that scores, softmax and values move."""
-    s = Sizes.of(config)
+def _attention(config: DeepseekV2Config, call: Call) -> Moved:
+    """Elements that attention moves."""
+    s, sizes = Sizes.of(config), projections(config)
     queries, keys = call.tokens * s.H, call.batch * call.kv
     pairs = call.batch * s.H * call.seq * call.kv
-    if config.use_mla and form_of(config, call) == "absorbed":
-        return {
-            "absorb_w_uk": (queries * s.N, queries * s.C),
-            "scores": ((queries + keys) * (s.C + s.R), pairs),
-            "softmax": (pairs, pairs),
-            "values": (pairs + keys * s.C, queries * s.C),
-            "absorb_w_uv": (queries * s.C, queries * s.V),
-        }
+    moved = {name: (call.tokens * inputs, call.tokens * outputs) for name, (inputs, outputs) in sizes.items()}
+    if config.use_mla:
+        del moved["kv_b_proj"]
+        if form_of(config, call) == "absorbed":
+            return moved | {
+                "absorb_w_uk": (queries * s.N, queries * s.C),
+                "scores": ((queries + keys) * (s.C + s.R), pairs),
+                "softmax": (pairs, pairs),
+                "values": (pairs + keys * s.C, queries * s.C),
+                "absorb_w_uv": (queries * s.C, queries * s.V),
+            }
+        latent, expanded = sizes["kv_b_proj"]
+        moved["kv_b_proj"] = keys * latent, keys * expanded  # each call expands the whole cache
     written = pairs if config._attn_implementation == "eager" else 0
-    return {
+    return moved | {
         "scores": ((queries + keys * s.G) * (s.N + s.R), written),
         "softmax": (written, written),
         "values": (written + keys * s.G * s.V, queries * s.V),
     }
 
 
-def _attention(config: DeepseekV2Config, call: Call) -> Moved:
-    moved = {
-        name: (call.tokens * inputs, call.tokens * outputs)
-        for name, (inputs, outputs) in projections(config).items()
-    }
-    if config.use_mla:
-        latent, expanded = projections(config)["kv_b_proj"]
-        del moved["kv_b_proj"]
-        if form_of(config, call) == "expanded":  # each call expands the whole cache
-            keys = call.batch * call.kv
-            moved["kv_b_proj"] = keys * latent, keys * expanded
-    return moved | _attended(config, call)
-
-
-def _feed_forward(
-    tokens: int, hidden: int, width: int, reads: int = 2
-) -> tuple[int, int]:
-    """The products of a SwiGLU. Its first two read the input once each (``reads`` is
-    2), or once together."""
+def _feed_forward(tokens: int, hidden: int, width: int, reads: int = 2) -> tuple[int, int]:
+    """The products of a SwiGLU. Its first two read the input once each (``reads`` is 2), or once together."""
     return tokens * (reads * hidden + width), tokens * (2 * width + hidden)
 
 
@@ -94,17 +80,14 @@ def _experts(config: DeepseekV2Config, tokens: int) -> Moved:
 
 
 def activations_moved(config: DeepseekV2Config, layer_idx: int, call: Call) -> Moved:
-    """Bytes of activations and cache that each operation of a layer reads and writes,
-    under the names that its FLOPs have.
+    """Bytes of activations and cache that each operation of a layer reads and writes, under the names that its FLOPs have.
 
-    An expert's rows are read where they are needed. Sorting the rows by expert moves
-    them once more, which is not counted.
+    An expert's rows are read where they are needed. Sorting the rows by expert moves them once more, which is not counted.
     """
     require_layer(config, layer_idx)
     s, tokens = Sizes.of(config), call.tokens
-    moved: Moved = {}
-    for name, elements in _attention(config, call).items():
-        moved[name if name == "softmax" else f"self_attn.{name}"] = elements
+    attention = _attention(config, call).items()
+    moved = {name if name == "softmax" else f"self_attn.{name}": elements for name, elements in attention}
     moved["norms"] = (tokens * (2 * s.D + s.Q + s.C),) * 2
     moved["rotary"] = (tokens * s.rotated,) * 2
     moved["residual"] = 4 * tokens * s.D, 2 * tokens * s.D
@@ -113,7 +96,4 @@ def activations_moved(config: DeepseekV2Config, layer_idx: int, call: Call) -> M
     else:
         moved["mlp"] = _feed_forward(tokens, s.D, s.dense)
         moved["swiglu"] = 2 * tokens * s.dense, tokens * s.dense
-    size = call.itemsize
-    return {
-        name: (read * size, written * size) for name, (read, written) in moved.items()
-    }
+    return {name: (read * call.itemsize, written * call.itemsize) for name, (read, written) in moved.items()}
