@@ -1,5 +1,5 @@
-"""``python -m dsv2_ref``: ``account`` tells what a layer or a model costs and needs no
-torch; ``ways`` tells which way computes each call of a layer, and why."""
+"""``python -m dsv2_ref``: ``account`` tells what a layer or a model costs and needs no torch; ``ways`` tells which way
+computes each call of a layer, and why."""
 
 import argparse
 import json
@@ -57,9 +57,7 @@ def _config(args: argparse.Namespace) -> DeepseekV2Config:
         name = "card" if args.preset is None else args.preset
         require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
         config = getattr(DeepseekV2Config, name)()
-    if args.attention is not None:
-        config = replace(config, _attn_implementation=args.attention)
-    return config
+    return config if args.attention is None else replace(config, _attn_implementation=args.attention)
 
 
 def _bytes(count: float) -> str:
@@ -70,58 +68,44 @@ def _bytes(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
+def _tokens(call: dict[str, Any]) -> str:
+    return f"{call['batch']} x {call['seq']} tokens over {call['kv']}"
+
+
 def _account(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
     found = report(config, call, args.layer, args.training, args.checkpointing)
     return json.dumps(found, indent=2) if args.json else _table(found)
 
 
-def _why_not_counted(dtype: str) -> str:
-    if find_spec("torch") is None:
-        return "needs torch"
-    return "no layer runs in int8" if dtype == "int8" else "the call is too large"
-
-
 def _table(found: dict[str, Any]) -> str:
-    config, counts, flops = found["config"], found["parameters"], found["flops"]
-    call, sizes, active = config["call"], found["bytes"], counts["active_by_module"]
+    call, counts, flops, sizes = found["config"]["call"], found["parameters"], found["flops"], found["bytes"]
     what = "model" if call["layer"] is None else f"layer {call['layer']}"
-    pairs = "causal" if call["causal"] else "all pairs"
-    form = f", {call['form']}" if call["form"] else ""
-    how = f"{pairs}, {call['dtype']}, {config['_attn_implementation']}{form}"
-    tokens = f"{call['batch']} x {call['seq']} tokens over {call['kv']}"
-    way = (
-        ", training" * call["training"] + " with checkpointing" * call["checkpointing"]
-    )
-    lines = [f"{what}: {tokens}, {how}", ""]
-    lines += [f"{'parameters':46}{'stored':>22}{'active per token':>22}"]
-    for name, n in counts["by_module"].items():
-        lines.append(f"  {name:44}{n:22,}{active[name]:22,}")
-    total = f"{counts['total']:22,}{counts['active_per_token']:22,}"
-    lines += [f"  {'total':44}{total}", "", "FLOPs"]
-    totals = {"products alone": flops["products"], "total": flops["total"]}
-    for name, count in (flops["by_operation"] | totals).items():
-        lines.append(f"  {name:44}{count:22,}")
+    pairs, form = "causal" if call["causal"] else "all pairs", f", {call['form']}" * bool(call["form"])
+    how = f"{pairs}, {call['dtype']}, {found['config']['_attn_implementation']}{form}"
+    lines = [f"{what}: {_tokens(call)}, {how}", "", f"{'parameters':46}{'stored':>22}{'active per token':>22}"]
+    stored = counts["by_module"] | {"total": counts["total"]}
+    active = counts["active_by_module"] | {"total": counts["active_per_token"]}
+    lines += [f"  {name:44}{n:22,}{active[name]:22,}" for name, n in stored.items()]
+    operations = flops["by_operation"] | {"products alone": flops["products"], "total": flops["total"]}
+    lines += ["", "FLOPs", *(f"  {name:44}{n:22,}" for name, n in operations.items())]
+    way = ", training" * call["training"] + " with checkpointing" * call["checkpointing"]
     rows = {
         "weights": sizes["weights"],
         "weights that this call reads": sizes["weights_read"],
         "cache after the call": sizes["kv_cache"],
-    }
-    for kind, size in sizes["kv_cache_by_kind"].items():
-        rows[f"cache if it were {kind}"] = size
-    rows |= {
+        **{f"cache if it were {kind}": size for kind, size in sizes["kv_cache_by_kind"].items()},
         "cache that this call writes": sizes["kv_cache_written"],
         "activations read, operation by operation": sizes["activations_read"],
         "activations written": sizes["activations_written"],
         f"activations alive together{way}": sizes["activations_peak"],
     }
+    not_counted = "no layer runs in int8" if call["dtype"] == "int8" else "the call is too large"
+    not_counted = "needs torch" if find_spec("torch") is None else not_counted
     lines += ["", "bytes"]
     for label, size in rows.items():
-        shown = f"  not counted: {_why_not_counted(call['dtype'])}"
-        if size is not None:
-            shown = f"{size:22,}  {_bytes(size)}"
+        shown = f"  not counted: {not_counted}" if size is None else f"{size:22,}  {_bytes(size)}"
         lines.append(f"  {label:44}{shown}")
-    read = "FLOP per byte of weights and cache read"
-    return "\n".join([*lines, "", f"intensity: {found['intensity']:,} {read}"])
+    return "\n".join([*lines, "", f"intensity: {found['intensity']:,} FLOP per byte of weights and cache read"])
 
 
 def _ways(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
@@ -131,16 +115,13 @@ def _ways(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str
     config = replace(config, mla_form=call.form if config.use_mla else "auto")
     require(args.device in ("cpu", "cuda"), "device", args.device, "cpu or cuda")
     require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype")
-    sizes = call.batch, call.seq, call.kv, args.training
-    made = choices(config, layer, args.device, call.dtype, *sizes)
-    tokens = f"{call.batch} x {call.seq} tokens over {call.kv}"
+    made = choices(config, layer, args.device, call.dtype, call.batch, call.seq, call.kv, args.training)
     kind = "training" if args.training else "inference"
-    lines = [f"layer {layer}: {tokens}, {call.dtype} on {args.device}, {kind}", ""]
+    lines = [f"layer {layer}: {_tokens(vars(call))}, {call.dtype} on {args.device}, {kind}", ""]
     for choice, times in made.items():
         name = choice.definition + f" x {times}" * (times > 1)
         lines.append(f"{name:36}{choice.way}")
-        for way, reason in choice.passed_over:
-            lines.append(f"    not {way}: {reason}")
+        lines += [f"    not {way}: {reason}" for way, reason in choice.passed_over]
     if args.device == "cuda":
         lines += ["", "for a GPU of the Ampere generation or newer, with Triton"]
     return "\n".join(lines)
@@ -166,14 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 2, and one line that says why, for what is refused."""
     try:
         args = _parser().parse_args(arguments)
-        call = Call(
-            batch=args.batch,
-            seq=args.seq,
-            kv=args.seq if args.kv is None else args.kv,
-            form=args.form,
-            causal=getattr(args, "causal", True),
-            dtype=args.dtype,
-        )
+        kv, causal = args.seq if args.kv is None else args.kv, getattr(args, "causal", True)
+        call = Call(batch=args.batch, seq=args.seq, kv=kv, form=args.form, causal=causal, dtype=args.dtype)
         run = _account if args.command == "account" else _ways
         text = run(args, _config(args), call)
     except (ValueError, OverflowError, OSError, ImportError) as error:

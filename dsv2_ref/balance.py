@@ -29,17 +29,14 @@ def _frequency_and_score(
         scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
     batch, _, experts = scores.shape
     chosen = topk_idx.reshape(batch, -1)
-    counts = scores.new_zeros(batch, experts).scatter_add(
-        1, chosen, scores.new_ones(chosen.shape)
-    )
+    counts = scores.new_zeros(batch, experts)
+    counts = counts.scatter_add(1, chosen, scores.new_ones(chosen.shape))
     return counts * (experts / chosen.shape[1]), scores.mean(dim=1)
 
 
 def _experts_of_a_device(experts: int, devices: int) -> int:
-    wanted = "a divisor of the {} experts"
-    require(
-        devices >= 1 and experts % devices == 0, "devices", devices, wanted, experts
-    )
+    divides = devices >= 1 and experts % devices == 0
+    require(divides, "devices", devices, "a divisor of the {} experts", experts)
     return experts // devices
 
 
@@ -81,11 +78,9 @@ def device_balance_loss(
     """
     group = _experts_of_a_device(scores.shape[-1], devices)
     frequency, score = _frequency_and_score(scores, topk_idx, seq_aux)
-    by_device = (
-        frequency.unflatten(1, (devices, group)).mean(dim=2),
-        score.unflatten(1, (devices, group)).sum(dim=2),
-    )
-    return alpha * (by_device[0] * by_device[1]).sum(dim=1).mean()
+    frequency = frequency.unflatten(1, (devices, group)).mean(dim=2)
+    score = score.unflatten(1, (devices, group)).sum(dim=2)
+    return alpha * (frequency * score).sum(dim=1).mean()
 
 
 def communication_balance_loss(
@@ -111,13 +106,8 @@ def communication_balance_loss(
     Source: DeepSeek-V2, equations 29 to 31. No published code has it.
     """
     group = _experts_of_a_device(scores.shape[-1], devices)
-    require(
-        1 <= topk_devices <= devices,
-        "topk_devices",
-        topk_devices,
-        "from 1 to the {} devices",
-        devices,
-    )
+    fits, wanted = 1 <= topk_devices <= devices, "from 1 to the {} devices"
+    require(fits, "topk_devices", topk_devices, wanted, devices)
     if not seq_aux:
         scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
     sent = _sent_to(topk_idx, group, devices).to(scores.dtype)
@@ -129,9 +119,7 @@ def communication_balance_loss(
 def _sent_to(
     topk_idx: Tensor, group: int, devices: int
 ) -> Bool[Tensor, "*tokens devices"]:
-    sent = torch.zeros(
-        *topk_idx.shape[:-1], devices, dtype=torch.bool, device=topk_idx.device
-    )
+    sent = topk_idx.new_zeros(*topk_idx.shape[:-1], devices, dtype=torch.bool)
     return sent.scatter(-1, topk_idx // group, True)
 
 
@@ -146,9 +134,8 @@ def devices_reached(
 
     Source: DeepSeek-V2, section 2.2.2.
     """
-    return _sent_to(topk_idx, _experts_of_a_device(experts, devices), devices).sum(
-        dim=-1
-    )
+    group = _experts_of_a_device(experts, devices)
+    return _sent_to(topk_idx, group, devices).sum(dim=-1)
 
 
 def choices_within_budget(
@@ -170,9 +157,10 @@ def choices_within_budget(
     inference the choice (sections 2.2.4 and 3.1.2).
 
     Args:
-        topk_idx: the chosen experts. affinity: their scores, by which the strongest are
-            kept.
-        experts: routed experts E. devices: devices D that share them.
+        topk_idx: the chosen experts.
+        affinity: their scores, by which the strongest are kept.
+        experts: routed experts E.
+        devices: devices D that share them.
         capacity_factor: budget over an even share; the paper's is 1.
         protected: tokens of which nothing is dropped; they use the budget first and may
             exceed it. The paper protects about a tenth of the sequences, so that
@@ -187,23 +175,16 @@ def choices_within_budget(
     group = _experts_of_a_device(experts, devices)
     require(capacity_factor >= 0, "capacity_factor", capacity_factor, "0 or more")
     budget = int(capacity_factor * topk_idx.numel() / devices)
-    rank_by = (
-        affinity
-        if protected is None
-        else affinity.masked_fill(protected[:, None], float("inf"))
-    )
+    if protected is not None:
+        affinity = affinity.masked_fill(protected[:, None], float("inf"))
     device = (topk_idx // group).flatten()
-    strongest_first = rank_by.flatten().argsort(descending=True, stable=True)
+    strongest_first = affinity.flatten().argsort(descending=True, stable=True)
     order = strongest_first[device[strongest_first].argsort(stable=True)]
-    arrived = torch.zeros(devices, dtype=device.dtype, device=device.device)
-    arrived = arrived.scatter_add(0, device, torch.ones_like(device))
+    arrived = device.new_zeros(devices).scatter_add(0, device, torch.ones_like(device))
     before = (arrived.cumsum(0) - arrived)[device[order]]
     place = torch.arange(len(order), device=order.device) - before
-    kept = (
-        torch.empty_like(order, dtype=torch.bool)
-        .scatter(0, order, place < budget)
-        .view_as(topk_idx)
-    )
+    kept = torch.empty_like(order, dtype=torch.bool)
+    kept = kept.scatter(0, order, place < budget).view_as(topk_idx)
     return kept if protected is None else kept | protected[:, None]
 
 
@@ -214,19 +195,19 @@ def balance_loss(
 ) -> Float[Tensor, ""] | None:
     """The sum of the balance losses whose α in ``gate`` is above 0; None if there are
     none."""
-    total, seq_aux = None, gate.seq_aux
-    if gate.alpha > 0:
-        total = expert_balance_loss(scores, topk_idx, gate.alpha, seq_aux)
-    if gate.device_alpha > 0:
-        loss = device_balance_loss(
-            scores, topk_idx, gate.device_alpha, gate.n_group, seq_aux
-        )
-        total = loss if total is None else total + loss
-    if gate.communication_alpha > 0:
-        alpha, groups = gate.communication_alpha, (gate.n_group, gate.topk_group)
-        loss = communication_balance_loss(scores, topk_idx, alpha, *groups, seq_aux)
-        total = loss if total is None else total + loss
-    return total
+    routed, seq_aux = (scores, topk_idx), gate.seq_aux
+    D, M = (
+        gate.n_group,
+        gate.topk_group,
+    )  # devices, and how many of them a token reaches
+    losses = []
+    if (alpha := gate.alpha) > 0:
+        losses.append(expert_balance_loss(*routed, alpha, seq_aux))
+    if (alpha := gate.device_alpha) > 0:
+        losses.append(device_balance_loss(*routed, alpha, D, seq_aux))
+    if (alpha := gate.communication_alpha) > 0:
+        losses.append(communication_balance_loss(*routed, alpha, D, M, seq_aux))
+    return sum(losses[1:], losses[0]) if losses else None
 
 
 class _Inject(torch.autograd.Function):
@@ -242,9 +223,8 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_output, torch.ones(
-            (), dtype=ctx.loss_dtype, device=grad_output.device
-        )
+        one = torch.ones((), dtype=ctx.loss_dtype, device=grad_output.device)
+        return grad_output, one
 
 
 class _InjectForwardMode(_Inject):

@@ -76,25 +76,22 @@ class LayerCache:
         like = checks.first_weight(attention.o_proj, *attention.children())
         like = torch.empty(0) if like is None else like
         place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        features = attention.cache_features
-        return cls.empty(
-            attention.layer_idx, batch, features, capacity=capacity, **place
-        )
+        sizes = attention.layer_idx, batch, attention.cache_features
+        return cls.empty(*sizes, capacity=capacity, **place)
 
     def __len__(self) -> int:
         return self.length
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cached tokens, batch · length · elements per token ·
-        itemsize."""
-        return self.tokens.numel() * self.tokens.element_size()
+        """Bytes of the cached tokens: batch · length · numbers per token · itemsize."""
+        return self.tokens.nbytes
 
     @property
     def reserved_nbytes(self) -> int:
         """Bytes of the storage, room for later tokens included; shared with the caches
         grown from this one."""
-        return self._storage.buffer.numel() * self._storage.buffer.element_size()
+        return self._storage.buffer.nbytes
 
     def append(self, new: Float[Tensor, "batch seq *features"]) -> Self:
         """The cache with the ``new`` tokens after its own; this one keeps its value.
@@ -103,30 +100,24 @@ class LayerCache:
             ValueError: if ``new`` differs from the cached tokens in batch, features,
                 dtype or device. Nothing has changed then.
         """
-        # Not from `tokens`: the compiler fails where two inputs share memory.
         storage, past = self._storage, self.length
-        buffer = storage.buffer
-        alike = (
-            isinstance(new, Tensor)
-            and new.dtype == buffer.dtype
-            and new.device == buffer.device
-        )
-        if not alike or (new.shape[:1], new.shape[2:]) != (
-            buffer.shape[:1],
-            buffer.shape[2:],
-        ):
+        # Not from `tokens`: the compiler fails where two inputs share memory.
+        buffer, eager = storage.buffer, not torch.compiler.is_compiling()
+        alike = isinstance(new, Tensor) and new.dtype == buffer.dtype
+        alike = alike and new.device == buffer.device
+        alike = alike and new.shape[:1] == buffer.shape[:1]
+        if not alike or new.shape[2:] != buffer.shape[2:]:
             checks.appended(self, new)  # raises
         length = past + new.shape[1]
-        derived = torch.is_grad_enabled() and (
-            new.requires_grad or buffer.requires_grad
-        )
-        if not derived and not torch.compiler.is_compiling():
+        derived = new.requires_grad or buffer.requires_grad
+        derived = derived and torch.is_grad_enabled()
+        if eager and not derived:
             # Tangents and batches of torch.func and of forward mode would be lost, too.
             derived = torch._C._functorch.is_functorch_wrapped_tensor(new)
             derived = derived or torch.autograd.forward_ad._current_level >= 0
         if derived:
             return type(self)(self.layer_idx, torch.cat((buffer[:, :past], new), dim=1))
-        sealed = not torch.compiler.is_compiling() and buffer.is_inference()
+        sealed = eager and buffer.is_inference()
         sealed = sealed and not torch.is_inference_mode_enabled()
         if past != storage.used or length > buffer.shape[1] or sealed:
             room = length + max(64, length // 4)
@@ -144,9 +135,8 @@ class LayerCache:
         return type(self)(self.layer_idx, self.tokens[sequences])
 
     def __repr__(self) -> str:
-        held = checks.describe(self.tokens)
-        kind, nbytes = type(self).__name__, self.nbytes
-        return f"{kind}(layer {self.layer_idx}, {held}, {nbytes} bytes)"
+        kind, held = type(self).__name__, checks.describe(self.tokens)
+        return f"{kind}(layer {self.layer_idx}, {held}, {self.nbytes} bytes)"
 
 
 class LatentCache(LayerCache):
@@ -158,11 +148,8 @@ class LatentCache(LayerCache):
 
     def split(
         self, latent: int
-    ) -> tuple[
-        Float[Tensor, "batch kv_seq latent"], Float[Tensor, "batch kv_seq rope"]
-    ]:
-        """Views of the normalised latents ``compressed_kv`` and of the rotated keys
-        ``k_pe``."""
+    ) -> tuple[Float[Tensor, "batch seq latent"], Float[Tensor, "batch seq rope"]]:
+        """Views of the normalised latents and of the rotated keys."""
         return self.tokens[..., :latent], self.tokens[..., latent:]
 
 

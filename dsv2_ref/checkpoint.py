@@ -1,7 +1,7 @@
-"""Published names of weights that are stored otherwise: routed experts, which are stacked,
-and a head that is tied to the embedding."""
+"""Published names of weights that are stored otherwise: routed experts, which are stacked, and a head that is tied to
+the embedding."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class StackedExperts(nn.Module):
-    """Base of the routed experts: stacked parameters ``gate_up_proj`` (E, 2I, D) and
-    ``down_proj`` (E, D, I), with a state dict in the published names,
-    ``{expert}.gate_proj.weight``, ``{expert}.up_proj.weight``, ``{expert}.down_proj.weight``.
+    """Base of the routed experts: stacked parameters ``gate_up_proj`` (E, 2I, D) and ``down_proj`` (E, D, I), with a
+    state dict in the published names, ``{expert}.gate_proj.weight``, ``{expert}.up_proj.weight``,
+    ``{expert}.down_proj.weight``.
 
-    Its values are views of the stacked parameters. What walks a module by the names of its
-    state dict (distributed checkpoints, ``torch.func.functional_call``) finds each expert
-    under its number.
+    Its values are views of the stacked parameters. What walks a module by the names of its state dict (distributed
+    checkpoints, ``torch.func.functional_call``) finds each expert under its number.
     """
 
     gate_up_proj: nn.Parameter
@@ -41,61 +40,47 @@ class StackedExperts(nn.Module):
             return self.down_proj[expert]
         return self.gate_up_proj[expert].chunk(2)[projection == "up_proj"]
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, weight in self.published():
             destination[prefix + name] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
     ) -> None:
-        shapes = {prefix + name: weight.shape for name, weight in self.published()}
-        given = {name: w for name, w in state_dict.items() if name.startswith(prefix)}
-        missing_keys.extend(name for name in shapes if name not in given)
+        missing_keys, unexpected_keys, error_msgs = reports
+        own = {prefix + name: weight.shape for name, weight in self.published()}
+        given = {name: weight for name, weight in state_dict.items() if name.startswith(prefix)}
+        missing_keys += [name for name in own if name not in given]
         if strict:
-            unexpected_keys.extend(name for name in given if name not in shapes)
-        fitting = {}
-        for name in shapes.keys() & given.keys():
-            if given[name].shape == shapes[name]:
-                fitting[name.removeprefix(prefix)] = given[name]
-                continue
-            sizes = f"the checkpoint has {tuple(given[name].shape)}, the layer {tuple(shapes[name])}"
+            unexpected_keys += [name for name in given if name not in own]
+        known = {name: weight for name, weight in given.items() if name in own}
+        fitting = {name: weight for name, weight in known.items() if weight.shape == own[name]}
+        for name in known.keys() - fitting.keys():
+            sizes = f"the checkpoint has {tuple(given[name].shape)}, the layer {tuple(own[name])}"
             error_msgs.append(f"size mismatch for {name}: {sizes}.")
         if fitting and local_metadata.get("assign_to_params_buffers", False):
             self._take_dtype_and_device(next(iter(fitting.values())))
         with torch.no_grad():
             for name, weight in self.published():
-                if name in fitting:
-                    weight.copy_(fitting[name])
+                if prefix + name in fitting:
+                    weight.copy_(fitting[prefix + name])
 
     def _take_dtype_and_device(self, like: Tensor) -> None:
-        """Make the stacks as ``load_state_dict(assign=True)`` makes a parameter. Experts
-        that are still to come, as in a later shard, keep their values; without memory they
-        are NaN until then."""
+        """Make the stacks as ``load_state_dict(assign=True)`` makes a parameter. Experts that are still to come, as in
+        a later shard, keep their values; without memory they are NaN until then."""
         for name in ("gate_up_proj", "down_proj"):
             stack = getattr(self, name)
             if (stack.dtype, stack.device) == (like.dtype, like.device):
                 continue
             if stack.is_meta and not like.is_meta:
-                new = torch.full_like(
-                    stack, float("nan"), dtype=like.dtype, device=like.device
-                )
+                new = torch.full_like(stack, float("nan"), dtype=like.dtype, device=like.device)
             else:
                 new = stack.detach().to(like)
             setattr(self, name, nn.Parameter(new, requires_grad=stack.requires_grad))
 
 
 class _Expert(nn.Module):
-    """One expert of a stack, for code that looks weights up by their published names. It is
-    not a child of the stack, and computes nothing."""
+    """One expert of a stack, for code that looks weights up by their published names. It computes nothing."""
 
     def __init__(self, experts: StackedExperts, expert: int) -> None:
         super().__init__()
@@ -104,13 +89,12 @@ class _Expert(nn.Module):
 
 
 class _Projection(nn.Module):
-    """``weight`` reads a view of the stacked weight. ``torch.func.functional_call`` puts
-    another tensor in its place, and later the view again."""
+    """``weight`` reads a view of the stacked weight. ``torch.func.functional_call`` puts another tensor in its place,
+    and later the view again."""
 
     def __init__(self, experts: StackedExperts, expert: int, projection: str) -> None:
         super().__init__()
-        # In the dictionary, as the experts are not a submodule.
-        self.__dict__["place"] = experts, (expert, projection)
+        self.__dict__["place"] = experts, (expert, projection)  # not as a submodule
 
     @property
     def weight(self) -> Tensor:
@@ -143,23 +127,17 @@ class _Projection(nn.Module):
 
 def _assemble(experts: StackedExperts, _: Any) -> None:
     """Stack the weights that stand in the place of the parameters, before they are read."""
-    held, number = experts.__dict__, len(experts.down_proj)
-
-    def stacked(projection: str) -> Tensor:
-        places = [(expert, projection) for expert in range(number)]
-        own = [experts.view_of(*place) for place in places]
-        swapped = held["_swapped"]
-        return torch.stack(
-            [swapped.get(p, w) for p, w in zip(places, own, strict=True)]
-        )
-
-    gate, up, down = (stacked(projection) for projection in PROJECTIONS)
+    held, numbers = experts.__dict__, range(len(experts.down_proj))
+    gate, up, down = (
+        torch.stack([held["_swapped"].get((i, name), experts.view_of(i, name)) for i in numbers])
+        for name in PROJECTIONS
+    )
     held["gate_up_proj"], held["down_proj"] = torch.cat((gate, up), dim=1), down
 
 
 def tie_head(model: nn.Module) -> None:
-    """Make ``lm_head.weight`` the embedding's own parameter and keep it so: a checkpoint may
-    hold either name or both, and assigning a checkpoint does not part them."""
+    """Make ``lm_head.weight`` the embedding's own parameter and keep it so: a checkpoint may hold either name or both,
+    and assigning a checkpoint does not part them."""
     model.register_load_state_dict_pre_hook(_complete_tied)
     model.register_load_state_dict_post_hook(_tie)
     _tie(model)
@@ -170,14 +148,7 @@ def _tie(model: Any, _: Any = None) -> None:
 
 
 def _complete_tied(
-    model: Any,
-    state_dict: dict[str, Tensor],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
+    model: Any, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *reports: list[str]
 ) -> None:
     names = [prefix + "model.embed_tokens.weight", prefix + "lm_head.weight"]
     for name, other in (names, names[::-1]):
@@ -188,4 +159,4 @@ def _complete_tied(
         return
     if embedding.shape == head.shape and not torch.equal(embedding, head.to(embedding)):
         reason = "the head of this model is tied to its embedding, and these differ"
-        error_msgs.append(f"{names[1]} and {names[0]}: {reason}.")
+        reports[-1].append(f"{names[1]} and {names[0]}: {reason}.")

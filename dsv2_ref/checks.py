@@ -130,8 +130,8 @@ def rope_scaling(scaling: "RopeScaling") -> None:
     _require_numbers(scaling, ("beta_fast",), slow)
     require(0 < slow < scaling.beta_fast, "beta_slow", slow, "between 0 and beta_fast")
     for field in fields(scaling)[2:] if kind != "yarn" else ():
-        wanted = f"nothing: {kind} scaling has no such setting"
-        _require_each(scaling, (field.name,), field.default.__eq__, wanted)
+        value = getattr(scaling, field.name)
+        require(value == field.default, field.name, value, f"nothing: {kind} scaling has no such setting")
 
 
 def configuration(config: "DeepseekV2Config") -> None:
@@ -148,9 +148,9 @@ def configuration(config: "DeepseekV2Config") -> None:
     _require_numbers(config, ("rope_theta",), math.nextafter(1, 2))
     flags = ("norm_topk_prob", "seq_aux", "tie_word_embeddings", "attention_bias", "use_mla")
     _require_each(config, flags, lambda flag: isinstance(flag, bool), "True or False")
-    _require_each(config, ("hidden_act",), "silu".__eq__, "silu, as in every published model")
-    for name, known in (("_attn_implementation", IMPLEMENTATIONS), ("mla_form", MLA_FORMS)):
-        _require_each(config, (name,), known.__contains__, ", ".join(known))
+    _require_each(config, ("hidden_act",), lambda act: act == "silu", "silu, as in every published model")
+    _require_each(config, ("_attn_implementation",), lambda name: name in IMPLEMENTATIONS, ", ".join(IMPLEMENTATIONS))
+    _require_each(config, ("mla_form",), lambda form: form in MLA_FORMS, ", ".join(MLA_FORMS))
     if config.use_mla:
         _latent_heads(config)
     else:
@@ -176,9 +176,9 @@ def _plain_heads(config: "DeepseekV2Config") -> None:
 def _experts(config: "DeepseekV2Config", experts: int) -> None:
     grouped = config.topk_method == "group_limited_greedy"
     require_ints(config, ("moe_intermediate_size", "num_experts_per_tok"), 1)
-    _require_each(config, ("scoring_func",), "softmax".__eq__, "softmax")
-    methods = ("greedy", "group_limited_greedy")
-    _require_each(config, ("topk_method",), methods.__contains__, " or ".join(methods))
+    _require_each(config, ("scoring_func",), lambda name: name == "softmax", "softmax")
+    known = grouped or config.topk_method == "greedy"
+    require(known, "topk_method", config.topk_method, "greedy or group_limited_greedy")
     wanted = "0 without group_limited_greedy, whose groups are the devices"
     alphas = ("device_aux_loss_alpha", "communication_aux_loss_alpha")
     _require_each(config, alphas, lambda alpha: grouped or alpha == 0, wanted)
@@ -190,7 +190,7 @@ def _experts(config: "DeepseekV2Config", experts: int) -> None:
         require(kept <= groups, "topk_group", kept, f"at most n_group={groups}")
         allowed = kept * experts // groups
         wanted = f"at most {allowed}, the experts in topk_group={kept} of n_group={groups} groups"
-    _require_each(config, ("num_experts_per_tok",), lambda chosen: chosen <= allowed, wanted)
+    require(config.num_experts_per_tok <= allowed, "num_experts_per_tok", config.num_experts_per_tok, wanted)
 
 
 # Building modules
@@ -342,16 +342,9 @@ def _features(hidden_states: "Tensor", width: int, weight: "Tensor | None", dtyp
         refuse("hidden_states", hidden_states, f"at least one token of {width} features, {kind}")
 
 
-def layer_call(
-    layer: Any,
-    hidden_states: "Tensor",
-    attention_mask: "Tensor | None" = None,
-    position_ids: "Tensor | None" = None,
-    past_key_value: Any = None,
-    output_attentions: bool | None = False,
-    use_cache: bool | None = False,
-) -> None:
-    """Check of `DeepseekV2DecoderLayer.forward`: all that any of its parts could refuse."""
+def layer_call(layer: Any, hidden_states: "Tensor", *args: Any, **kwargs: Any) -> None:
+    """Check of `DeepseekV2DecoderLayer.forward`: all that any of its parts could refuse. The attention takes
+    the same arguments."""
     import torch
 
     weight = getattr(layer.input_layernorm, "weight", None)
@@ -366,8 +359,7 @@ def layer_call(
     if not hasattr(attention, "cache_class"):
         attention = _within(attention, "cache_class")
     if attention is not None:
-        arguments = (hidden_states, attention_mask, position_ids, past_key_value, output_attentions)
-        attention_call(attention, *arguments, dtype=dtype)
+        attention_call(attention, hidden_states, *args, **kwargs, dtype=dtype)
 
 
 def attention_call(
@@ -378,6 +370,7 @@ def attention_call(
     past_key_value: Any = None,
     output_attentions: bool | None = False,
     use_cache: bool | None = False,
+    *,
     dtype: "torch.dtype | None" = None,
 ) -> None:
     """Check of the attention classes' ``forward``. ``dtype`` is what a norm before it widens ``hidden_states`` to."""
@@ -408,26 +401,19 @@ def attention_call(
     if form not in MLA_FORMS:
         refuse("form", form, "expanded, absorbed or auto")
     if form == "absorbed":
-        _up_matrices(attention.kv_b_proj)
+        from dsv2_ref.mla import offers_matrices
+
+        wanted = (
+            "a torch.nn.Linear without bias, hooks or a forward of its own, whose weight the absorbed form reads "
+            "without calling it; form='expanded' calls any module"
+        )
+        require(offers_matrices(attention.kv_b_proj), "kv_b_proj", attention.kv_b_proj, wanted)
     elif kernel == "flash_attention_2" and (form == "expanded" or attention.cheaper_form(seq, kv_seq) == "expanded"):
         _flash_input(attention, hidden_states, attention_mask, dtype)
 
 
-def _up_matrices(kv_b_proj: "nn.Module") -> None:
-    from dsv2_ref.mla import offers_matrices
-
-    wanted = (
-        "a torch.nn.Linear without bias, hooks or a forward of its own, whose weight the "
-        "absorbed form reads without calling it; form='expanded' calls any module"
-    )
-    require(offers_matrices(kv_b_proj), "kv_b_proj", kv_b_proj, wanted)
-
-
 FLASH_DEVICES = ("cuda",)
 """Where flash-attn runs."""
-
-FLASH_WIDTH = 256
-"""The widest head that flash-attn 2 takes."""
 
 
 def _flash_input(
@@ -442,7 +428,7 @@ def _flash_input(
     require(kind in FLASH_DEVICES, "hidden_states", hidden_states, "a CUDA tensor for flash-attn")
     padding = attention_mask is None or attention_mask.ndim == 2
     require(padding, "attention_mask", attention_mask, "None or (batch, kv_seq) for flash-attn")
-    require(width <= FLASH_WIDTH, "the width of a head", width, f"at most {FLASH_WIDTH} for flash-attn")
+    require(width <= 256, "the width of a head", width, "at most 256 for flash-attn")
 
 
 def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor | None") -> None:
@@ -454,7 +440,7 @@ def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor 
     dtype = held.dtype if weight is None else weight.dtype
     fits = (*held.shape[:1], *held.shape[2:]) == shape and held.device == device
     if not fits or (held.dtype != dtype and not _autocast(device)):
-        refuse("past_key_value", cache, f"one that fits the new tokens, {tuple(shape)} {dtype} on {device}")
+        refuse("past_key_value", cache, f"one that fits the new tokens, {shape} {dtype} on {device}")
 
 
 def appended(cache: Any, new: "Tensor") -> None:

@@ -53,35 +53,22 @@ class RopeScaling:
     def from_dict(cls, scaling: Mapping[str, Any]) -> Self | None:
         """Read a published ``rope_scaling`` (key ``type`` or ``rope_type``);
         ``default`` gives None."""
-        given = {
-            key: value
-            for key, value in scaling.items()
-            if value is not None and key != "rope_theta"
-        }
-        kind, *others = [
-            given.pop(key) for key in ("type", "rope_type") if key in given
-        ] or [None]
-        one = kind is not None and all(other == kind for other in others)
-        checks.require(
-            one, "rope_scaling", dict(scaling), "one type (linear, dynamic or yarn)"
-        )
-        if kind == "default":
-            checks.require(
-                not given,
-                "rope_scaling",
-                dict(scaling),
-                "no further keys beside type default",
-            )
-            return None
+        given = {key: value for key, value in scaling.items() if value is not None}
+        given.pop("rope_theta", None)
+        kinds = [given.pop(key) for key in ("type", "rope_type") if key in given]
         known = {f.name for f in fields(cls)} - {"type"}
-        checks.require(
-            given.keys() <= known,
-            "rope_scaling",
-            dict(scaling),
-            f"beside the type only {sorted(known)}",
-        )
-        checks.require("factor" in given, "rope_scaling", dict(scaling), "a factor")
-        return cls(type=kind, **given)
+
+        def require(condition: bool, wanted: str) -> None:
+            checks.require(condition, "rope_scaling", dict(scaling), wanted)
+
+        one = len(kinds) > 0 and kinds.count(kinds[0]) == len(kinds)
+        require(one, "one type (linear, dynamic or yarn)")
+        if kinds[0] == "default":
+            require(not given, "no further keys beside type default")
+            return None
+        require(given.keys() <= known, f"beside the type only {sorted(known)}")
+        require("factor" in given, "a factor")
+        return cls(type=kinds[0], **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +171,11 @@ class DeepseekV2Config:
         if not isinstance(source, str | Path):
             return cls._from_object(source)
         try:
-            return cls._from_object(
-                json.loads(Path(source).read_text(encoding="utf-8"))
-            )
+            text = Path(source).read_text(encoding="utf-8")
+            return cls._from_object(json.loads(text))
         except RecursionError:
-            raise ValueError(
-                f"{source} is no JSON that can be read: nested too deeply"
-            ) from None
+            what = f"{source} is no JSON that can be read"
+            raise ValueError(f"{what}: nested too deeply") from None
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is no text in UTF-8: {error}") from error
         except json.JSONDecodeError as error:
@@ -201,27 +186,17 @@ class DeepseekV2Config:
     @classmethod
     def _from_object(cls, source: object) -> Self:
         published = checks.require_object(source, "the configuration")
-        published = checks.require_object(
-            published.get("language_config", published), "language_config"
-        )
-        checks.require(
-            not published.get("mlp_bias"),
-            "mlp_bias",
-            published.get("mlp_bias"),
-            "False: the layer has no such bias",
-        )
-        values = {
-            **PUBLISHED_DEFAULTS,
-            **{f.name: published[f.name] for f in fields(cls) if f.name in published},
-        }
-        parameters = published.get("rope_parameters")
-        if parameters is not None and checks.require_object(
-            parameters, "rope_parameters"
-        ):
-            values["rope_theta"] = parameters.get(
-                "rope_theta", values.get("rope_theta", 10000.0)
-            )
-            values["rope_scaling"] = RopeScaling.from_dict(parameters)
+        inner = published.get("language_config", published)
+        published = checks.require_object(inner, "language_config")
+        bias = published.get("mlp_bias")
+        checks.require(not bias, "mlp_bias", bias, "False: the layer has no such bias")
+        names = [f.name for f in fields(cls) if f.name in published]
+        values = {**PUBLISHED_DEFAULTS, **{name: published[name] for name in names}}
+        rope = published.get("rope_parameters")
+        if rope is not None and checks.require_object(rope, "rope_parameters"):
+            if "rope_theta" in rope:
+                values["rope_theta"] = rope["rope_theta"]
+            values["rope_scaling"] = RopeScaling.from_dict(rope)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,15 +7,15 @@ each with a rule. A call runs the first way whose rule fits its arguments, else 
 definition. ``with plain():`` switches all ways off; ``python -m dsv2_ref ways`` lists
 which way serves which call of a layer, and why.
 
-The seam is also the door: a definition that is part of the public interface names its
-check, which runs once per public call and not again for the operations inside it.
+The seam is also the door: a public definition names its check, which runs once per
+public call and not again for the operations inside it.
 """
 
 import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,14 +31,13 @@ class Way:
     """A faster way to compute a definition, and the rule that says when it may serve.
 
     Attributes:
-        name: what it is called in listings, such as ``triton`` or ``cpu blocks``.
-        run: takes the arguments of the definition and returns what it returns.
+        name: in listings, such as ``triton`` or ``cpu blocks``.
+        run: takes and returns what the definition does.
         device: type of the device it is for; None for any.
         dtypes: of the first tensor argument; empty for any.
         gradients: whether it gives gradients.
         compiles: whether ``torch.compile`` and ``torch.export`` can trace it.
-        transforms: whether it is right under ``torch.func`` and forward-mode
-            differentiation.
+        transforms: whether ``torch.func`` and forward mode can differentiate it.
         where: values that keyword arguments of the call must have.
         why_not: says why it cannot take these arguments; an empty string if it can.
     """
@@ -87,7 +86,7 @@ def defines(
 
     def decorate(definition: Callable[..., Any]) -> Callable[..., Any]:
         ways: list[Way] = []
-        by_device: dict[str, list[Way]] = {}
+        devices: set[str | None] = set()  # that a way is for; None: one is for any
 
         @functools.wraps(definition)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -105,11 +104,7 @@ def defines(
                 device = first.device.type if isinstance(first, Tensor) else "cpu"
                 device = _state.device or device
                 chosen = definition
-                if (
-                    by_device.get(device)
-                    or by_device.get("")
-                    or _state.choices is not None
-                ):
+                if device in devices or None in devices or _state.choices is not None:
                     chosen = _choose(definition, ways, device, first, args, kwargs)
                 keeps_dtypes = (
                     not autocast and chosen is definition and device != "meta"
@@ -124,7 +119,7 @@ def defines(
 
         def register(way: Way) -> None:
             ways.insert(0, way)
-            by_device.setdefault(way.device or "", []).append(way)
+            devices.add(way.device)
 
         run.register = register  # type: ignore[attr-defined]
         return run
@@ -144,11 +139,8 @@ def _load_ways() -> None:
 
 
 def faster(definition: Any, name: str, **rule: Any) -> Callable[..., Any]:
-    """Register the decorated function as a way to compute ``definition``.
-
-    The way that was registered last is tried first. ``rule`` holds the attributes of
-    `Way` by which it is chosen.
-    """
+    """Register the decorated function as a way to compute ``definition``, to be tried
+    before those already there; ``rule`` holds the other attributes of the `Way`."""
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         definition.register(Way(name=name, run=run, **rule))
@@ -158,40 +150,35 @@ def faster(definition: Any, name: str, **rule: Any) -> Callable[..., Any]:
 
 
 def _choose(
-    definition: Callable[..., Any],
-    ways: list[Way],
-    device: str,
-    first: Any,
-    args: Any,
-    kwargs: Any,
+    definition: Any, ways: list[Way], device: str, first: Any, args: Any, kwargs: Any
 ) -> Callable[..., Any]:
     """The first way that fits the arguments, or the definition."""
     compiling = torch.compiler.is_compiling()
-    # Here only plain operations may run: others would drop a tangent or a batch in silence.
+    # Only plain operations may run then: others would silently drop tangents, batches.
     derived = not compiling and (
         torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
     passed_over, chosen, name = [], definition, "definition"
+    switched_off = _state.switched_off
     for way in ways:
-        reason = ""
-        if way.device not in (None, device):
-            reason = f"for {way.device}, not {device}"
-        for prefix in _state.switched_off:
-            if way.name.startswith(prefix):
-                reason = "switched off"
+        reason = unmet = ""
         for argument, value in way.where.items():
             if kwargs.get(argument) != value:
-                reason = (
-                    reason or f"{argument} is {kwargs.get(argument)!r}, not {value!r}"
-                )
-        if not reason and compiling and not way.compiles:
+                unmet = f"{argument} is {kwargs.get(argument)!r}, not {value!r}"
+        if switched_off and way.name.startswith(switched_off):
+            reason = "switched off"
+        elif way.device not in (None, device):
+            reason = f"for {way.device}, not {device}"
+        elif unmet:
+            reason = unmet
+        elif compiling and not way.compiles:
             reason = "cannot be compiled"
-        if not reason and derived and not way.transforms:
+        elif derived and not way.transforms:
             reason = "torch.func or forward-mode differentiation is on"
-        if not reason and way.dtypes and first.dtype not in way.dtypes:
+        elif way.dtypes and first.dtype not in way.dtypes:
             reason = f"not for {first.dtype}"
-        if not reason and not way.gradients and torch.is_grad_enabled():
+        elif not way.gradients and torch.is_grad_enabled():
             weights = args[0].parameters() if isinstance(args[0], nn.Module) else ()
             for x in (*args, *kwargs.values(), *weights):
                 if isinstance(x, Tensor) and x.requires_grad:
@@ -208,11 +195,9 @@ def _choose(
     return chosen
 
 
-@contextmanager
-def plain() -> Iterator[None]:
+def plain() -> AbstractContextManager[None]:
     """Run definitions only inside the ``with`` block."""
-    with without(""):
-        yield
+    return without("")
 
 
 @contextmanager

@@ -41,14 +41,10 @@ MOST = 10_000
 
 
 class LiveBytes(TorchDispatchMode):
-    """Notes after every operation how many bytes are alive.
+    """Notes after every operation how many bytes are alive, ``now`` and in ``totals``.
 
     Counted are storages that were made while the mode was on, by the first operation that returns a storage without
     having taken it.
-
-    Attributes:
-        now: bytes that are alive.
-        totals: bytes that were alive after each operation.
     """
 
     def __init__(self) -> None:
@@ -82,19 +78,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    query: Tensor, *others: Tensor, attn_mask: Tensor | None = None, enable_gqa: bool = False, **options: Any
 ) -> Tensor:
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # kernels add masks
         attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
     kernel: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return kernel(query, *others, attn_mask=attn_mask, **options)[0]
 
 
 def _dropout(x: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
@@ -105,8 +94,8 @@ FUSED: dict[Any, Any] = {F.scaled_dot_product_attention: _attention, F.dropout: 
 
 
 class Fused(TorchFunctionMode):
-    """Lets attention and dropout run as the single operations that they are on an accelerator. The meta device would take
-    them apart, and write all scores."""
+    """Lets attention and dropout run as the single operations that they are on an accelerator. The meta device would
+    take them apart, and write all scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return FUSED.get(func, func)(*args, **(kwargs or {}))
@@ -114,8 +103,8 @@ class Fused(TorchFunctionMode):
 
 @contextmanager
 def without_memory(call: Call, training: bool = False) -> Iterator[None]:
-    """Inside the ``with`` block modules and tensors are made on the meta device, in the dtype of a call, and run with what
-    gradients need only in training."""
+    """Inside the ``with`` block modules and tensors are made on the meta device, in the dtype of a call, and run with
+    what gradients need only in training."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, call.dtype))
     try:
@@ -139,13 +128,9 @@ def _require_followable(config: DeepseekV2Config, call: Call) -> None:
 
 def as_run(config: DeepseekV2Config, call: Call) -> DeepseekV2Config:
     """The configuration of the layers that run in place of those that are counted."""
-    eager = config._attn_implementation == "eager"
-    return replace(
-        config,
-        mla_form=call.form,
-        _attn_implementation="eager" if eager else "sdpa",
-        tie_word_embeddings=False,  # a tied head differs by the gradient of a weight
-    )
+    implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
+    # A tied head differs by the gradient of a weight.
+    return replace(config, mla_form=call.form, _attn_implementation=implementation, tie_word_embeddings=False)
 
 
 def layer_and_cache(config: DeepseekV2Config, call: Call, layer_idx: int) -> tuple[DeepseekV2DecoderLayer, Any]:
@@ -171,13 +156,9 @@ def _count(live: LiveBytes, module: nn.Module, run: Callable[[], Tensor], traini
 
 
 def _checkpointed(layer: DeepseekV2DecoderLayer) -> None:
-    layer.forward = partial(
-        checkpoint,
-        layer.forward,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), Fused()),  # function modes are off in a backward pass
-    )
+    # Function modes are off in a backward pass.
+    options: Any = {"preserve_rng_state": False, "context_fn": lambda: (nullcontext(), Fused())}
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **options)
 
 
 def _of_layer(config: DeepseekV2Config, call: Call, layer_idx: int, training: bool, checkpointing: bool) -> LiveBytes:

@@ -23,10 +23,10 @@ def cache_numbers(config: DeepseekV2Config, kind: str = "own") -> int:
     """Values that a layer caches per token.
 
     Args:
-        kind: ``own``, what the package's cache holds; or what this model would hold as ``latent`` (MLA), as ``expanded``
-            (keys and values of all MLA heads), as ``mha``, ``gqa`` or ``mqa``, with heads as wide as its values. ``gqa``
-            has the model's ``num_key_value_heads`` groups where heads share keys, else the largest number of groups up
-            to 8 that divides the heads.
+        kind: ``own``, what the package's cache holds; or what this model would hold as ``latent`` (MLA), as
+            ``expanded`` (keys and values of all MLA heads), as ``mha``, ``gqa`` or ``mqa``, with heads as wide as its
+            values. ``gqa`` has the model's ``num_key_value_heads`` groups where heads share keys, else the largest
+            number of groups up to 8 that divides the heads.
     """
     numbers = numbers_by_kind(config)
     require(kind in CACHE_KINDS, "kind", kind, ", ".join(CACHE_KINDS))

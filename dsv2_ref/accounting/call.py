@@ -19,26 +19,19 @@ Counts = dict[str, int]
 class Call:
     """One forward pass through a layer or a model.
 
-    Attributes:
-        batch: number of sequences B.
-        seq: new tokens S of each sequence.
-        kv: tokens K that the last new token attends to, itself included.
-        form: of latent attention, one of `FORMS`. ``auto`` is the configuration's ``mla_form``; where that is ``auto``
-            too, the form with fewer FLOPs.
-        causal: count only pairs of a query and a key that it sees, not all S · K.
-        dtype: of weights, activations and cache, one of `DTYPE_BYTES`.
+    Form ``auto`` is the configuration's ``mla_form``; where that is ``auto`` too, the form with fewer FLOPs.
 
     Raises:
         ValueError: unless the sizes are integers from 1 to 10^15, for more new tokens than tokens attended to, and for
             an unknown form or dtype.
     """
 
-    batch: int = 1
-    seq: int = 1
-    kv: int = 1
-    form: str = "auto"
-    causal: bool = True
-    dtype: str = "bfloat16"
+    batch: int = 1  #: number of sequences B
+    seq: int = 1  #: new tokens S of each sequence
+    kv: int = 1  #: tokens K that the last new token attends to, itself included
+    form: str = "auto"  #: of latent attention, one of `FORMS`
+    causal: bool = True  #: count only pairs of a query and a key that it sees, not all S · K
+    dtype: str = "bfloat16"  #: of weights, activations and cache, one of `DTYPE_BYTES`
 
     def __post_init__(self) -> None:
         require_ints(self, ("batch", "seq", "kv"), 1)

@@ -1,10 +1,10 @@
 """FLOPs of a layer by operation.
 
 A *product* counts a multiplication and its addition as two FLOPs. Everything else is counted by `elementwise`, per
-element: 4 for a norm (square, sum, two multiplications), 3 for a rotation (4 multiplications and 2 additions per pair), 6
-for a softmax (scale, maximum, subtraction, exponential, sum, division), 5 for a SwiGLU (exponential, addition, division,
-two multiplications) and 1 for a residual addition. What a fused kernel computes in addition is not counted: zeros that
-pad values to the width of keys, and pairs that a mask hides.
+element: 4 for a norm (square, sum, two multiplications), 3 for a rotation (4 multiplications and 2 additions per pair),
+6 for a softmax (scale, maximum, subtraction, exponential, sum, division), 5 for a SwiGLU (exponential, addition,
+division, two multiplications) and 1 for a residual addition. What a fused kernel computes in addition is not counted:
+zeros that pad values to the width of keys, and pairs that a mask hides.
 """
 
 from dataclasses import replace

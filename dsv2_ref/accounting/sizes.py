@@ -50,5 +50,5 @@ class Sizes:
 
     @property
     def rotated(self) -> int:
-        """Values that rotate per token, of every query and of every key that is kept: with latent attention, of one."""
+        """Values that rotate per token, of every query and of every key that is kept (one with latent attention)."""
         return (self.H + (1 if self.C else self.G)) * self.R

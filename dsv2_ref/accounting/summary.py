@@ -50,7 +50,7 @@ def activation_peak(
         ModuleNotFoundError: where torch is not installed.
         OverflowError: for a call too large to be followed (see `activations`).
         ValueError: for a layer that the model does not have; for training over a cache; for checkpointing without
-            training; for ``int8``, in which no layer runs; and for ``flash_attention_2`` in a dtype that it does not take.
+            training; for ``int8``, in which no layer runs; and for ``flash_attention_2`` in a dtype it does not take.
     """
     call = _checked(config, call, layer_idx, training, checkpointing)
     require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype: no layer runs in int8")
@@ -92,7 +92,7 @@ def report(
           ``kv_cache_by_kind`` (what it would be, see `cache_numbers`), ``kv_cache_written`` (the new tokens);
           ``activations_read`` and ``activations_written`` (see `activations_moved`), both also as
           ``activations_by_operation``; and ``activations_peak`` (see `activation_peak`, to which ``training`` and
-          ``checkpointing`` belong), None where torch is not installed, in int8, and for a call too large to be followed.
+          ``checkpointing`` belong), None without torch, in int8, and for a call too large to be followed.
         - ``intensity``: FLOPs per byte of weights and cache that are read.
 
     Raises:
@@ -141,9 +141,7 @@ def report(
             "kv_cache_written": cache // call.kv * call.seq,
             "activations_read": sum(taken for taken, _ in moved.values()),
             "activations_written": sum(given for _, given in moved.values()),
-            "activations_by_operation": {
-                name: {"read": taken, "written": given} for name, (taken, given) in moved.items()
-            },
+            "activations_by_operation": {name: {"read": r, "written": w} for name, (r, w) in moved.items()},
             "activations_peak": _peak_or_none(config, call, *how.values()),
         },
         "intensity": round(flops / (read + cache), 3),
@@ -151,8 +149,8 @@ def report(
 
 
 def _ends(config: DeepseekV2Config, call: Call) -> tuple[Counts, Counts, Moved, int]:
-    """What a model needs outside of its layers, for embedding, last norm and head: FLOPs of products, FLOPs of everything
-    else, bytes of activations, and bytes of weights that are read."""
+    """What a model needs for embedding, last norm and head: FLOPs of products, FLOPs of everything else, bytes of
+    activations, and bytes of weights that are read."""
     s, size = Sizes.of(config), call.itemsize
     stream, logits = call.tokens * s.D * size, call.tokens * s.vocab * size
     moved = {"embed_tokens": (0, stream), "last_norm": (stream, stream), "lm_head": (stream, logits)}

@@ -25,7 +25,7 @@ def experts_read(config: DeepseekV2Config, tokens: int) -> float:
 
 
 def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
-    """Bytes of a layer's weights that a call reads, each once; of the routed experts, as many as `experts_read` expects."""
+    """Bytes of a layer's weights that a call reads, each once; of the routed experts, as many as `experts_read`."""
     s, counts = Sizes.of(config), parameters(config, layer_idx)
     if "mlp.experts" in counts:
         per_expert = counts["mlp.experts"] // s.E
@@ -80,9 +80,9 @@ def _experts(config: DeepseekV2Config, tokens: int) -> Moved:
 
 
 def activations_moved(config: DeepseekV2Config, layer_idx: int, call: Call) -> Moved:
-    """Bytes of activations and cache that each operation of a layer reads and writes, under the names that its FLOPs have.
+    """Bytes of activations and cache that each operation of a layer reads and writes, under the names of its FLOPs.
 
-    An expert's rows are read where they are needed. Sorting the rows by expert moves them once more, which is not counted.
+    An expert's rows are read where they are needed. Sorting them by expert moves them once more, which is not counted.
     """
     require_layer(config, layer_idx)
     s, tokens = Sizes.of(config), call.tokens

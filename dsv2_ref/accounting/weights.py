@@ -15,7 +15,7 @@ from dsv2_ref.config import DeepseekV2Config
 class Matrix:
     """A weight, or all weights that share a name across experts and layers."""
 
-    shape: tuple[int, ...]  #: of one such weight, as it is stored: (outputs, inputs) or (features,)
+    shape: tuple[int, ...]  #: (outputs, inputs) or (features,) of one such weight, as it is stored
     active: int  #: parameters that a token passes through
     number: int = 1  #: how many such weights there are
 

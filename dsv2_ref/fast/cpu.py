@@ -134,7 +134,9 @@ def _rounded_up(key: Float[Tensor, "batch 1 kv_seq width"]) -> tuple[Tensor, ...
     return (longer,) if longer[:, :, kv_seq:].isfinite().all() else ()
 
 
-@ops.faster(attend, "cpu rounded keys", where={"implementation": "products"}, why_not=_no_room_to_round_up, **HALF_ON_CPU)
+@ops.faster(
+    attend, "cpu rounded keys", where={"implementation": "products"}, why_not=_no_room_to_round_up, **HALF_ON_CPU
+)
 def attend_rounded_up(
     query: Float[Tensor, "batch heads 1 width"],
     key: Float[Tensor, "batch 1 kv_seq width"],

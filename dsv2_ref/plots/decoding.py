@@ -1,23 +1,21 @@
 """Figures of the chapter on decoding from the latent."""
 
-from collections.abc import Mapping
-
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from dsv2_ref.plots.style import INK, add_curves, add_legend, new_axes, tick_only, whole
+from dsv2_ref.plots.style import CENTRED, INK, Points, add_curves, add_legend, new_axes, tick, whole
 
 
-def _over_tokens(axes: Axes, curves: Mapping[str, Mapping[int, int]]) -> None:
+def _over_tokens(axes: Axes, curves: Points) -> None:
     """Marked curves over numbers of tokens, which are the ticks; both scales are logarithmic."""
     add_curves(axes, curves, marked=True)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    tick_only(axes.xaxis, list(next(iter(curves.values()))))
+    tick(axes.xaxis, list(next(iter(curves.values()))))
     axes.tick_params(axis="x", rotation=30)
 
 
-def crossover(borders: Mapping[str, Mapping[int, int]], limit: float) -> Axes:
+def crossover(borders: Points, limit: float) -> Axes:
     """Up to how many queries the absorbed form is cheaper, over the tokens attended to, both logarithmic.
 
     Args:
@@ -39,11 +37,11 @@ def crossover(borders: Mapping[str, Mapping[int, int]], limit: float) -> Axes:
     # Along the strip between the second border and what a prompt asks at once.
     middle = len(contexts) // 2
     between = (contexts[middle] * second[middle]) ** 0.5
-    axes.text(contexts[middle], between, "expanded", ha="center", va="center", rotation=32, color=INK)
+    axes.text(contexts[middle], between, "expanded", rotation=32, **CENTRED)
     return add_legend(axes, loc="upper left", fontsize=11)
 
 
-def memory_growth(peaks: Mapping[str, Mapping[int, int]]) -> Axes:
+def memory_growth(peaks: Points) -> Axes:
     """Peak bytes beyond the inputs over the number of tokens, both logarithmic, for up to four ways to attend."""
     axes = new_axes("tokens attending to one another", "peak bytes of one head", height=3.6)
     _over_tokens(axes, peaks)

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from dsv2_ref.plots.style import INK, STYLES, add_curves, add_legend, new_axes
+from dsv2_ref.plots.style import CENTRED, INK, STYLES, add_curves, add_legend, new_axes
 
 FACES = ("#CFE5F3", "#FCE5D4", "#CDEBE0", "#F3DDE9")  # a pale ground for each colour of STYLES
 
@@ -32,7 +32,7 @@ def routing_map(scores: Sequence[Sequence[float]], chosen: Choices, groups: int 
             axes.add_patch(Rectangle((group * size, token + 0.04), size, 0.92, **shut))
     for border in range(1, groups):
         axes.axvline(border * size, color=INK, linewidth=2)
-    digit: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 10, "weight": "bold", "color": "white"}
+    digit = CENTRED | {"fontsize": 10, "weight": "bold", "color": "white"}
     for token, visited in enumerate(chosen):
         for rank, expert in enumerate(visited, start=1):
             axes.plot(expert + 0.5, token + 0.5, "o", markersize=14, color=STYLES[1][0], markeredgecolor="white")
@@ -59,7 +59,7 @@ def sorted_choices(choices: Choices, order: Sequence[int]) -> Axes:
     axes = new_axes("", "", height=0.6 + 0.36 * len(pairs), xlim=(0, 10), ylim=(len(pairs), -1))
     axes.set_axis_off()
     for x, title in ((1.7, "as the tokens chose"), (8.3, "sorted by expert")):
-        axes.text(x, -0.6, title, ha="center", va="center", color=INK)
+        axes.text(x, -0.6, title, **CENTRED)
     for row, place in enumerate(order):
         token, expert = pairs[place]
         face, (edge, style) = FACES[expert % len(FACES)], STYLES[expert % len(STYLES)]
@@ -67,16 +67,13 @@ def sorted_choices(choices: Choices, order: Sequence[int]) -> Axes:
         before, after = f"token {token}: expert {expert}", f"expert {expert}: token {token}"
         for x, y, text in ((0.1, place, before), (6.7, row, after)):
             axes.add_patch(Rectangle((x, y), 3.2, 0.8, facecolor=face, edgecolor=edge, linewidth=1.2))
-            axes.text(x + 1.6, y + 0.4, text, ha="center", va="center", fontsize=11, color=INK)
+            axes.text(x + 1.6, y + 0.4, text, fontsize=11, **CENTRED)
     return axes
 
 
 def expert_loads(loads: Mapping[str, Sequence[int]]) -> Axes:
-    """How many tokens each expert got, sorted from the busiest to the idlest, beside an even share.
-
-    Args:
-        loads: for each label, the tokens of every expert, in any order; up to four, each with the same sum.
-    """
+    """How many tokens each expert got, sorted from the busiest to the idlest, beside an even share; for up to four
+    labels with the same sum."""
     axes = new_axes("experts, the busiest first", "tokens")
     add_curves(axes, {label: sorted(counts, reverse=True) for label, counts in loads.items()}, start=1)
     counts = next(iter(loads.values()))

@@ -6,25 +6,20 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MultipleLocator
 
-from dsv2_ref.plots.style import INK, STYLES, add_bars, new_axes, whole
+from dsv2_ref.plots.style import INK, SMALL, STYLES, add_bars, add_legend, new_axes, whole
 
 
 def bytes_moved(rows: Mapping[str, tuple[float, float]]) -> Axes:
-    """Bytes read and written by ways to compute the same: a bar for each, the first on top.
-
-    Args:
-        rows: for each label, bytes read and bytes written.
-    """
+    """Bytes read and written by ways to compute the same: a bar for each, the first on top."""
     axes = new_axes("bytes moved", "", height=1.6 + 0.5 * len(rows))
-    parts = {"read": {"color": STYLES[0][0]}, "written": {"color": "#E69F00", "hatch": "//"}}
-    add_bars(axes, rows, parts, 0.6)
+    add_bars(axes, rows, {"read": (STYLES[0][0], ""), "written": ("#E69F00", "//")}, 0.6)
     totals = [sum(moved) for moved in rows.values()]
     for place, total in enumerate(totals):
         axes.text(total, place, f" {EngFormatter(unit='B')(float(f'{total:.3g}'))}", va="center", color=INK)
     axes.set_xlim(0, 1.2 * max(totals))
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.xaxis.set_major_locator(MultipleLocator(_step(max(totals))))
-    return axes
+    return add_legend(axes, ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.0))
 
 
 def _step(largest: float) -> float:
@@ -34,13 +29,10 @@ def _step(largest: float) -> float:
 
 
 def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> Axes:
-    """Which program attends which queries to which keys: a grid of shares of the keys and blocks of rows, one outlined.
+    """Which program attends which queries (``rows`` of all heads, ``rows_at_once`` of a program) to which keys
+    (``kv_seq``, ``split_size`` of a program): a grid of shares of the keys and blocks of rows, one outlined.
 
     An arrow along one query, through all its shares, says what a program of the second kernel adds.
-
-    Args:
-        rows: queries of all heads. rows_at_once: those of a program.
-        kv_seq: keys. split_size: those of a program.
     """
     axes = new_axes("key", "query of a head", height=3.4)
     firsts, starts = range(0, rows, rows_at_once), range(0, kv_seq, split_size)
@@ -55,12 +47,12 @@ def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> A
     axes.text(0, -0.03 * rows, f"one program: {queries} queries, {keys:,} keys", color=orange, va="bottom")
     blocks, shares = len(firsts), len(starts)
     said = f"{blocks} blocks of queries × {shares} shares of the keys = {blocks * shares} programs"
-    axes.figure.suptitle(said, color=INK, fontsize=11)
+    axes.figure.suptitle(said, **SMALL)
     query = min((blocks // 2 + 0.5) * rows_at_once, rows - 0.5)
     line = {"arrowstyle": "-|>", "color": green, "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (1.1 * kv_seq, query), (0, query), arrowprops=line, annotation_clip=False)
     said = f"one query:\n{shares} pairs\n$(o_j, L_j)$\n→ one output"
-    axes.text(1.12 * kv_seq, query, said, color=INK, va="center", fontsize=11)
+    axes.text(1.12 * kv_seq, query, said, va="center", **SMALL)
     axes.set(xlim=(0, kv_seq), ylim=(rows, 0))
     axes.yaxis.set_major_locator(MultipleLocator(max(rows_at_once, rows // 4)))
     axes.xaxis.set_major_locator(MultipleLocator(max(1, kv_seq // 2)))

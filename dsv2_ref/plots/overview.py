@@ -7,14 +7,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from dsv2_ref.plots.style import INK, STYLES, add_legend, name_rows, new_axes
+from dsv2_ref.plots.style import CENTRED, INK, SMALL, STYLES, add_legend, name_rows, new_axes
 
 BLUE, ORANGE, PALE = STYLES[0][0], STYLES[1][0], "#F5C9A8"
 BOX = 0.7  # height of a box, where the rows are 1 apart
 STREAM = 0.5  # where the residual stream runs, from left to right 0 to 10
 LEFT, RIGHT, GAP = 1.4, 9.95, 0.3  # the columns of boxes, and the room between them
 MIDDLE = (LEFT + RIGHT) / 2
-MIDDLE_OF = {"ha": "center", "va": "center", "color": INK}
 
 Point = tuple[float, float]
 
@@ -51,7 +50,7 @@ def layer_flow(branches: Mapping[str, Sequence[Sequence[str]]], remembered: Coll
             _line(axes, (x, y + 1 - BOX / 2), (x, middle))
         _arrow(axes, (max(above), middle), (STREAM + 0.3, middle))
         axes.plot(STREAM, middle, "o", markersize=17, color="white", markeredgecolor=INK, zorder=3)
-        axes.text(STREAM, middle - 0.02, "+", fontsize=16, zorder=4, **MIDDLE_OF)
+        axes.text(STREAM, middle - 0.02, "+", fontsize=16, zorder=4, **CENTRED)
         y = middle - 0.75
     return axes
 
@@ -104,15 +103,11 @@ def _box(axes: Axes, x: float, y: float, name: str, half: float, remembered: boo
     look: dict[str, Any] = {"facecolor": face, "edgecolor": edge, "linewidth": 1.4, "zorder": 2}
     corner, shape = (x - half, y - BOX / 2), "round,pad=0,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch(corner, 2 * half, BOX, boxstyle=shape, **look))
-    axes.text(x, y - 0.02, name, fontsize=11.5 if half > 1.5 else 10.5, linespacing=1.15, zorder=3, **MIDDLE_OF)
+    axes.text(x, y - 0.02, name, fontsize=11.5 if half > 1.5 else 10.5, linespacing=1.15, zorder=3, **CENTRED)
 
 
 def layer_kinds(models: Mapping[str, Sequence[bool]]) -> Axes:
-    """Which layers of each model hold experts: a row of cells for each, from layer 0 on.
-
-    Args:
-        models: for each label, whether layer 0, 1, … holds experts.
-    """
+    """Which layers of each model hold experts: a row of cells, whether layer 0, 1, … does, for each label."""
     looks: dict[bool, Any] = {False: {"facecolor": BLUE}, True: {"facecolor": PALE, "edgecolor": ORANGE}}
     axes = new_axes("index of the layer", "", height=0.8 + 0.5 * len(models))
     for row, kinds in enumerate(models.values()):
@@ -128,11 +123,7 @@ def layer_kinds(models: Mapping[str, Sequence[bool]]) -> Axes:
 
 
 def parameter_shares(counts: Mapping[str, Mapping[str, int]]) -> Axes:
-    """What share of its parameters each part of a layer has, by two ways of counting.
-
-    Args:
-        counts: for each of two ways to count, the parameters of every part; the parts are the same in both.
-    """
+    """What share of its parameters each part of a layer has, by two ways of counting the same parts."""
     names = list(next(iter(counts.values())))
     axes = new_axes("share of the parameters, %", "", height=0.9 + 0.7 * len(names))
     for number, ((label, parts), colour) in enumerate(zip(counts.items(), (BLUE, PALE), strict=True)):
@@ -140,7 +131,7 @@ def parameter_shares(counts: Mapping[str, Mapping[str, int]]) -> Axes:
         places = [place - 0.2 + 0.4 * number for place in range(len(parts))]
         bars = axes.barh(places, shares, 0.38, color=colour, edgecolor=INK, hatch="//" * number, label=label)
         texts = [f"{share:.0f} %" if share >= 0.5 else "below 0.5 %" for share in shares]
-        axes.bar_label(bars, texts, padding=4, fontsize=11, color=INK)
+        axes.bar_label(bars, texts, padding=4, **SMALL)
     axes.set(xlim=(0, 112), yticks=range(len(names)), yticklabels=names, xticks=range(0, 101, 25))
     axes.invert_yaxis()
     axes.grid(False, axis="y")

@@ -2,31 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import median_high
+from typing import Any
 
 from matplotlib.axes import Axes
 
-from dsv2_ref.plots.style import STYLES, add_curves, add_legend, add_line, new_axes
+from dsv2_ref.plots.style import STYLES, Values, add_curves, add_legend, add_line, new_axes
 
-Runs = Mapping[str, Mapping[float, Sequence[float]]] | Mapping[str, Mapping[int, Sequence[float]]]
+Runs = Mapping[str, Mapping[Any, Sequence[float]]]
 
 
-def by_layer(curves: Mapping[str, Sequence[float]], ylabel: str, logarithmic: bool = False) -> Axes:
-    """A quantity, ``ylabel``, of every layer from the first to the last, on a scale that is logarithmic or starts at 0.
-
-    Args:
-        curves: for each label, a value for each layer; up to four.
-    """
+def by_layer(curves: Values, ylabel: str, logarithmic: bool = False) -> Axes:
+    """A quantity, ``ylabel``, of every layer, for up to four labels; its scale is logarithmic or starts at 0."""
     axes = add_curves(new_axes("layer", ylabel, height=3.4, yscale="log" if logarithmic else "linear"), curves)
     axes.set(xlim=(0, None), ylim=(None if logarithmic else 0, None))
     return axes
 
 
 def training_curves(runs: Runs, guessing: float) -> Axes:
-    """Loss over training steps: the median of the seeds as a line, their range as a band.
+    """Loss over training steps, for up to four labels: the median of the seeds as a line, their range as a band.
 
     Args:
-        runs: for each label, the seeds' bits a byte by step; up to four.
-        guessing: bits without any context, a line.
+        runs: for each label, the seeds' bits a byte by step. guessing: bits without any context, a line.
     """
     axes = add_curves(new_axes("training step", "bits a byte", height=3.8), _medians(runs))
     for run, (colour, _) in zip(runs.values(), STYLES, strict=False):
@@ -41,8 +37,7 @@ def ends_by_rate(ends: Runs, guessing: float) -> Axes:
     """Where trainings end, over the learning rate: the median of the seeds as a line, each seed as a point.
 
     Args:
-        ends: for each label, the seeds' bits a byte at the end by rate; up to four.
-        guessing: as for `training_curves`.
+        ends: as ``runs`` of `training_curves`, but by rate, at the end. guessing: as there.
     """
     axes = new_axes("learning rate", "bits a byte at the end", height=4.2, xscale="log")
     add_curves(axes, _medians(ends))

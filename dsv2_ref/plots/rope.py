@@ -5,19 +5,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dsv2_ref.plots.style import INK, STYLES, add_curves, add_line, new_axes
+from dsv2_ref.plots.style import INK, STYLES, Values, add_curves, add_line, new_axes
 
 BETWEEN_CLOCKS = 2.5
 
-ByLabel = Mapping[str, Sequence[float]]
 
-
-def clocks(angles: ByLabel) -> Axes:
-    """One clock for each pair of features, with a hand for each position, the later ones darker.
-
-    Args:
-        angles: for each label, the pair's angle in radians at position 0, 1, 2, …
-    """
+def clocks(angles: Values) -> Axes:
+    """A clock for each labelled pair of features, with a hand for its angle in radians at position 0, 1, 2, …, the
+    later ones darker."""
     centres = [BETWEEN_CLOCKS * number for number in range(len(angles))]
     axes = new_axes("", "", height=2.0, aspect="equal", yticks=[])
     around = np.linspace(0, 2 * np.pi, 100)
@@ -34,13 +29,9 @@ def clocks(angles: ByLabel) -> Axes:
     return axes
 
 
-def turns_by_pair(turns: ByLabel, limits: Mapping[str, float], positions: int) -> Axes:
-    """How often each pair of features turns around over a sequence, on a logarithmic scale.
-
-    Args:
-        turns: for each way of scaling, the turns of pair 0, pair 1, …; up to four curves.
-        limits: numbers of turns to mark by a labelled line. positions: the length of the sequence.
-    """
+def turns_by_pair(turns: Values, limits: Mapping[str, float], positions: int) -> Axes:
+    """How often pair 0, pair 1, … turns around over a sequence of so many positions, on a logarithmic scale, for up to
+    four ways of scaling; labelled lines mark the limits."""
     axes = new_axes("pair of features", f"turns over {positions:,} positions", height=3.6, yscale="log")
     add_curves(axes, turns)
     last = max(map(len, turns.values())) - 1
@@ -50,17 +41,15 @@ def turns_by_pair(turns: ByLabel, limits: Mapping[str, float], positions: int) -
     return axes
 
 
-def stretch_by_pair(stretches: ByLabel) -> Axes:
+def stretch_by_pair(stretches: Values) -> Axes:
     """By which factor each of up to four ways of scaling slows pair 0, pair 1, … down, on a logarithmic scale."""
     return add_curves(new_axes("pair of features", "times slower", yscale="log"), stretches)
 
 
-def angle_errors(positions: Sequence[int], errors: ByLabel) -> Axes:
-    """The largest error of an angle among positions up to the given ones; both scales are logarithmic.
+def angle_errors(positions: Sequence[int], errors: Values) -> Axes:
+    """The largest error of an angle, in radians, among positions up to each of the given, for up to four number formats.
 
-    Args:
-        positions: where the errors were measured, rising.
-        errors: for each number format, the error in radians at each of these; zeros are left out. Up to four curves.
+    Both scales are logarithmic; zeros are left out.
     """
     axes = new_axes("position", "largest error of an angle (radians)", height=3.6)
     add_curves(axes, _over(positions, errors))
@@ -69,18 +58,14 @@ def angle_errors(positions: Sequence[int], errors: ByLabel) -> Axes:
     return axes
 
 
-def scores_by_distance(distances: Sequence[int], scores: ByLabel) -> Axes:
-    """The score of a query with a key, by the number of positions between them; thin lines, for they are ragged.
-
-    Args:
-        distances: where the scores were measured, rising.
-        scores: for each label, the score at each of these distances; up to four curves.
-    """
+def scores_by_distance(distances: Sequence[int], scores: Values) -> Axes:
+    """The score of a query with a key at each of the given distances between them, for up to four labels; thin lines,
+    for they are ragged."""
     axes = new_axes("distance (positions)", "score, relative to distance 0")
     add_curves(axes, _over(distances, scores), linewidth=1.5)
     add_line(axes, 0)
     return axes
 
 
-def _over(places: Sequence[int], curves: ByLabel) -> dict[str, dict[int, float]]:
+def _over(places: Sequence[int], curves: Values) -> dict[str, dict[int, float]]:
     return {label: dict(zip(places, values, strict=True)) for label, values in curves.items()}

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.container import BarContainer
 from matplotlib.ticker import FixedLocator, NullLocator
 
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
@@ -19,12 +19,16 @@ INK = "#333333"
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 SETTINGS: dict[Any, Any] = {"font.size": 12, **dict.fromkeys(INKED, INK)}
 OPEN = {"axes.spines.top": False, "axes.spines.right": False}
+SMALL: dict[str, Any] = {"fontsize": 11, "color": INK}
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "color": INK}
 
-Curves = Mapping[str, Mapping[int, float] | Mapping[float, float] | Sequence[float]]
+Values = Mapping[str, Sequence[float]]
+Points = Mapping[str, Mapping[int, float]]
+Curves = Values | Points | Mapping[str, Mapping[float, float]]
 
 
 def new_axes(xlabel: str, ylabel: str, height: float = 3.2, **settings: Any) -> Axes:
-    """Empty axes in the book's style, with the given labels and other settings of `Axes.set`; ``height`` is in inches.
+    """Empty axes in the book's style, with the given labels and other settings of ``Axes.set``; ``height`` is in inches.
 
     Five inches wide, so that the letters are as large as the text of a page, and can be read on a phone.
     """
@@ -36,11 +40,10 @@ def new_axes(xlabel: str, ylabel: str, height: float = 3.2, **settings: Any) -> 
     return axes
 
 
-def add_curves(axes: Axes, curves: Curves, start: int = 0, marked: bool = False, linewidth: float = 2.2) -> Axes:
-    """Draw each labelled curve, with or without marks, and name them in a legend.
-
-    Args:
-        curves: for each label, y by x, or the y at start, start + 1, …
+def add_curves(
+    axes: Axes, curves: Curves, start: int = 0, marked: bool = False, named: bool = True, linewidth: float = 2.2
+) -> Axes:
+    """Draw labelled curves, given as y by x or as the y at start, start + 1, …, and name them in a legend.
 
     Raises:
         ValueError: for more curves than there are styles.
@@ -49,14 +52,14 @@ def add_curves(axes: Axes, curves: Curves, start: int = 0, marked: bool = False,
         raise ValueError(f"curves has {len(curves)} curves; wanted at most {len(STYLES)}")
     for (label, values), (colour, line), marker in zip(curves.items(), STYLES, MARKERS, strict=False):
         points = values if isinstance(values, Mapping) else dict(enumerate(values, start))
-        marks = {"marker": marker, "markersize": 6} if marked else {}
-        axes.plot(list(points), list(points.values()), line, color=colour, linewidth=linewidth, label=label, **marks)
-    return add_legend(axes)
+        look: dict[str, Any] = {"color": colour, "linewidth": linewidth, "marker": marker if marked else None}
+        axes.plot(list(points), list(points.values()), line, label=label, **look)
+    return add_legend(axes) if named else axes
 
 
-def add_legend(axes: Axes, **place: Any) -> Axes:
-    """Name what is labelled; ``place`` and letters as in `Axes.legend`."""
-    axes.legend(**{"frameon": False, "labelcolor": INK} | place)
+def add_legend(axes: Axes, **look: Any) -> Axes:
+    """Name what is labelled, with ``look`` as in ``Axes.legend``."""
+    axes.legend(**{"frameon": False, "labelcolor": INK} | look)
     return axes
 
 
@@ -66,28 +69,17 @@ def add_line(axes: Axes, height: float, label: str | None = None, linestyle: str
 
 
 def add_bars(
-    axes: Axes, rows: Mapping[str, Sequence[float]], looks: Mapping[str, dict[str, Any]], height: float, **letters: Any
-) -> list[BarContainer]:
-    """A bar for each row, the first on top, of parts side by side, whose names are in a legend above.
-
-    Args:
-        rows: for each label, the width of every part.
-        looks: for each part, its colour and hatch as in `Axes.barh`.
-
-    Returns:
-        The bars of each part.
-    """
-    left = dict.fromkeys(rows, 0.0)
-    for number, (part, look) in enumerate(looks.items()):
-        widths = {row: parts[number] for row, parts in rows.items()}
-        bars = {"height": height, "left": list(left.values()), "edgecolor": INK, "linewidth": 0.6}
-        axes.barh(list(rows), list(widths.values()), label=part, **bars, **look)
-        left = {row: left[row] + widths[row] for row in rows}
+    axes: Axes, rows: Mapping[str, Sequence[float]], looks: Mapping[str, tuple[str, str]], size: float
+) -> None:
+    """A bar of parts for each row, the first on top; ``looks`` has the colour and the hatch of each part."""
+    left = np.zeros(len(rows))
+    for (part, (colour, hatch)), widths in zip(looks.items(), np.transpose(list(rows.values())), strict=True):
+        edge: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.6}
+        axes.barh(list(rows), widths, size, left, color=colour, hatch=hatch, label=part, **edge)
+        left = left + widths
     axes.invert_yaxis()
     axes.grid(False)
     axes.tick_params(left=False)
-    add_legend(axes, ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.0), **letters)
-    return [bars for bars in axes.containers if isinstance(bars, BarContainer)]
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -96,7 +88,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(left=False)
 
 
-def tick_only(axis: Axis, places: Sequence[float]) -> None:
+def tick(axis: Axis, places: Sequence[float]) -> None:
     """Ticks at these whole numbers and nowhere else."""
     axis.set_major_locator(FixedLocator(places))
     axis.set_minor_locator(NullLocator())

@@ -12,7 +12,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from dsv2_ref import accounting as acc
-from dsv2_ref.config import MOST, DeepseekV2Config
+from dsv2_ref.checks import LARGEST_SIZE
+from dsv2_ref.config import DeepseekV2Config
 from tests.site.conftest import ROOT, SITE
 
 PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr")
@@ -250,7 +251,7 @@ def test_a_field_takes_what_the_package_takes(page: Page, preset: str) -> None:
             return False
         return True
 
-    tried = page.evaluate(TYPE, ["", "-1", "0", "1", "7", "20", str(MOST), str(MOST + 1)])
+    tried = page.evaluate(TYPE, ["", "-1", "0", "1", "7", "20", str(LARGEST_SIZE), str(LARGEST_SIZE + 1)])
     names = set(NAMES) - {"use_mla", "attention_bias", "tie_word_embeddings", "topk_method"} | {"batch", "seq", "kv"}
     latent = {
         "q_lora_rank",
@@ -390,7 +391,7 @@ def test_numbers_beyond_all_units_are_powers_of_ten(page: Page) -> None:
     for name in [*NAMES[3:-3], "batch", "seq", "kv"]:
         field = page.locator(f"#calculator-{name}")
         if field.is_visible() and name not in ("n_routed_experts", "first_k_dense_replace"):
-            field.fill(str(MOST))
+            field.fill(str(LARGEST_SIZE))
     page.get_by_label("num_experts_per_tok").fill("6")
     text = page.locator("#cost-calculator").inner_text()
     assert "The numbers below" not in text
