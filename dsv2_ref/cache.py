@@ -84,7 +84,7 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cached tokens: batch · length · numbers per token · itemsize."""
+        """Bytes of the cached tokens, batch · length · values per token · itemsize."""
         return self.tokens.nbytes
 
     @property
