@@ -58,9 +58,11 @@ test-oldest-torch: .venv/oldest/installed ## the unit tests with the oldest torc
 
 UV := uv==0.13.9
 
-# uv, as pip would give the same build again. The oldest torch wants an older setuptools, and its own Triton.
+# uv, as pip would give the same build again. The oldest torch wants its own Triton, whose
+# interpreter needs an older NumPy, and an older setuptools.
 .venv/cpu/installed: BACKEND := --torch-backend cpu
-.venv/oldest/installed: PINS := s/^torch==.*/torch==2.11.0/; s/^triton==[^;]*/triton==3.6.0/; s/^setuptools==.*/setuptools<82/
+.venv/oldest/installed: PINS := s/^torch==.*/torch==2.11.0/; s/^triton==[^;]*/triton==3.6.0/; \
+	s/^setuptools==.*/setuptools==81.0.0/; s/^numpy==.*/numpy==2.3.5/
 
 .venv/cuda/installed .venv/cpu/installed .venv/oldest/installed: .venv/%/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -m venv .venv/$*

@@ -164,7 +164,7 @@ def test_pytorchs_own_allocator_gives_out_as_much() -> None:
     """A second witness, which has no part in the first: what the CPU's allocator hands out and takes back."""
     config, call = eager(LATENT), acc.Call(batch=2, seq=120, kv=120, form="expanded", dtype="float32")
     layer, x = DeepseekV2DecoderLayer(config, 1).eval(), torch.zeros(2, 120, config.hidden_size)
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched:
         layer(x)
     kineto = watched.profiler.kineto_results.events()  # torch's own list of events leaves allocations out
     moments = sorted((e for e in kineto if e.name() == "[memory]"), key=lambda e: e.start_ns())
