@@ -103,11 +103,11 @@ def attend_sdpa(
     query, key, value = equally_wide(query, key, value)
     options: Any = {"dropout_p": dropout, "scale": scale, "enable_gqa": grouped}
     fused: Any = partial(F.scaled_dot_product_attention, **options)
-    if visible.attention_mask is None and seq == visible.kv_seq:
-        return fused(query, key, value, is_causal=True)[..., :value_width], None
     parts = []
     few = query.device.type == "cuda" and seq <= FEW_QUERIES
     with sdpa_kernel(NOT_CUDNN) if few else nullcontext():
+        if visible.attention_mask is None and seq == visible.kv_seq:
+            return fused(query, key, value, is_causal=True)[..., :value_width], None
         for start, stop in blocks(seq, batch * visible.kv_seq):
             end = visible.keys_until(stop)
             mask, sees_any = visible.block(start, stop)

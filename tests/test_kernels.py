@@ -673,6 +673,15 @@ def cudnn_allowed(seq: int, kv_seq: int, monkeypatch: pytest.MonkeyPatch) -> boo
 
 
 @pytest.mark.usefixtures("as_shipped", "gpu")
+@pytest.mark.parametrize("seq", [1, 2, 8])
+def test_prompts_of_few_tokens_never_go_to_cudnn(seq: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would build a plan for each of their lengths, too."""
+    assert not cudnn_allowed(seq, seq, monkeypatch)
+    assert cudnn_allowed(9, 9, monkeypatch)
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # as before
+
+
+@pytest.mark.usefixtures("as_shipped", "gpu")
 def test_decoding_steps_never_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would build a plan for every number of keys, which is another in each step; for a prompt it may."""
     assert not any(cudnn_allowed(1, kv_seq, monkeypatch) for kv_seq in (2, 3, 4, 700))

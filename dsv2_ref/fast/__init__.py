@@ -1,7 +1,6 @@
-"""Faster ways to compute what the core defines, each registered against its definition
-(`dsv2_ref.ops`): torch's own products, blocks and packed weights for CPUs, flash-attn, and
-Triton kernels. The core never imports this package by name of a way; the first call of a
-definition loads it."""
+"""Faster ways to compute what the core defines, each registered against its definition (`dsv2_ref.ops`): torch's own
+products, blocks and packed weights for CPUs, flash-attn, and Triton kernels. The core never imports this package by name
+of a way; the first call of a definition loads it."""
 
 from dsv2_ref.fast import cpu, flash, products, triton
 

@@ -1,5 +1,4 @@
-"""Ways for half precision on the CPU, where torch spends longer around its products than in
-them."""
+"""Ways for half precision on the CPU, where torch spends longer around its products than in them."""
 
 import functools
 from typing import Any
@@ -16,19 +15,10 @@ from dsv2_ref.attention import attend
 from dsv2_ref.fast.products import attend_products
 from dsv2_ref.masks import Visibility, additive
 
-BLOCK_ROWS, BLOCK_SCORES = 256, 2**22
-"""Queries of a block, and scores of its heads that stay in the processor's cache together."""
-
-KEYS_MULTIPLE = 64
-"""One query's keys are rounded up to a multiple of this, as oneDNN compiles a product for
-every size that it has not met."""
-
-HALF_ON_CPU: dict[str, Any] = {
-    "device": "cpu",
-    "dtypes": (torch.bfloat16,),  # the scores of float16 could overflow
-    "gradients": False,
-    "compiles": False,
-}
+BLOCK_ROWS, BLOCK_SCORES = 256, 2**22  # queries of a block; scores of its heads that stay in the processor's cache
+KEYS_MULTIPLE = 64  # one query's keys are rounded up to it, as oneDNN compiles a product for every size it has not met
+# Not float16, whose scores could overflow.
+HALF_ON_CPU: dict[str, Any] = {"device": "cpu", "dtypes": (torch.bfloat16,), "gradients": False, "compiles": False}
 
 
 def has_amx() -> bool:
@@ -60,17 +50,15 @@ def attend_blocks(
     visible: Visibility,
     scale: float,
     dropout: float = 0.0,
-    *,
-    implementation: str = "sdpa",
+    **_: Any,
 ) -> tuple[Float[Tensor, "batch heads seq value_width"], None]:
     """`attend` for a few heads and queries at a time, over the keys that these can see.
 
     Scores are rounded after they are scaled; their softmax sums in float32.
     """
-    batch, heads, seq, _ = query.shape
+    batch, heads, seq = query.shape[:3]
     if key.shape[1] != heads:
-        shared_by = heads // key.shape[1]
-        key, value = (x.repeat_interleave(shared_by, dim=1) for x in (key, value))
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     # Laid out as the output projection reads it: all heads of a token side by side.
     out = query.new_empty(batch, seq, heads, value.shape[-1]).transpose(1, 2)
     unused = query.new_zeros(1, 1, 1)
@@ -104,9 +92,25 @@ def attend_blocks(
 
 def _begins(key: Tensor, value: Tensor) -> bool:
     """Whether the value is the beginning of the key, in the same memory."""
-    storages = StorageWeakRef(key.untyped_storage()), StorageWeakRef(value.untyped_storage())
-    laid_out = [(x.storage_offset(), x.stride()) for x in (key, value)]
-    return storages[0] == storages[1] and laid_out[0] == laid_out[1]
+    same = StorageWeakRef(key.untyped_storage()) == StorageWeakRef(value.untyped_storage())
+    return same and key.storage_offset() == value.storage_offset() and key.stride() == value.stride()
+
+
+def _rounded_up(key: Float[Tensor, "batch 1 kv_seq width"]) -> Tensor | None:
+    """The key and the rows after it in its storage, up to a multiple of their number, where there are such rows and they
+    are finite."""
+    batch, _, kv_seq, width = key.shape
+    rows = -(-kv_seq // KEYS_MULTIPLE) * KEYS_MULTIPLE
+    per_batch, _, per_row, per_feature = key.stride()
+    last = key.storage_offset() + (batch - 1) * per_batch + (rows - 1) * per_row + width
+    fits = per_feature == 1 and per_row >= width and (batch == 1 or rows * per_row <= per_batch)
+    if not fits or last * key.element_size() > key.untyped_storage().nbytes():
+        return None
+    longer = key.as_strided((batch, 1, rows, width), key.stride())
+    if key.is_meta or isinstance(key, FakeTensor):
+        return longer
+    # Weights of 0 hide them only if they are numbers.
+    return longer if longer[:, :, kv_seq:].isfinite().all() else None
 
 
 def _no_room_to_round_up(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> str:
@@ -114,24 +118,7 @@ def _no_room_to_round_up(query: Tensor, key: Tensor, value: Tensor, *_: Any, **_
         return "for one query at a time"
     if not _begins(key, value):
         return "the value is not the beginning of the key"
-    return "" if len(_rounded_up(key)) else "no room after the cached tokens"
-
-
-def _rounded_up(key: Float[Tensor, "batch 1 kv_seq width"]) -> tuple[Tensor, ...]:
-    """The key and the rows after it in its storage, up to a multiple of their number, where
-    there are such rows and they are finite; else nothing."""
-    batch, _, kv_seq, width = key.shape
-    rows = -(-kv_seq // KEYS_MULTIPLE) * KEYS_MULTIPLE
-    per_batch, _, per_row, per_feature = key.stride()
-    last = key.storage_offset() + (batch - 1) * per_batch + (rows - 1) * per_row + width
-    fits = per_feature == 1 and per_row >= width and (batch == 1 or rows * per_row <= per_batch)
-    if not fits or last * key.element_size() > key.untyped_storage().nbytes():
-        return ()
-    longer = key.as_strided((batch, 1, rows, width), key.stride())
-    if key.is_meta or isinstance(key, FakeTensor):
-        return (longer,)
-    # Weights of 0 hide them only if they are numbers.
-    return (longer,) if longer[:, :, kv_seq:].isfinite().all() else ()
+    return "no room after the cached tokens" if _rounded_up(key) is None else ""
 
 
 @ops.faster(
@@ -141,15 +128,13 @@ def attend_rounded_up(
     query: Float[Tensor, "batch heads 1 width"],
     key: Float[Tensor, "batch 1 kv_seq width"],
     value: Float[Tensor, "batch 1 kv_seq value_width"],
-    visible: Visibility,
-    scale: float,
-    dropout: float = 0.0,
-    *,
-    implementation: str = "products",
+    *rest: Any,
+    **options: Any,
 ) -> tuple[Float[Tensor, "batch heads 1 value_width"], None]:
     """`attend` of one query to the latent cache, with a number of keys that few steps share."""
-    (longer,) = _rounded_up(key)
-    return attend_products(query, longer, longer[..., : value.shape[-1]], visible, scale, dropout)
+    longer = _rounded_up(key)
+    assert longer is not None
+    return attend_products(query, longer, longer[..., : value.shape[-1]], *rest, **options)
 
 
 def _has_bfloat16(*_: Any, **__: Any) -> str:
@@ -161,16 +146,12 @@ def attend_in_float32(
     query: Float[Tensor, "batch heads seq width"],
     key: Float[Tensor, "batch 1 kv_seq width"],
     value: Float[Tensor, "batch 1 kv_seq value_width"],
-    visible: Visibility,
-    scale: float,
-    dropout: float = 0.0,
-    *,
-    implementation: str = "products",
+    *rest: Any,
+    **options: Any,
 ) -> tuple[Float[Tensor, "batch heads seq value_width"], None]:
-    """`attend` with products in float32, rounded once at the end. Where no instruction
-    multiplies bfloat16, torch's own product does so one number at a time, 40 to 60 times
-    slower."""
+    """`attend` with products in float32, rounded once at the end. Where no instruction multiplies bfloat16, torch's own
+    product does so one number at a time, 40 to 60 times slower."""
     wide = key.float()
     value = wide[..., : value.shape[-1]] if _begins(key, value) else value.float()
-    out, _ = attend_products(query.float(), wide, value, visible, scale, dropout)
+    out, _ = attend_products(query.float(), wide, value, *rest, **options)
     return out.to(query.dtype), None

@@ -1,5 +1,7 @@
 """Attention through flash-attn 2, which is asked for by name and needed by nothing else."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -13,9 +15,9 @@ from dsv2_ref.masks import Visibility
 class _Rows:
     """The rows of real tokens one after another, as flash-attn wants padded batches.
 
-    Their number is not asked for, as the host would have to wait for it: rows of padding
-    come after the last sequence, where flash-attn neither reads nor writes. So what it gives
-    there, gradients included, is whatever lay in memory, and is replaced by zeros.
+    Their number is not asked for, as the host would have to wait for it: rows of padding come after the last sequence,
+    where flash-attn neither reads nor writes. So what it gives there, gradients included, is whatever lay in memory,
+    and is replaced by zeros.
     """
 
     def __init__(self, kept: Bool[Tensor, "batch seq"]) -> None:
@@ -40,21 +42,18 @@ def attend_flash(
     visible: Visibility,
     scale: float,
     dropout: float = 0.0,
-    *,
-    implementation: str = "flash_attention_2",
+    **_: Any,
 ) -> tuple[Float[Tensor, "batch heads seq value_width"], None]:
-    """`attend` through flash-attn 2, which aligns causal order bottom-right and takes padding
-    as rows without it.
+    """`attend` through flash-attn 2, which aligns causal order bottom-right and takes padding as rows without it.
 
-    Values narrower than keys get zeros after them. Keys and values are cast to the queries'
-    dtype, from which they differ under autocast. Queries that are padding give zeros.
+    Values narrower than keys get zeros after them. Keys and values are cast to the queries' dtype, from which they
+    differ under autocast. Queries that are padding give zeros.
 
     Raises:
         ImportError: where flash-attn is not installed, with what to do.
     """
     flash_attn = checks.flash_attn()
-    batch, _, seq, _ = query.shape
-    value_width = value.shape[-1]
+    batch, seq, value_width = query.shape[0], query.shape[2], value.shape[-1]
     same = equally_wide(query, key, value)
     query, key, value = (x.to(query.dtype).transpose(1, 2) for x in same)
     options = {"dropout_p": dropout, "softmax_scale": scale, "causal": True}
@@ -63,7 +62,7 @@ def attend_flash(
         return out[..., :value_width].transpose(1, 2), None
     kept = visible.padding[:, visible.kv_seq - seq :]
     # A single query per sequence must stay in its place: flash-attn then counts rows.
-    queries, keys = (_Rows(torch.ones_like(kept) if seq == 1 else kept), _Rows(visible.padding))
+    queries, keys = _Rows(torch.ones_like(kept) if seq == 1 else kept), _Rows(visible.padding)
     rows = flash_attn.flash_attn_varlen_func(
         queries.gather(query),
         keys.gather(key),

@@ -34,9 +34,8 @@ def choices(
         x = torch.empty(batch, seq, config.hidden_size, dtype=getattr(torch, dtype))
         cache = None
         if kv > seq:
-            attention = layer.self_attn
-            past = torch.empty(batch, kv - seq, *attention.cache_features, dtype=x.dtype)
-            cache = attention.empty_cache(batch, capacity=kv + 63).append(past)
+            past = torch.empty(batch, kv - seq, *layer.self_attn.cache_features, dtype=x.dtype)
+            cache = layer.self_attn.empty_cache(batch, capacity=kv + 63).append(past)
         with ops.watch(device) as made:
             layer(x, past_key_value=cache)
     return Counter(made)

@@ -1,9 +1,7 @@
-"""Weights laid out for the CPU's matrix kernels: a layer for inference that reads them twice
-as fast in bfloat16.
+"""Weights laid out for the CPU's matrix kernels: a layer for inference that reads them twice as fast in bfloat16.
 
-oneDNN multiplies matrices from blocks, into which it rearranges a plain matrix at every
-product. With thousands of tokens that hardly shows; with one it takes as long as the product.
-`pack_weights` rearranges once.
+oneDNN multiplies matrices from blocks, into which it rearranges a plain matrix at every product. With thousands of
+tokens that hardly shows; with one it takes as long as the product. `pack_weights` rearranges once.
 """
 
 from typing import Any, TypeVar
@@ -25,40 +23,37 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    gradients = torch.is_grad_enabled() and rows.requires_grad
-    wanted = "no gradients: packed weights give none, use torch.no_grad()"
-    require(not gradients, "hidden_states", rows, wanted)
+    without = not (torch.is_grad_enabled() and rows.requires_grad)
+    require(without, "hidden_states", rows, "no gradients: packed weights give none, use torch.no_grad()")
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
 
 class _Packed(nn.Module):
-    """Base of the packed modules: their state dict holds the weights as they were, and they
-    are copied and pickled, but they load no others."""
+    """Base of the packed modules: their state dict holds the weights as they were, and they are copied and pickled, but
+    they load no others."""
 
-    def dense(self) -> dict[str, Tensor]:
+    def _dense(self) -> dict[str, Tensor]:
         """The weights by the names that they had."""
         raise NotImplementedError
 
-    def repack(self, dense: dict[str, Tensor]) -> None:
-        """Pack the weights that `dense` gave."""
+    def _repack(self, dense: dict[str, Tensor]) -> None:
+        """Pack the weights that `_dense` gave."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination.update({prefix + name: weight for name, weight in self.dense().items()})
+        destination.update({prefix + name: weight for name, weight in self._dense().items()})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        wanted = "wanted a layer to load into: load first, then pack"
-        raise RuntimeError(f"{prefix[:-1]} holds packed weights; {wanted}")
+        raise RuntimeError(f"{prefix[:-1]} holds packed weights; wanted a layer to load into: load first, then pack")
 
     def __getstate__(self) -> dict[str, Any]:
         packed = ("weight", "matrices", "gate_up_proj", "down_proj")  # cannot be copied
-        kept = {name: x for name, x in self.__dict__.items() if name not in packed}
-        return kept | {"_dense": self.dense()}
+        return {name: x for name, x in self.__dict__.items() if name not in packed} | {"dense": self._dense()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        dense = state.pop("_dense")
+        dense = state.pop("dense")
         super().__setstate__(state)
-        self.repack(dense)
+        self._repack(dense)
 
 
 class PackedLinear(_Packed):
@@ -68,46 +63,41 @@ class PackedLinear(_Packed):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.repack({"weight": linear.weight})
+        self._repack({"weight": linear.weight})
 
     def forward(self, hidden_states: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """``hidden_states @ weight.T + bias``."""
         return _product(hidden_states, self.weight, self.bias)
 
-    def dense(self) -> dict[str, Tensor]:
-        """The weight, and the bias if there is one."""
-        bias = {} if self.bias is None else {"bias": self.bias}
-        return {"weight": self.weight.to_dense()} | bias
+    def _dense(self) -> dict[str, Tensor]:
+        return {"weight": self.weight.to_dense()} | ({} if self.bias is None else {"bias": self.bias})
 
-    def repack(self, dense: dict[str, Tensor]) -> None:
-        """Pack the weight."""
+    def _repack(self, dense: dict[str, Tensor]) -> None:
         self.weight = _pack(dense["weight"])
 
 
 class PackedUpProjection(PackedLinear):
-    """``kv_b_proj`` of latent attention: packed for the expanded form, and as the matrices
-    W_UK and W_UV of every head for the absorbed one."""
+    """``kv_b_proj`` of latent attention: packed for the expanded form, and as the matrices W_UK and W_UV of every head
+    for the absorbed one."""
 
     def __init__(self, attention: DeepseekV2Attention) -> None:
         self.heads, self.nope = attention.num_heads, attention.qk_nope_head_dim
         super().__init__(attention.kv_b_proj)
 
-    def repack(self, dense: dict[str, Tensor]) -> None:
-        """Pack the weight, and part it by heads; W_UV so that it need not be transposed."""
-        super().repack(dense)
+    def _repack(self, dense: dict[str, Tensor]) -> None:
+        super()._repack(dense)
         by_head = dense["weight"].detach().view(self.heads, -1, self.in_features)
         w_uk, w_uv = by_head[:, : self.nope], by_head[:, self.nope :]
-        self.matrices = w_uk.contiguous(), w_uv.mT.contiguous().mT
+        self.matrices = w_uk.contiguous(), w_uv.mT.contiguous().mT  # W_UV so that it need not be transposed
 
 
 class PackedExperts(_Packed):
-    """The routed experts over packed weights, for inference; only those of chosen experts are
-    read."""
+    """The routed experts over packed weights, for inference; only those of chosen experts are read."""
 
     def __init__(self, experts: RoutedExperts) -> None:
         super().__init__()
         self.number = len(experts.down_proj)
-        self.repack({name: weight.detach() for name, weight in experts.published()})
+        self._repack(dict(experts.published()))
 
     def forward(
         self,
@@ -119,67 +109,51 @@ class PackedExperts(_Packed):
         order, group_ends, places = sort_by_expert(topk_idx, self.number)
         rows = hidden_states[order // topk_idx.shape[1]]
         ends, out = group_ends.tolist(), []
-        groups = zip(self.gate_up_proj, self.down_proj, [0, *ends], ends, strict=False)
-        for gate_up, down, start, end in groups:
+        for gate_up, down, start, end in zip(self.gate_up_proj, self.down_proj, [0, *ends], ends, strict=False):
             if end > start:
                 gate, up = _product(rows[start:end], gate_up).chunk(2, dim=-1)
                 out.append(_product(F.silu(gate) * up, down))
         return combine(torch.cat(out), places, topk_weight).to(hidden_states.dtype)
 
-    def dense(self) -> dict[str, Tensor]:
-        """The weights of all experts by their published names."""
+    def _dense(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
         for expert in range(self.number):
             gate, up = self.gate_up_proj[expert].to_dense().chunk(2)
-            down = self.down_proj[expert].to_dense()
-            parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+            parts = {"gate_proj": gate, "up_proj": up, "down_proj": self.down_proj[expert].to_dense()}
             named |= {f"{expert}.{name}.weight": weight for name, weight in parts.items()}
         return named
 
-    def repack(self, dense: dict[str, Tensor]) -> None:
-        """Pack every expert's weights, gates above ups."""
-        gate_up, down = [], []
-        for expert in range(self.number):
-            names = (f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight")
-            gate_up.append(_pack(torch.cat([dense[name] for name in names])))
-            down.append(_pack(dense[f"{expert}.down_proj.weight"]))
-        self.gate_up_proj, self.down_proj = gate_up, down
+    def _repack(self, dense: dict[str, Tensor]) -> None:
+        def packed(expert: int, *names: str) -> Tensor:
+            return _pack(torch.cat([dense[f"{expert}.{name}.weight"] for name in names]))
+
+        self.gate_up_proj = [packed(expert, "gate_proj", "up_proj") for expert in range(self.number)]
+        self.down_proj = [packed(expert, "down_proj") for expert in range(self.number)]
 
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def pack_weights(module: Module) -> Module:
-    """Pack the linear maps and experts of a layer, or of any module that holds some, in place;
-    for inference only.
+    """Pack the linear maps and experts of a layer, or of any module that holds some, in place; for inference only.
 
-    Everything else stays as it is: forms, kernels and caches of attention, and the names and
-    values of `state_dict`. Weights take as much memory as before, ``kv_b_proj`` twice as much.
-    There is no way to unpack but to build a layer and load the state dict. What is more than a
-    plain linear map or the package's own experts (an adapter, a wrapper, hooks, a
-    parametrization, a quantised map) is left as it is and keeps its effect.
+    Everything else stays as it is: forms, kernels and caches of attention, and the names and values of `state_dict`.
+    Weights take as much memory as before, ``kv_b_proj`` twice as much. There is no way to unpack but to build a layer
+    and load the state dict. What is more than a plain linear map or the package's own experts (an adapter, a wrapper,
+    hooks, a parametrization, a quantised map) is left as it is and keeps its effect.
 
     Args:
-        module: in bfloat16, or float32, which gains little, on the CPU.
-
-    Returns:
-        The module given.
+        module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
 
     Raises:
         ValueError: for weights of another dtype or device, before anything is packed.
-        RuntimeError: for bfloat16 where the processor has no instructions for it that oneDNN
-            can use.
+        RuntimeError: for bfloat16 where the processor has no instructions for it that oneDNN can use.
     """
-    places = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if _is_plain(child)
-    ]
+    children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
+    places = [(parent, name, child) for parent, name, child in children if _is_plain(child)]
     for _, name, child in places:
         for weight in child.parameters():
-            fits = weight.dtype in (torch.bfloat16, torch.float32)
-            fits = fits and weight.device.type == "cpu"
+            fits = weight.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu"
             require(fits, f"the weight of {name}", weight, "bfloat16 or float32 on cpu")
             if weight.dtype == torch.bfloat16 and not has_bfloat16():
                 needed = "a processor with bfloat16 instructions that oneDNN can use (AVX-512)"

@@ -1,9 +1,8 @@
 """Fused kernels for CUDA in Triton, registered as ways of what the core defines.
 
-They serve CUDA tensors in float32, float16 and bfloat16 where Triton is installed and can
-compile, on NVIDIA GPUs of the Ampere generation or newer; everywhere else the layer runs in
-plain PyTorch. The environment variable ``DSV2_KERNELS=0`` leaves them out, and so does ``with
-ops.without("triton"):``.
+They serve CUDA tensors in float32, float16 and bfloat16 where Triton is installed and can compile, on NVIDIA GPUs of the
+Ampere generation or newer; everywhere else the layer runs in plain PyTorch. The environment variable ``DSV2_KERNELS=0``
+leaves them out, and so does ``with ops.without("triton"):``.
 """
 
 import importlib.util
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
@@ -26,32 +25,22 @@ from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary
 
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-DEVICE = "cpu" if INTERPRETED else "cuda"
-"""Whose tensors the kernels serve; Triton's interpreter runs them on the CPU."""
-
+DEVICE = "cpu" if INTERPRETED else "cuda"  # whose tensors the kernels serve
 ON_GPU: dict[str, Any] = {"device": DEVICE, "dtypes": HALF_AND_SINGLE}
 
-LARGEST_LATENT, LARGEST_ROPE = 512, 64
-"""Sizes of a cached token up to which the decoding kernel serves; larger tiles do not fit
-the shared memory of a multiprocessor."""
+LARGEST_ROW = 8192  # features of a norm with a gradient: more do not fit the registers
 
-LARGEST_ROW = 8192
-"""Features up to which a norm's gradient is a kernel; more do not fit the registers."""
-
-DECODED_AT_ONCE = 8
-"""Queries of a sequence up to which the decoding kernel serves, because it also reads the
-keys that causal order hides."""
-
-MOST_SEQUENCES = 2**16 - 1
-"""Sequences of a decoding launch, whose second axis has no more programs."""
+# Up to which the decoding kernel serves: sizes of a cached token, by the shared memory of a multiprocessor; queries of
+# a sequence, as keys that causal order hides are read, too; and sequences, by the second axis of a launch.
+LARGEST_LATENT, LARGEST_ROPE, DECODED_AT_ONCE, MOST_SEQUENCES = 512, 64, 8, 2**16 - 1
 
 
 @cache
 def cannot_compile() -> str:
     """Why Triton cannot make kernels on this machine; an empty string if it can.
 
-    Triton builds a small C library at its first launch, for which it needs a C compiler and
-    Python's headers. This is tried once; where it fails, one warning says what is missing.
+    Triton builds a small C library at its first launch, for which it needs a C compiler and Python's headers. This is
+    tried once; where it fails, one warning says what is missing.
     """
     if os.environ.get("DSV2_KERNELS", "1") == "0":
         return "DSV2_KERNELS is 0"
@@ -76,8 +65,7 @@ def cannot_compile() -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cannot_run(device: torch.device) -> str:
-    """Why kernels cannot run on this GPU; an empty string if they can. A compiled step asks
-    once and not in its graph."""
+    """Why kernels cannot run on this GPU; an empty string if they can. A compiled step asks once and not in its graph."""
     reason = cannot_compile()
     if not reason and not INTERPRETED and torch.cuda.is_available():
         older = torch.cuda.get_device_capability(device) < (8, 0)
@@ -88,9 +76,8 @@ def cannot_run(device: torch.device) -> str:
 def alike(*tensors: Float[Tensor, "..."]) -> str:
     """Why a kernel cannot take these together: they must share a dtype and a GPU."""
     first = tensors[0]
-    for x in tensors:
-        if x.dtype != first.dtype or x.device != first.device:
-            return "not all of one dtype on one GPU"
+    if any(x.dtype != first.dtype or x.device != first.device for x in tensors):
+        return "not all of one dtype on one GPU"
     return cannot_run(first.device)
 
 
@@ -120,8 +107,12 @@ def _not_the_rotation(q_pe: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor) -> s
 
 @ops.faster(apply_rotary, "triton rotation", why_not=_not_the_rotation, **ON_GPU)
 def _rotate(q_pe: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    turned = operators.rotate(q_pe, cos[:, None], sin[:, None])
-    return turned, operators.rotate(k_pe, cos, sin)
+    return operators.rotate(q_pe, cos[:, None], sin[:, None]), operators.rotate(k_pe, cos, sin)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _processors(device: torch.device) -> int:
+    return plan.gpu_of(device).processors
 
 
 def _not_decoding(
@@ -141,36 +132,19 @@ def _not_decoding(
     return ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _processors(device: torch.device) -> int:
-    return plan.gpu_of(device).processors
-
-
 @ops.faster(
     attend, "triton decoding", where={"implementation": "products"}, gradients=False, why_not=_not_decoding, **ON_GPU
 )
 def _decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Visibility,
-    scale: float,
-    dropout: float = 0.0,
-    *,
-    implementation: str = "products",
+    query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
-    latent = value.shape[-1]
-    return operators.mla_decode(query, key[:, 0], latent, scale, visible.padding), None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return operators.mla_decode(query, key[:, 0], value.shape[-1], scale, visible.padding), None
 
 
 def _not_the_layer(layer: DeepseekV2DecoderLayer, hidden_states: Tensor, *_: Any, **__: Any) -> str:
     norm = layer.post_attention_layernorm
-    if type(norm) is not DeepseekV2RMSNorm or _has_hooks(norm):
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    if type(norm) is not DeepseekV2RMSNorm or hooks:
         return "the second norm is replaced or has hooks"
     return _not_for_norms(hidden_states, norm.weight)
 

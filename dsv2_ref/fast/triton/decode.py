@@ -20,33 +20,15 @@ from dsv2_ref.fast.triton import plan
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
 
+# fmt: off
 @jit(do_not_specialize=["kv_seq", "p_batch"])  # these grow with every step
 def mla_partial_kernel(
-    query,
-    keys,
-    padding,
-    sums,
-    log_sums,
-    heads,
-    seq,
-    kv_seq,
-    share_size,
-    latent,
-    rope,
-    scale,
-    q_batch,  # strides, in elements
-    q_head,
-    q_token,
-    k_batch,
-    k_token,
-    p_batch,
-    p_token,
-    HAS_PADDING: tl.constexpr,
-    ONE_SHARE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    LATENT: tl.constexpr,
-    ROPE: tl.constexpr,
+    query, keys, padding, sums, log_sums,
+    heads, seq, kv_seq, share_size, latent, rope, scale,
+    q_batch, q_head, q_token,  # strides, in elements
+    k_batch, k_token, p_batch, p_token,
+    HAS_PADDING: tl.constexpr, ONE_SHARE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
 ):
     """A program: ROWS queries of one sequence, one share of the keys, KEYS at a time.
 
@@ -115,6 +97,7 @@ def mla_partial_kernel(
     out = sums + part[:, None] * latent + c
     tl.store(out, left, mask=real & (c < latent))
     tl.store(out + LATENT // 2, right, mask=real & (c + LATENT // 2 < latent))
+# fmt: on
 
 
 @jit(do_not_specialize=["shares"])
@@ -151,16 +134,16 @@ def mla_decode_launch(
     padding: Bool[Tensor, "batch kv_seq"] | None = None,
     splits: int | None = None,
 ) -> Float[Tensor, "batch heads seq latent"]:
-    """`attend` to one key for all heads, causal from the bottom right, in the kernels; with ``splits``
-    shares of the keys, or as many as fill the GPU."""
+    """`attend` to one key for all heads, causal from the bottom right, in the kernels; with ``splits`` shares of the
+    keys, or as many as fill the GPU."""
     batch, heads, seq, width = query.shape
-    kv_seq, rows = tokens.shape[1], heads * seq
+    kv_seq, rows, rope = tokens.shape[1], heads * seq, width - latent
     query = query if query.stride(-1) == 1 else query.contiguous()
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     out = torch.empty(batch, heads, seq, latent, dtype=query.dtype, device=query.device)
     if not out.numel():
         return out
-    wide, narrow = max(16, power_of_two(latent)), max(16, power_of_two(width - latent))
+    wide, narrow = max(16, power_of_two(latent)), max(16, power_of_two(rope))
     gpu, itemsize, row_blocks = plan.gpu_of(query.device), query.element_size(), -(-rows // plan.BLOCK_ROWS)
     keys = plan.keys_at_once(itemsize, gpu.shared)
     if splits is None:
@@ -175,41 +158,15 @@ def mla_decode_launch(
     mask = query if padding is None else padding.to(torch.uint8)
     with torch.cuda.device_of(query):
         mla_partial_kernel[(row_blocks, batch, splits)](
-            query,
-            tokens,
-            mask,
-            sums,
-            log_sums,
-            heads,
-            seq,
-            kv_seq,
-            size,
-            latent,
-            width - latent,
-            scale,
-            *query.stride()[:3],
-            *tokens.stride()[:2],
-            *mask.stride()[:2],
-            HAS_PADDING=padding is not None,
-            ONE_SHARE=splits == 1,
-            ROWS=plan.BLOCK_ROWS,
-            KEYS=keys,
-            LATENT=wide,
-            ROPE=narrow,
-            num_warps=4,
-            num_stages=plan.STAGES,
-        )
+            query, tokens, mask, sums, log_sums, heads, seq, kv_seq, size, latent, rope, scale,
+            *query.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2],
+            HAS_PADDING=padding is not None, ONE_SHARE=splits == 1,
+            ROWS=plan.BLOCK_ROWS, KEYS=keys, LATENT=wide, ROPE=narrow, num_warps=4, num_stages=plan.STAGES,
+        )  # fmt: skip
         if splits > 1:
             columns = min(128, wide)
             mla_combine_kernel[(batch * rows, wide // columns)](
-                sums,
-                log_sums,
-                out,
-                latent,
-                splits,
-                SHARES=max(plan.MAX_SHARES, power_of_two(splits)),
-                AT_ONCE=16,
-                COLUMNS=columns,
-                num_warps=4,
-            )
+                sums, log_sums, out, latent, splits,
+                SHARES=max(plan.MAX_SHARES, power_of_two(splits)), AT_ONCE=16, COLUMNS=columns, num_warps=4,
+            )  # fmt: skip
     return out

@@ -14,28 +14,15 @@ from torch import Tensor
 from dsv2_ref.fast.products import torch_can_group
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
-MOST_TILES = 2**16 - 1
-"""Programs of a launch along its second axis (CUDA C++ Programming Guide, technical specifications)."""
+MOST_TILES = 2**16 - 1  # of a launch's second axis (CUDA C++ Programming Guide, technical specifications)
 
 
 @jit
 def grouped_product_kernel(
-    rows,
-    weights,
-    group_ends,
-    out,
-    groups,
-    outputs,
-    inputs,
-    row_stride,
-    weight_group,  # strides, in elements
-    weight_output,
-    weight_input,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INPUTS: tl.constexpr,
-):
+    rows, weights, group_ends, out, groups, outputs, inputs,
+    row_stride, weight_group, weight_output, weight_input,  # strides, in elements
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
     """A program: ROWS rows of one group by COLUMNS outputs."""
     tile = tl.program_id(1)
     group = tl.arange(0, GROUPS)
@@ -82,28 +69,23 @@ def tile_sizes(rows: int, groups: int, itemsize: int) -> tuple[int, int, int]:
 
 
 def most_tiles(rows: int, groups: int, itemsize: int) -> int:
-    """Tiles of rows that the groups could need at most: no more than `MOST_TILES` fit one launch."""
+    """Tiles of rows that the groups could need at most."""
     tall, _, _ = tile_sizes(rows, groups, itemsize)
     return -(-rows // tall) + groups
 
 
 def should_serve(rows: Float[Tensor, "rows inputs"], weights: Float[Tensor, "groups outputs inputs"]) -> bool:
-    """Whether the kernel is to multiply these: on GPUs where torch would loop over the groups
-    and wait for their sizes, which are all but bfloat16 on sm_90 and sm_100.
-
-    Not for some four million rows and more, which are too many for one launch.
-    """
+    """Whether the kernel is to multiply these: on GPUs where torch would loop over the groups and wait for their sizes,
+    which are all but bfloat16 on sm_90 and sm_100; up to some four million rows, as one launch takes no more."""
     from dsv2_ref.fast import triton
 
     known = rows.dtype in triton.HALF_AND_SINGLE and not triton.alike(rows, weights)
     if not known or most_tiles(len(rows), len(weights), rows.element_size()) > MOST_TILES:
         return False
-    if triton.DEVICE == "cpu":  # interpreted
+    if triton.DEVICE == "cpu" or rows.dtype != torch.bfloat16:  # interpreted, or looped over
         return True
     generation = torch.cuda.get_device_capability(rows.device)[0]
-    if generation not in (9, 10) or rows.dtype != torch.bfloat16:
-        return True
-    return not torch_can_group(rows, weights, groups=len(weights))
+    return generation not in (9, 10) or not torch_can_group(rows, weights, groups=len(weights))
 
 
 def grouped_product_launch(
@@ -116,23 +98,12 @@ def grouped_product_launch(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     out = torch.empty(len(rows), outputs, dtype=rows.dtype, device=rows.device)
     if out.numel():
-        tall, wide, deep = tile_sizes(len(rows), groups, rows.element_size())
+        sizes = len(rows), groups, rows.element_size()
+        tall, wide, deep = tile_sizes(*sizes)
         with torch.cuda.device_of(rows):
-            grouped_product_kernel[(-(-outputs // wide), most_tiles(len(rows), groups, rows.element_size()))](
-                rows,
-                weights,
-                group_ends.contiguous(),
-                out,
-                groups,
-                outputs,
-                inputs,
-                rows.stride(0),
-                *weights.stride(),
-                GROUPS=power_of_two(groups),
-                ROWS=tall,
-                COLUMNS=wide,
-                INPUTS=deep,
-                num_warps=4,
-                num_stages=3,
-            )
+            grouped_product_kernel[(-(-outputs // wide), most_tiles(*sizes))](
+                rows, weights, group_ends.contiguous(), out, groups, outputs, inputs,
+                rows.stride(0), *weights.stride(),
+                GROUPS=power_of_two(groups), ROWS=tall, COLUMNS=wide, INPUTS=deep, num_warps=4, num_stages=3,
+            )  # fmt: skip
     return out

@@ -6,20 +6,19 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["jit", "power_of_two", "tl"]
-
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = None
-    tl = SimpleNamespace(constexpr=int)
+    triton, tl = None, SimpleNamespace(constexpr=int)
+
+__all__ = ["jit", "power_of_two", "tl"]
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """``triton.jit``, with its options; the function itself without Triton.
 
-    Triton compiles the source of a function and looks names up in its module, so wrappers around it are taken off.
+    Triton compiles a function's source and looks names up in its module, so wrappers around it are taken off.
     """
     if function is None:
         return partial(jit, **options)

@@ -1,6 +1,5 @@
 """Residual addition and RMSNorm in one pass over memory, forward and backward.
 
-Apart, the addition reads two streams and writes one, and the norm's plain form reads and writes several times more.
 Fused, each of the N · D elements is read twice (update, residual) and written twice (sum, normalised): 4·N·D elements
 move instead of 5·N·D for an addition and a fused norm, and 14·N·D in separate operations of PyTorch, half of them in
 float32.
@@ -14,24 +13,15 @@ from torch import Tensor
 
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
-BACKWARD_PROGRAMS = 256
-"""Programs of the backward kernel; each sums the weight's gradient over its share of the rows."""
+BACKWARD_PROGRAMS = 256  # each sums the weight's gradient over its share of the rows
 
 
+# fmt: off
 @jit
 def add_rmsnorm_kernel(
-    update,  # pointers to the first element of each tensor
-    residual,
-    weight,
-    total,
-    normed,
-    inverse_rms,
-    update_stride,  # elements from one row to the next
-    residual_stride,
-    features,
-    eps,
-    HAS_RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    update, residual, weight, total, normed, inverse_rms,  # pointers to first elements
+    update_stride, residual_stride,  # elements from one row to the next
+    features, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One program a row, which stays in registers to the end."""
     row = tl.program_id(0).to(tl.int64)
@@ -56,17 +46,8 @@ def add_rmsnorm_kernel(
 
 @jit
 def add_rmsnorm_backward_kernel(
-    grad,
-    total,
-    weight,
-    inverse_rms,
-    by_input,
-    by_weight,
-    grad_stride,
-    total_stride,
-    rows,
-    features,
-    BLOCK: tl.constexpr,
+    grad, total, weight, inverse_rms, by_input, by_weight,
+    grad_stride, total_stride, rows, features, BLOCK: tl.constexpr,
 ):
     """Each program takes every ``programs``-th row, and keeps its share of the weight's gradient in registers."""
     program = tl.program_id(0).to(tl.int64)
@@ -85,11 +66,7 @@ def add_rmsnorm_backward_kernel(
         tl.store(by_input + row * features + feature, dx.to(x.dtype), mask=inside)
         share += dy.to(tl.float32) * unit.to(x.dtype).to(tl.float32)
     tl.store(by_weight + program * features + feature, share, mask=inside)
-
-
-def warps(features: int) -> int:
-    """Warps of a program: about sixteen elements per thread."""
-    return min(16, max(1, power_of_two(features) // 512))
+# fmt: on
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -97,25 +74,26 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _block(features: int) -> dict[str, int]:
+    """A row of a program, and its warps: about sixteen elements per thread."""
+    block = power_of_two(features)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
 def rms_norm_launch(
     x: Float[Tensor, "*batch hidden"], weight: Float[Tensor, "hidden"], eps: float
 ) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch"]]:
     """`DeepseekV2RMSNorm.forward` in the kernel, and 1 / rms of each row."""
-    _, normed, inverse_rms = _launch(x, None, weight, eps)
-    return normed, inverse_rms
+    return add_rms_norm_launch(x, None, weight, eps)[1:]
 
 
 def add_rms_norm_launch(
     update: Float[Tensor, "*batch hidden"],
-    residual: Float[Tensor, "*batch hidden"],
+    residual: Float[Tensor, "*batch hidden"] | None,
     weight: Float[Tensor, "hidden"],
     eps: float,
 ) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "*batch hidden"], Float[Tensor, "*batch"]]:
     """``total = residual + update``, its norm, and 1 / rms of each row, in the kernel."""
-    return _launch(update, residual, weight, eps)
-
-
-def _launch(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     shape, features = update.shape, update.shape[-1]
     x = _rows(update)
     r = x if residual is None else _rows(residual)
@@ -125,20 +103,9 @@ def _launch(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     if normed.numel():
         with torch.cuda.device_of(x):
             add_rmsnorm_kernel[(len(x),)](
-                x,
-                r,
-                weight.contiguous(),
-                total,
-                normed,
-                inverse_rms,
-                x.stride(0),
-                r.stride(0),
-                features,
-                eps,
-                HAS_RESIDUAL=residual is not None,
-                BLOCK=power_of_two(features),
-                num_warps=warps(features),
-            )
+                x, r, weight.contiguous(), total, normed, inverse_rms, x.stride(0), r.stride(0), features, eps,
+                HAS_RESIDUAL=residual is not None, **_block(features),
+            )  # fmt: skip
     return total, normed, inverse_rms
 
 
@@ -150,11 +117,10 @@ def rms_norm_backward_launch(
 ) -> tuple[Float[Tensor, "*batch hidden"], Float[Tensor, "hidden"]]:
     """Gradients of the norm by its input and by its weight, in the kernel.
 
-    With x̂ = x / rms and g = w · grad: (g - x̂ · mean(g · x̂)) / rms, and Σ grad · x̂ over the
-    rows; the same sums in the same order on every run.
+    With x̂ = x / rms and g = w · grad: (g - x̂ · mean(g · x̂)) / rms, and Σ grad · x̂ over the rows; the same sums in the
+    same order on every run.
     """
-    features = total.shape[-1]
-    dy, x = _rows(grad), _rows(total)
+    dy, x, features = _rows(grad), _rows(total), total.shape[-1]
     programs = min(max(len(x), 1), BACKWARD_PROGRAMS)
     by_input = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     by_weight = torch.empty(programs, features, dtype=torch.float32, device=total.device)
@@ -162,17 +128,7 @@ def rms_norm_backward_launch(
         return by_input, torch.zeros_like(weight)
     with torch.cuda.device_of(x):
         add_rmsnorm_backward_kernel[(programs,)](
-            dy,
-            x,
-            weight.contiguous(),
-            inverse_rms.contiguous(),
-            by_input,
-            by_weight,
-            dy.stride(0),
-            x.stride(0),
-            len(x),
-            features,
-            BLOCK=power_of_two(features),
-            num_warps=warps(features),
-        )
+            dy, x, weight.contiguous(), inverse_rms.contiguous(), by_input, by_weight,
+            dy.stride(0), x.stride(0), len(x), features, **_block(features),
+        )  # fmt: skip
     return by_input, by_weight.sum(0).to(weight.dtype)

@@ -1,8 +1,7 @@
-"""The kernels as operators of torch (``dsv2_ref::…``): with shapes for the compiler, and
-gradients. Their meaning is the core's: `DeepseekV2RMSNorm`, `rotate_interleaved`, `attend`.
+"""The kernels as operators of torch (``dsv2_ref::…``): with shapes for the compiler, and gradients. Their meaning is
+the core's: `DeepseekV2RMSNorm`, `rotate_interleaved`, `attend`.
 
-The kernels' modules are imported when an operator first runs, so that importing the package
-never imports Triton.
+The kernels' modules are imported when an operator first runs, so that importing the package never imports Triton.
 """
 
 from typing import Any
@@ -11,70 +10,27 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-
-@torch.library.custom_op("dsv2_ref::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from dsv2_ref.fast.triton.norm import rms_norm_launch
-
-    return rms_norm_launch(x, weight, eps)
-
-
-@torch.library.custom_op("dsv2_ref::add_rms_norm", mutates_args=())
-def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    from dsv2_ref.fast.triton.norm import add_rms_norm_launch
-
-    return add_rms_norm_launch(update, residual, weight, eps)
-
-
-@torch.library.custom_op("dsv2_ref::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    from dsv2_ref.fast.triton.norm import rms_norm_backward_launch
-
-    return rms_norm_backward_launch(grad, total, weight, inverse_rms)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+from dsv2_ref.fast.products import as_operator
 
 
 def _statistics(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _dense(x), _statistics(x)
-
-
-@_add_rms_norm.register_fake
-def _(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense(update), _dense(update), _statistics(update)
-
-
-@_rms_norm_backward.register_fake
-def _(grad: Tensor, total: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    return _dense(total), _dense(weight)
+def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def _backward_of_norm(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
-    by_input, by_weight = _rms_norm_backward(grad, *ctx.saved_tensors)
-    return by_input, by_weight, None
+    return *_rms_norm_backward(grad, *ctx.saved_tensors), None
 
 
-def _backward_of_add_norm(ctx: Any, grad_total: Tensor, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, None]:
-    by_input, by_weight = _rms_norm_backward(grad, *ctx.saved_tensors)
-    by_input = by_input + grad_total
-    return by_input, by_input, by_weight, None
+@as_operator(lambda x, *_: (x.new_empty(x.shape), _statistics(x)), _backward_of_norm, _save_norm)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from dsv2_ref.fast.triton import norm
 
-
-def _once_only(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("the gradient of a fused norm gives no gradients in turn; run within ops.plain()")
-
-
-def _save_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
+    return norm.rms_norm_launch(x, weight, eps)
 
 
 def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -83,21 +39,30 @@ def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(inverse_rms)
 
 
-_rms_norm.register_autograd(_backward_of_norm, setup_context=_save_norm)
-_add_rms_norm.register_autograd(_backward_of_add_norm, setup_context=_save_add_norm)
-_rms_norm_backward.register_autograd(_once_only)
+def _backward_of_add_norm(ctx: Any, grad_total: Tensor, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    by_total, by_weight = _rms_norm_backward(grad, *ctx.saved_tensors)
+    by_both = by_total + grad_total
+    return by_both, by_both, by_weight, None
 
 
-@torch.library.custom_op("dsv2_ref::rotate", mutates_args=())
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    from dsv2_ref.fast.triton.rotate import rotate_launch
+@as_operator(
+    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape), _statistics(x)), _backward_of_add_norm, _save_add_norm
+)
+def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from dsv2_ref.fast.triton import norm
 
-    return rotate_launch(x, cos, sin, backward)
+    return norm.add_rms_norm_launch(update, residual, weight, eps)
 
 
-@_rotate.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
-    return _dense(x)
+def _once_only(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("the gradient of a fused norm gives no gradients in turn; run within ops.plain()")
+
+
+@as_operator(lambda _, total, weight, *__: (total.new_empty(total.shape), weight.new_empty(weight.shape)), _once_only)
+def _rms_norm_backward(grad: Tensor, total: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+    from dsv2_ref.fast.triton import norm
+
+    return norm.rms_norm_backward_launch(grad, total, weight, inverse_rms)
 
 
 def _save_tables(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
@@ -111,26 +76,22 @@ def _backward_of_rotation(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, N
     return _rotate(grad, *ctx.saved_tensors, not ctx.was_backward), None, None, None
 
 
-_rotate.register_autograd(_backward_of_rotation, setup_context=_save_tables)
+@as_operator(lambda x, *_: x.new_empty(x.shape), _backward_of_rotation, _save_tables)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    from dsv2_ref.fast.triton.rotate import rotate_launch
 
-
-@torch.library.custom_op("dsv2_ref::mla_decode", mutates_args=())
-def _mla_decode(query: Tensor, tokens: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
-    from dsv2_ref.fast.triton.decode import mla_decode_launch
-
-    return mla_decode_launch(query, tokens, latent, scale, padding)
-
-
-@_mla_decode.register_fake
-def _(query: Tensor, tokens: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
-    return query.new_empty(*query.shape[:3], latent)
+    return rotate_launch(x, cos, sin, backward)
 
 
 def _no_gradients(ctx: Any, grad: Tensor) -> Any:
     raise RuntimeError("mla_decode gives no gradients; run under torch.no_grad, or within ops.plain()")
 
 
-_mla_decode.register_autograd(_no_gradients)
+@as_operator(lambda query, _, latent, *__: query.new_empty(*query.shape[:3], latent), _no_gradients)
+def _mla_decode(query: Tensor, tokens: Tensor, latent: int, scale: float, padding: Tensor | None) -> Tensor:
+    from dsv2_ref.fast.triton.decode import mla_decode_launch
+
+    return mla_decode_launch(query, tokens, latent, scale, padding)
 
 
 def rms_norm(
@@ -155,8 +116,7 @@ def add_rms_norm(
     Raises:
         RuntimeError: when a gradient's gradient is asked for.
     """
-    total, normed, _ = _add_rms_norm(update, residual, weight, eps)
-    return total, normed
+    return _add_rms_norm(update, residual, weight, eps)[:2]
 
 
 def rotate(

@@ -9,25 +9,22 @@ from typing import NamedTuple
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Whether Triton runs kernels on the CPU, in its interpreter."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # by Triton, on the CPU
 
 BLOCK_ROWS = 16
 """Rows of a block, each the query of one head; tensor cores take no fewer. With 64 or more, Triton 3.7 computes two
 chained products wrongly on sm_100 (triton issue 10821)."""
 
-STAGES = 2
-"""Stages of the pipeline, so that one tile of keys is in use while the next is on its way."""
+STAGES = 2  # of the pipeline: one tile of keys is in use while the next is on its way
+MAX_SHARES = 128  # of the keys: about one for each multiprocessor, so that adding them stays cheap
+START_TILES = 4  # that a share costs besides its keys: its queries, the first tile's latency, its float32 result
 
-MAX_SHARES = 128
-"""Most shares of the keys, about one for each multiprocessor, so that adding them stays cheap."""
-
-START_TILES = 4
-"""What a share costs besides its keys, in tiles, for its queries, the first tile's latency, and its float32 result."""
+FLOPS_PER_CYCLE, BYTES_PER_CYCLE = 2458, 14.5
+"""For each multiprocessor of an H100, 60 % of its tensor cores' peak, and its share of the memory's bandwidth."""
 
 
 class Gpu(NamedTuple):
-    """What a launch needs to know: the multiprocessors, and the bytes of shared memory that each of them has."""
+    """The multiprocessors of a GPU, and the bytes of shared memory that each of them has."""
 
     processors: int
     shared: int
@@ -52,11 +49,8 @@ def keys_at_once(itemsize: int, shared: int = H100.shared) -> int:
 
 
 def blocks_at_once(keys: int, width: int, itemsize: int, shared: int) -> int:
-    """Blocks that a multiprocessor keeps together: as many as its shared memory holds, and by its registers four in
-    half precision and two in float32.
-
-    A block has one tile of keys, its queries and their weights, and 1 KB of its own.
-    """
+    """Blocks that a multiprocessor keeps together: as many as its shared memory holds, each with one tile of keys, its
+    queries, their weights and 1 KB of its own, and by its registers four in half precision and two in float32."""
     used = (keys * width + BLOCK_ROWS * (width + keys)) * itemsize + 1024
     return max(1, min(4 if itemsize == 2 else 2, shared // used))
 
@@ -77,12 +71,8 @@ def split_keys(kv_seq: int, programs: int, slots: int, keys: int) -> tuple[int, 
     share of each sequence is more than half a wave, it spreads several waves evenly.
     """
     tiles = -(-kv_seq // keys)
-    size = -(-tiles // _shares(tiles, programs, slots)) * keys
-    return max(1, -(-kv_seq // size)) if size else 1, max(size, keys)
-
-
-FLOPS_PER_CYCLE, BYTES_PER_CYCLE = 2458, 14.5
-"""For each multiprocessor of an H100, 60 % of its tensor cores' peak, and its share of the memory's bandwidth."""
+    size = max(1, -(-tiles // _shares(tiles, programs, slots))) * keys
+    return max(1, -(-kv_seq // size)), size
 
 
 def kernel_cycles(batch: int, rows: int, width: int, latent: int, processors: int) -> float:
@@ -110,11 +100,10 @@ def plain_cycles(batch: int, rows: int, width: int, latent: int, processors: int
 
 
 def decoding_pays(batch: int, heads: int, seq: int, width: int, latent: int, processors: int) -> bool:
-    """Whether the decoding kernel needs fewer cycles than plain products, by count.
+    """Whether the decoding kernel needs fewer cycles than plain products, by count, at any number of keys.
 
-    On an H100 it does for up to 64 rows (heads · seq) at any batch, and with 128 heads for up to 8 sequences. Both
-    counts grow with the number of keys, which therefore cancels; launches, of which plain products have more, are
-    left out.
+    On an H100 it does for up to 64 rows (heads · seq) at any batch, and with 128 heads for up to 8 sequences. Launches,
+    of which plain products have more, are left out.
     """
     sizes = batch, heads * seq, width, latent, processors
     return kernel_cycles(*sizes) <= plain_cycles(*sizes)

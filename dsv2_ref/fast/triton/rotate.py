@@ -12,33 +12,17 @@ from torch import Tensor
 
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
-BLOCK_ROWS = 16
-"""Rows (a token of a head) that one program turns."""
+BLOCK_ROWS = 16  # that one program turns, each a token of a head
 
 
 @jit
 def rotate_kernel(
-    x,
-    cos,
-    sin,
-    out,
-    heads,
-    seq,
-    rows,
-    pairs,
-    x_batch,  # strides, in elements
-    x_head,
-    x_token,
-    cos_batch,
-    cos_head,
-    cos_token,
-    sin_batch,
-    sin_head,
-    sin_token,
-    sign,
-    BLOCK: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
+    x, cos, sin, out, heads, seq, rows, pairs,
+    x_batch, x_head, x_token,  # strides, in elements
+    cos_batch, cos_head, cos_token,
+    sin_batch, sin_head, sin_token,
+    sign, BLOCK: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """One program a block of rows, counted through batch, head and token."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     token = row % seq
@@ -72,31 +56,17 @@ def rotate_launch(
     sin: Float[Tensor, "*table pairs"],
     backward: bool = False,
 ) -> Float[Tensor, "*batch dim"]:
-    """`rotate_interleaved` in the kernel for up to four axes of any strides; ``backward`` turns
-    the other way."""
+    """`rotate_interleaved` in the kernel for up to four axes of any strides; ``backward`` turns the other way."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     table = (*x.shape[:-1], x.shape[-1] // 2)
-    four, c, s = _four(x), *(_four(t.expand(table)) for t in (cos, sin))
+    four, c, s = _four(x), _four(cos.expand(table)), _four(sin.expand(table))
     _, heads, seq, dim = four.shape
-    rows = four[..., 0].numel()
-    if rows:
+    if rows := four[..., 0].numel():
         with torch.cuda.device_of(x):
             rotate_kernel[(-(-rows // BLOCK_ROWS),)](
-                four,
-                c,
-                s,
-                out,
-                heads,
-                seq,
-                rows,
-                dim // 2,
-                *four.stride()[:3],
-                *c.stride()[:3],
-                *s.stride()[:3],
-                -1.0 if backward else 1.0,
-                BLOCK=BLOCK_ROWS,
-                PAIRS=power_of_two(dim // 2),
-                num_warps=4,
+                four, c, s, out, heads, seq, rows, dim // 2,
+                *four.stride()[:3], *c.stride()[:3], *s.stride()[:3],
+                -1.0 if backward else 1.0, BLOCK=BLOCK_ROWS, PAIRS=power_of_two(dim // 2), num_warps=4,
                 enable_fp_fusion=False,  # products are rounded before they are added, as PyTorch rounds them
-            )
+            )  # fmt: skip
     return out
