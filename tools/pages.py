@@ -17,7 +17,9 @@ import yaml
 from docutils import nodes  # type: ignore[import-untyped]
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.util.docutils import SphinxDirective
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+from tools.budget import budget_of
 
 
 def description(doctree: nodes.document) -> str:
@@ -114,10 +116,19 @@ class Chapters(SphinxDirective):
         return [found]
 
 
+class ReadingTime(SphinxRole):
+    """``{reading}`time```: how long the chapter takes, as `tools.budget` counts it."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        minutes = budget_of(Path(self.env.doc2path(self.env.docname))).minutes
+        return [nodes.Text(f"{minutes} minutes")], []
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("stored-figure", StoredFigure)
     app.add_directive("chapters", Chapters)
+    app.add_role("reading", ReadingTime())
     app.connect("html-page-context", describe, priority=400)
     app.connect("html-page-context", withdraw, priority=600)
     # MathJax comes with the first page, with formulas or without, so that no later one has to wait for it.
