@@ -120,6 +120,7 @@ class ReadingTime(SphinxRole):
     """``{reading}`time```: how long the chapter takes, as `tools.budget` counts it."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The text in place of the role."""
         minutes = budget_of(Path(self.env.doc2path(self.env.docname))).minutes
         return [nodes.Text(f"{minutes} minutes")], []
 
