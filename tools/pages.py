@@ -10,6 +10,7 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from tools.budget import budget_of
+from experiments.cast import SYMBOLS, sizes_of
+from tools.budget import budget_of, chapters
 
 
 def description(doctree: nodes.document) -> str:
@@ -125,11 +127,36 @@ class ReadingTime(SphinxRole):
         return [nodes.Text(f"{minutes} minutes")], []
 
 
+def size_symbols(app: Sphinx, doctree: nodes.document) -> None:
+    """Let the first mention of a letter in each section show its sizes, on hover and on focus."""
+    if app.env.docname.removeprefix("book/") not in {path.stem for path in chapters()}:
+        return
+    for section in doctree.findall(nodes.section):
+        met: set[str] = set()
+        for math in list(section.findall(nodes.math)):
+            symbol, parent = math.astext(), math.parent
+            own = next(node for node in _above(math) if isinstance(node, nodes.section))
+            if own is not section or not isinstance(parent, nodes.paragraph) or symbol in met or symbol not in SYMBOLS:
+                continue
+            met.add(symbol)
+            sizes = ", ".join(f"{name} {size}" for name, size in sizes_of(symbol).items())
+            told = f'<span class="sizes">{html.escape(SYMBOLS[symbol][0])}: {sizes}</span></span>'
+            place = parent.index(math)
+            parent.insert(place + 1, nodes.raw("", told, format="html"))
+            parent.insert(place, nodes.raw("", '<span class="sized" tabindex="0">', format="html"))
+
+
+def _above(node: nodes.Node) -> Iterator[nodes.Node]:
+    while node := node.parent:
+        yield node
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("stored-figure", StoredFigure)
     app.add_directive("chapters", Chapters)
     app.add_role("reading", ReadingTime())
+    app.connect("doctree-read", size_symbols)
     app.connect("html-page-context", describe, priority=400)
     app.connect("html-page-context", withdraw, priority=600)
     # MathJax comes with the first page, with formulas or without, so that no later one has to wait for it.
