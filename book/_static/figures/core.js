@@ -1,0 +1,92 @@
+// The shared part of the interactive figures: labelled controls, bars, one spoken sentence, and the state in the address.
+"use strict";
+
+const figures = {
+  withCommas: (x) => Math.round(x).toLocaleString("en-US"),
+
+  // Three significant digits and a unit in powers of ten.
+  amount(x, unit) {
+    const steps = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+    const [size, prefix] = steps.find(([least]) => x >= least) ?? [1, ""];
+    const digits = Math.max(0, 2 - Math.floor(Math.log10(Math.max(1, x / size))));
+    return `${(x / size).toFixed(size === 1 ? 0 : digits)} ${prefix}${unit}`;
+  },
+
+  element(tag, attributes = {}, ...children) {
+    const svg = ["svg", "rect", "text", "title", "line", "path", "circle", "g"].includes(tag);
+    const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  },
+
+  // A figure in `root`: `controls` by name, each {label, options} or {label, min, max, step, value, show}; `draw(state)`
+  // gives {sentence, bars: [{label, value, text, kind}], rows}, all numbers as text.
+  start(root, name, controls, draw) {
+    const { element } = figures;
+    const asked = new URLSearchParams(location.search);
+    const form = element("form", { class: "figure-controls" });
+    const fields = {};
+    for (const [key, control] of Object.entries(controls)) {
+      const id = `${name}-${key}`;
+      let field;
+      if (control.options) {
+        field = element("select", { id, name: key });
+        for (const option of control.options) field.append(element("option", { value: option }, option));
+      } else {
+        field = element("input", { id, name: key, type: "range", min: control.min, max: control.max, step: control.step });
+      }
+      const wanted = asked.get(id) ?? control.value ?? control.options[0];
+      field.value = wanted;
+      if (field.value !== String(wanted)) field.value = control.value ?? control.options[0];
+      const shown = element("output", { for: id });
+      form.append(element("label", { for: id }, control.label, " ", control.options ? "" : shown), field);
+      fields[key] = { field, shown, control };
+    }
+    form.addEventListener("submit", (event) => event.preventDefault());
+    const picture = element("div", { class: "figure-bars" });
+    const sentence = element("p", { class: "figure-sentence", "aria-live": "polite" });
+    const table = element("table", { hidden: "" });
+    const button = element("button", { type: "button", "aria-expanded": "false" }, "Show as a table");
+    button.addEventListener("click", () => {
+      table.hidden = !table.hidden;
+      button.setAttribute("aria-expanded", String(!table.hidden));
+    });
+    let waiting;
+    const update = (first) => {
+      const state = {};
+      for (const [key, { field, shown, control }] of Object.entries(fields)) {
+        state[key] = control.options ? field.value : Number(field.value);
+        if (!control.options) {
+          shown.textContent = control.show(state[key]);
+          field.setAttribute("aria-valuetext", shown.textContent);
+        }
+      }
+      const drawn = draw(state);
+      picture.replaceChildren(...drawn.groups.map(figures.bars));
+      table.replaceChildren(element("tbody", {}, ...drawn.groups.flatMap(({ title, bars }) => bars.map(({ label, text }) =>
+        element("tr", {}, element("th", { scope: "row" }, `${title}: ${label}`), element("td", {}, text))))));
+      clearTimeout(waiting);
+      waiting = setTimeout(() => { sentence.textContent = drawn.sentence; }, first ? 0 : 300);
+      if (first) return;
+      const address = new URL(location.href);
+      for (const [key, { field }] of Object.entries(fields)) address.searchParams.set(`${name}-${key}`, field.value);
+      history.replaceState(null, "", address);
+    };
+    form.addEventListener("input", () => update(false));
+    root.replaceChildren(form, picture, sentence, button, table);
+    update(true);
+  },
+
+  // Horizontal bars with a common scale; each says its value beside it, so that colour and length are not all.
+  bars({ title, bars }) {
+    const { element } = figures;
+    const most = Math.max(...bars.map(({ value }) => value));
+    return element("div", { class: "figure-group" }, element("p", { class: "figure-title" }, title),
+      ...bars.map(({ label, value, text, kind }) => element("div", { class: "figure-bar" },
+        element("span", {}, label),
+        element("span", { class: "figure-track", "aria-hidden": "true" },
+          element("span", { class: `figure-fill ${kind}`, style: `width: ${Math.max(0.3, (100 * value) / most)}%` })),
+        element("span", { class: "figure-value" }, text))));
+  },
+};
