@@ -71,6 +71,8 @@ def test_its_state_is_in_the_address_and_is_said(browser: Browser, origin: str) 
     tab.keyboard.press("ArrowRight")
     expect(tab.locator("[data-figure=cache] [aria-live]")).to_contain_text("1 new of 16,384 tokens")
     assert "cache-cached=14" in tab.url
+    tab.select_option("#cache-model", "DeepSeek-V2")
+    expect(tab.locator("#cache-heads")).to_have_value("7")  # the model's own 128
     tab.reload()
     expect(tab.locator("#cache-cached")).to_have_value("14")
     tab.context.close()

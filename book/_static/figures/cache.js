@@ -53,7 +53,7 @@ const cacheFigure = {
 document.addEventListener("DOMContentLoaded", () => {
   const power = (x) => figures.withCommas(2 ** x);
   const controls = {
-    model: { label: "Model", options: Object.keys(cacheFigure.presets) },
+    model: { label: "Model", options: Object.keys(cacheFigure.presets), sets: (model) => ({ heads: Math.log2(cacheFigure.presets[model].H) }) },
     heads: { label: "Heads", min: 0, max: 8, step: 1, value: 4, show: power },
     cached: { label: "Tokens attended to", min: 4, max: 17, step: 1, value: 13, show: power },
     fresh: { label: "New tokens among them", min: 1, max: 512, step: 1, value: 1, show: figures.withCommas },

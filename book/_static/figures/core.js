@@ -20,7 +20,8 @@ const figures = {
     return made;
   },
 
-  // A figure in `root`: `controls` by name, each {label, options} or {label, min, max, step, value, show}; `draw(state)`
+  // A figure in `root`: `controls` by name, each {label, options, sets} or {label, min, max, step, value, show}, where
+  // `sets` says what a choice makes of the others; `draw(state)`
   // gives {sentence, bars: [{label, value, text, kind}], rows}, all numbers as text.
   start(root, name, controls, draw) {
     const { element } = figures;
@@ -73,7 +74,11 @@ const figures = {
       for (const [key, { field }] of Object.entries(fields)) address.searchParams.set(`${name}-${key}`, field.value);
       history.replaceState(null, "", address);
     };
-    form.addEventListener("input", () => update(false));
+    form.addEventListener("input", ({ target }) => {
+      const { sets } = controls[target.name];
+      for (const [key, value] of Object.entries(sets?.(target.value) ?? {})) fields[key].field.value = value;
+      update(false);
+    });
     root.replaceChildren(form, picture, sentence, button, table);
     update(true);
   },
