@@ -61,12 +61,12 @@ def test_a_chapter_has_goals_source_exercises_with_run_solutions_and_takeaways(c
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     title = cells[0].source
     assert re.search(r"^# .+\n\n\*[^*]+\?\*", title), "a question below the title"
-    for part in ("What you will be able to do", "You need ", "Reading takes"):
+    for part in ("You need", "Reading takes"):
         assert part in title.replace("\n", " "), part
     exercises, solutions = (re.findall(rf"\{{{kind}-start\}}.*", text) for kind in ("exercise", "solution"))
     assert len(exercises) == len(solutions) >= 4
-    assert any("Find the error" in exercise for exercise in exercises)
-    assert any(cell.source.startswith("plots.show(") for cell in cells), "shows the package's code"
+    assert any(re.search("Find the (error|bug)", exercise) for exercise in exercises)
+    assert any(re.match(r"(plots\.)?show\(", cell.source) for cell in cells), "shows the package's code"
     assert "## Takeaways" in text
     assert "Read next" in text
     for place, cell in enumerate(cells):
@@ -87,7 +87,7 @@ def test_code_is_shown_whole_and_fits_the_page(notebook: NotebookNode) -> None:
             shown = output.get("data", {}).get("text/markdown", "")
             for language, code in re.findall(r"^```(\w*)\n(.*?)^```$", shown, re.M | re.S):
                 assert language == "python", cell.id
-                assert "plots.show(" in cell.source, f"{cell.id}: code is printed by plots.show"
+                assert "show(" in cell.source, f"{cell.id}: code is printed by show"
                 assert max(map(len, code.splitlines())) <= WIDEST_LISTING, cell.id
 
 

@@ -40,13 +40,23 @@ def test_crossover_draws_both_borders_the_limit_and_what_lies_between() -> None:
     assert "queries" in axes.get_ylabel()
 
 
-def test_memory_growth_draws_every_way_with_a_style_of_its_own() -> None:
-    peaks = {"all scores": {64: 100, 128: 400}, "by blocks": {64: 50, 128: 100}}
-    axes = plots.memory_growth(peaks)
-    drawn = [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.get_lines()]
-    assert drawn == list(peaks.values())
-    assert len({(line.get_linestyle(), line.get_marker(), line.get_color()) for line in axes.get_lines()}) == 2
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(peaks)
-    assert axes.get_yscale() == "log"
-    assert axes.yaxis.get_major_formatter()(4e6) == "4 MB"
-    assert "bytes" in axes.get_ylabel()
+def test_three_ways_draws_the_parts_of_every_way_and_its_note() -> None:
+    rows = {"cached": {"attend to keys and values": 5}, "absorbed": {"attend to latents": 8, "move brackets": 9}}
+    axes = plots.three_ways(rows, [" elements", ""])
+    widths = [bar.get_width() for bars in axes.containers for bar in bars]
+    assert widths == [5, 0, 0, 8, 0, 9, 0, 0]
+    assert [text.get_text() for text in axes.texts] == ["5 elements", "17"]
+    assert axes.yaxis_inverted()
+
+
+def test_moved_bracket_is_to_scale_and_counts_both_orders() -> None:
+    axes = plots.moved_bracket(nope=128, latent=512, tokens=8192)
+    sizes = [(patch.get_height(), patch.get_width()) for patch in axes.patches]
+    assert sizes[1:3] == [(128, 512), (512, 8192)]
+    assert sizes[-1] == (128, 8192)
+    assert axes.get_aspect() == 1
+    counts = [text.get_text() for text in axes.texts if "multiplications" in text.get_text()]
+    assert counts == [
+        "first 65,536, then 4,194,304 multiplications",
+        "first 536,870,912, then 1,048,576 multiplications",
+    ]

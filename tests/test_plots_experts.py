@@ -43,6 +43,20 @@ def test_groups_are_separated_and_closed_ones_hatched() -> None:
     hatched = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_hatch()]
     corners = [(patch.get_x(), int(patch.get_y()), patch.get_width()) for patch in hatched]
     assert corners == [(2, 0, 2), (0, 1, 2)]
+    assert [text.get_text() for text in axes.texts[-2:]] == ["device 0", "device 1"]
+
+
+def test_rows_of_a_routing_map_may_be_named() -> None:
+    axes = plots.routing_map(SCORES, [[0], [2]], names=["=", "5"])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["=", "5"]
+
+
+def test_a_wide_network_and_its_pieces_are_drawn_to_one_scale() -> None:
+    axes = plots.narrow_networks(hidden=64, pieces=3, piece=32)
+    areas = [round(patch.get_width() * patch.get_height()) for patch in axes.patches]
+    assert areas.count(64 * 32) == 2 * 3 * 3, "three matrices of three pieces, once together and once apart"
+    assert sum(area for area in areas if area == 64 * 32) == 2 * 3 * 64 * 96
+    assert [text.get_text() for text in axes.texts[-3:]] == ["=", "+", "+"]
 
 
 def test_sorted_choices_keep_every_pair_and_lead_it_to_its_row() -> None:

@@ -1,4 +1,4 @@
-"""The figures of the chapter on MLA compression show the data they were given, with labels."""
+"""The figures of the chapter on what latent attention caches show the data they were given, with labels."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,11 @@ import pytest
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 
 from dsv2_ref import plots
+from dsv2_ref.plots.mla import LATENT, ROPE
 
 
 @pytest.fixture(autouse=True)
@@ -18,51 +21,44 @@ def closed_figures() -> Iterator[None]:
     plt.close("all")
 
 
-def test_numbers_remembered_are_labelled_dots_from_the_top() -> None:
-    axes = plots.numbers_remembered({"all heads": 32768, "latent": 576})
-    (dots,) = axes.get_lines()
-    assert dict(zip(dots.get_xdata(), dots.get_ydata(), strict=True)) == {32768: 0, 576: 1}
-    assert dots.get_linestyle() == "None"
-    assert [text.get_text() for text in axes.texts] == ["32,768", "576"]
+BARS = {"all heads": {"keys and values": 4096}, "latent": {"latent": 512, "rope key": 64}}
+
+
+def test_cached_elements_are_bars_of_parts_from_the_top() -> None:
+    axes = plots.cached_elements(BARS, [" (V2: 32,768)", ""])
+    widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
+    assert widths == {"keys and values": [4096, 0], "latent": [0, 512], "rope key": [0, 64]}
+    assert [bars[0].get_facecolor()[:3] for bars in axes.containers[1:]] == [to_rgb(LATENT), to_rgb(ROPE)]
+    assert axes.containers[2][1].get_x() == 512
+    assert [text.get_text() for text in axes.texts] == ["4,096 (V2: 32,768)", "576"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["all heads", "latent"]
     assert axes.yaxis_inverted()
-    assert axes.get_xscale() == "log"
     assert axes.get_xlabel()
 
 
-def test_the_dots_and_the_numbers_beside_them_stay_inside_the_figure() -> None:
-    axes = plots.numbers_remembered({"all heads": 40960, "latent": 1})
+def test_the_notes_beside_the_bars_stay_inside_the_figure() -> None:
+    axes = plots.cached_elements(BARS, [" (V2: 32,768)", ""])
     axes.figure.canvas.draw()
-    right = axes.get_window_extent().x1
+    right = axes.figure.get_window_extent().x1
     assert all(text.get_window_extent().x1 <= right for text in axes.texts)
-    assert axes.get_xlim()[0] < 1
-    assert axes.get_xlim()[1] > 40960
 
 
-COMPUTED = {"MHA": {64: 640, 1024: 10240, 16384: 163840}, "MLA": {64: 64, 1024: 1024, 16384: 16384}}
-MEASURED = {"MHA": {64: 640, 128: 1280}, "MLA": {64: 64, 128: 128}}
+def test_low_rank_draws_three_rectangles_to_scale() -> None:
+    axes = plots.low_rank(rows=40, columns=20, rank=5)
+    sizes = {p.get_label(): (p.get_height(), p.get_width()) for p in axes.patches}
+    assert sizes == {"W": (40, 20), "U": (40, 5), "A": (5, 20)}
+    assert axes.get_aspect() == 1
+    assert {"40 × 20", "40 × 5", "5 × 20"} <= {text.get_text() for text in axes.texts}
+    left, right = axes.get_xlim()
+    assert all(left < p.get_x() and p.get_x() + p.get_width() < right for p in axes.patches)
 
 
-def test_cache_growth_draws_lines_for_what_is_computed_and_marks_for_what_is_measured() -> None:
-    axes = plots.cache_growth(COMPUTED, MEASURED)
-    drawn = [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.get_lines()]
-    assert drawn == [COMPUTED["MHA"], MEASURED["MHA"], COMPUTED["MLA"], MEASURED["MLA"]]
-    lines, marks = axes.get_lines()[::2], axes.get_lines()[1::2]
-    assert {line.get_marker() for line in lines} == {"None"}
-    assert {mark.get_linestyle() for mark in marks} == {"None"}
-    assert [line.get_color() for line in lines] == [mark.get_color() for mark in marks]
-    assert len({line.get_linestyle() for line in lines}) == len({mark.get_marker() for mark in marks}) == 2
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["MHA", "MLA"]
-
-
-def test_cache_growth_has_logarithmic_axes_with_units() -> None:
-    axes = plots.cache_growth(COMPUTED, MEASURED)
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert list(axes.get_xticks()) == [64, 1024, 16384]
-    assert axes.xaxis.get_major_formatter()(16384, 0) == "16,384"
-    assert axes.yaxis.get_major_formatter()(1e6) == "1 MB"
-    assert "tokens" in axes.get_xlabel()
-    assert "bytes" in axes.get_ylabel()
+def test_up_maps_have_a_cell_for_each_entry_and_say_their_widths() -> None:
+    axes = plots.up_maps({"identity": [[1, 0], [0, 1]], "copies": [[1], [1]]}, ["k", "v"])
+    filled = [p for p in axes.patches if isinstance(p, Rectangle) and p.get_fill()]
+    assert [p.get_alpha() for p in filled] == [1, 0, 0, 1, 1, 1]
+    assert len({p.get_xy() for p in filled}) == 6
+    assert [text.get_text() for text in axes.texts] == ["k", "v", "identity", "2", "copies", "1"]
 
 
 def test_truncation_errors_start_with_nothing_kept_and_mark_a_size() -> None:

@@ -1,6 +1,7 @@
 """The figures of the first chapter show the structure and the counts they were given."""
 
 from collections.abc import Iterator
+from math import sqrt
 
 import matplotlib
 import pytest
@@ -13,11 +14,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from dsv2_ref import plots
+from dsv2_ref.plots.overview import EXPERT, LATENT, LATENT_BOX, SAME
 
-FLOW = {
-    "first norm": [["query", "key"], ["query latent", "key latent"], ["attention"]],
-    "second norm": [["gate", "shared"], ["experts", ""], ["sum"]],
-}
+SHARED = "shared\nexperts"
+LOOKS = (SAME, LATENT, EXPERT)
 
 
 @pytest.fixture(autouse=True)
@@ -26,91 +26,81 @@ def closed_figures() -> Iterator[None]:
     plt.close("all")
 
 
-def places(axes: Axes) -> dict[str, tuple[float, float]]:
-    return {text.get_text(): text.get_position() for text in axes.texts}
-
-
-def boxes(axes: Axes) -> dict[str, FancyBboxPatch]:
-    """The box around each name."""
+def boxes(axes: Axes) -> list[tuple[str, FancyBboxPatch]]:
+    """The boxes with the names inside them; a name may be there twice."""
     found = [patch for patch in axes.patches if type(patch) is FancyBboxPatch]
-    return {
-        name: box
-        for name, (x, y) in places(axes).items()
+    return [
+        (text.get_text(), box)
+        for text in axes.texts
         for box in found
-        if box.get_x() < x < box.get_x() + box.get_width() and box.get_y() < y < box.get_y() + box.get_height()
-    }
+        if text.get_text()
+        and box.get_x() < text.get_position()[0] < box.get_x() + box.get_width()
+        and box.get_y() < text.get_position()[1] < box.get_y() + box.get_height()
+    ]
 
 
-def test_the_flow_runs_from_top_to_bottom_and_rows_stand_side_by_side() -> None:
-    axes = plots.layer_flow(FLOW)
-    where = places(axes)
-    rows = [row for norm, behind in FLOW.items() for row in ([norm], *behind)]
-    heights = [{where[name][1] for name in row if name} for row in rows]
-    assert all(len(height) == 1 for height in heights)
-    down = [height.pop() for height in heights]
-    assert down == sorted(down, reverse=True)
-    assert len(set(down)) == len(down)
-    assert where["query"][0] == where["query latent"][0] < where["key"][0] == where["key latent"][0]
-    assert where["token in"][1] > down[0]
-    assert where["token out"][1] < down[-1]
+def arrows(axes: Axes) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """Start and tip of each arrow."""
+    return [(text.get_position(), text.xy) for text in axes.texts if text.get_text() == ""]
 
 
-def test_each_branch_is_added_to_the_stream_once_below_its_last_box() -> None:
-    axes = plots.layer_flow(FLOW)
-    where = places(axes)
-    sums = [text.get_position() for text in axes.texts if text.get_text() == "+"]
-    stream = next(text for text in axes.texts if text.get_text() == "" and text.arrow_patch.get_linewidth() > 3)
-    assert [x for x, _ in sums] == [stream.xy[0]] * len(FLOW)
-    assert where["attention"][1] > sums[0][1] > where["second norm"][1]
-    assert where["sum"][1] > sums[1][1] > stream.xy[1]
+def test_what_v2_changed_is_coloured_and_what_llama_has_too_is_grey() -> None:
+    drawn = boxes(plots.two_layers())
+    by_look = {look: [name for name, box in drawn if box.get_facecolor() == to_rgba(look[0])] for look in LOOKS}
+    assert by_look[LATENT] == [LATENT_BOX]
+    assert by_look[EXPERT] == ["gate", "routed\nexperts", SHARED, "weighted sum"]
+    assert sorted(by_look[SAME]) == ["MLP", *["RMSNorm"] * 4, "attention\ncaches keys\nand values"]
+    assert len(drawn) == sum(map(len, by_look.values()))
 
 
-def test_every_name_has_a_box_that_holds_it_and_an_empty_name_has_none() -> None:
-    axes = plots.layer_flow(FLOW)
-    names = {name for norm, behind in FLOW.items() for row in ([norm], *behind) for name in row if name}
-    assert boxes(axes).keys() == names
-    assert sum(type(patch) is FancyBboxPatch for patch in axes.patches) == len(names)
+def test_every_name_fits_into_its_box() -> None:
+    axes = plots.two_layers()
     axes.figure.canvas.draw()
-    for name, box in boxes(axes).items():
-        text = next(text for text in axes.texts if text.get_text() == name)
-        assert text.get_window_extent().width < box.get_window_extent().width, name
+    for name, box in boxes(axes):
+        widths = [text.get_window_extent().width for text in axes.texts if text.get_text() == name]
+        assert max(widths) < box.get_window_extent().width, name
 
 
-WIDE = {"norm": [["query", "both", "both"], ["query latent", "key latent", "rope key"], ["up", "up too", ""], ["end"]]}
+def test_the_gate_leads_to_the_sum_and_the_shared_experts_bypass_it() -> None:
+    axes = plots.two_layers()
+    drawn = dict(boxes(axes))
+    gate, shared, sum_ = drawn["gate"], drawn[SHARED], drawn["weighted sum"]
+    into_sum = [
+        start
+        for start, (x, y) in arrows(axes)
+        if sum_.get_x() < x < sum_.get_x() + sum_.get_width() and abs(y - sum_.get_y() - sum_.get_height()) < 0.05
+    ]
+    assert len(into_sum) == 2  # of gate and routed experts
+    assert min(into_sum)[0] == pytest.approx(gate.get_x() + gate.get_width() / 2)
+    assert all(x < shared.get_x() for x, _ in into_sum)
 
 
-def test_a_name_given_to_neighbours_is_one_box_over_their_columns() -> None:
-    axes = plots.layer_flow(WIDE)
-    drawn = boxes(axes)
-    assert [text.get_text() for text in axes.texts].count("both") == 1
-    edges = {name: (box.get_x(), box.get_x() + box.get_width()) for name, box in drawn.items()}
-    assert edges["both"] == pytest.approx((edges["key latent"][0], edges["rope key"][1]))
-    assert edges["query"] == pytest.approx(edges["query latent"])
-    assert edges["query latent"][1] < edges["key latent"][0]
-    assert edges["key latent"][1] < edges["rope key"][0]
+def test_each_branch_is_added_to_its_stream() -> None:
+    axes = plots.two_layers()
+    sums = [text.get_position() for text in axes.texts if text.get_text() == "+"]
+    streams = {text.xy[0] for text in axes.texts if text.get_text() == "" and text.arrow_patch.get_linewidth() > 3}
+    assert len(streams) == 2
+    for stream in streams:
+        assert sum(x == stream for x, _ in sums) == 2
+    assert len(sums) == 5  # and that of the experts
 
 
-def test_a_line_leads_from_the_last_column_past_the_row_to_the_box_that_gathers() -> None:
-    axes = plots.layer_flow(WIDE)
-    where, drawn = places(axes), boxes(axes)
-    x = where["rope key"][0]
-    (past,) = (
-        line.get_ydata()
-        for line in axes.get_lines()
-        if list(line.get_xdata()) == [x, x] and min(line.get_ydata()) < where["up"][1] < max(line.get_ydata())
-    )
-    assert max(past) == pytest.approx(drawn["rope key"].get_y())
-    tips = [text.xy for text in axes.texts if text.get_text() == "" and text.arrow_patch.get_linewidth() < 3]
-    into_end = [tip for tip in tips if tip[1] == pytest.approx(drawn["end"].get_y() + drawn["end"].get_height())]
-    assert into_end == [pytest.approx((where["end"][0], into_end[0][1]))]
+def test_attention_by_hand_draws_weights_to_scale_and_hides_the_future() -> None:
+    axes = plots.attention_by_hand(["a", "b", "c"], ["ln 1", "ln 3"], [0.25, 0.75], [4, 8], 7)
+    bars = [patch.get_height() for patch in axes.patches if type(patch) is Rectangle]
+    assert bars == [0.25, 0.75]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts.count("hidden") == 1
+    assert "7 = 0.25 · 4 + 0.75 · 8" in texts
 
 
-def test_only_what_is_remembered_is_marked() -> None:
-    drawn = boxes(plots.layer_flow(FLOW, remembered=["key latent"]))
-    colours = {name: box.get_facecolor() for name, box in drawn.items()}
-    marked = colours.pop("key latent")
-    assert marked not in colours.values()
-    assert len(set(colours.values())) == 1
+def test_heads_have_a_cell_for_each_byte_and_write_their_largest_weight() -> None:
+    axes = plots.what_heads_read("1+\n", {"one": [0.1, 0.7, 0.2], "two": [0.9, 0.1, 0.0]})
+    shades = [patch.get_alpha() for patch in axes.patches if patch.get_fill()]
+    assert shades == [0.1, 0.7, 0.2, 0.9, 0.1, 0.0]
+    assert [(text.get_text(), text.get_position()) for text in axes.texts] == [(".70", (1, 0)), (".90", (0, 1))]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "+", "⏎"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
 
 
 def test_layer_kinds_have_a_cell_for_each_layer() -> None:
@@ -133,18 +123,14 @@ def test_layer_kinds_have_a_cell_for_each_layer() -> None:
     assert axes.get_xlabel()
 
 
-def test_parameter_shares_are_percentages_of_each_count() -> None:
+def test_areas_are_weights_stored_and_used() -> None:
     counts = {
-        "stored": {"attention": 10, "experts": 90, "norms": 0},
-        "active": {"attention": 30, "experts": 9, "norms": 1},
+        "small": (9_000_000, {"attention": 3_000_000, "rest": 6_000_000}),
+        "large": (100_000_000, {"attention": 4_000_000, "rest": 12_000_000}),
     }
-    axes = plots.parameter_shares(counts)
-    stored, active = axes.containers
-    assert [bar.get_width() for bar in stored] == [10, 90, 0]
-    assert [bar.get_width() for bar in active] == [75, 22.5, 2.5]
-    assert {bar.get_hatch() for bar in stored} != {bar.get_hatch() for bar in active}
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["stored", "active"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["attention", "experts", "norms"]
-    assert [text.get_text() for text in axes.texts] == ["10 %", "90 %", "below 0.5 %", "75 %", "22 %", "2 %"]
-    assert axes.yaxis_inverted()
-    assert "%" in axes.get_xlabel()
+    axes = plots.stored_and_used(counts)
+    assert axes.get_aspect() == 1
+    areas = [patch.get_width() * patch.get_height() for patch in axes.patches if type(patch) is Rectangle]
+    assert areas == pytest.approx([9e6, 3e6, 6e6, 100e6, 4e6, 12e6])
+    assert axes.patches[3].get_width() == pytest.approx(sqrt(100e6))
+    assert [text.get_text() for text in axes.texts] == ["small\nstored 9\nused 9", "large\nstored 100\nused 16"]

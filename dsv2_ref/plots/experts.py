@@ -13,14 +13,67 @@ FACES = ("#CFE5F3", "#FCE5D4", "#CDEBE0", "#F3DDE9")  # a pale ground for each c
 Choices = Sequence[Sequence[int]]
 
 
-def routing_map(scores: Sequence[Sequence[float]], chosen: Choices, groups: int = 1, closed: Choices = ()) -> Axes:
+def narrow_networks(hidden: int, pieces: int, piece: int) -> Axes:
+    """A wide SwiGLU, cut through its middle, above the narrow networks that it falls apart into, all to one scale.
+
+    Args:
+        hidden: features of a token.
+        pieces: how many narrow networks, at most four.
+        piece: features in the middle of each.
+    """
+    wide, gap, thin = pieces * piece, hidden / 4, hidden / 16
+    right = 2 * hidden + wide + 4.2 * gap + thin
+    rows = 1.25 * max(hidden, piece)
+    axes = new_axes("", "", height=5, xlim=(-1.4 * gap, right + 0.6 * gap), aspect="equal")
+    axes.set(ylim=(wide + 1.2 * gap + pieces * rows, -1.4 * gap))
+    axes.set_axis_off()
+
+    def network(top: float, height: float, chosen: Sequence[int]) -> None:
+        """Token, both first matrices, the middle, the last matrix and the output, left to right, around one line."""
+        middle = len(chosen) * piece
+        line, first = top + height / 2, top + (height - middle) / 2
+        spots = [gap, hidden + 1.4 * gap, 2 * hidden + 2.4 * gap, 2 * hidden + 3.2 * gap + thin]
+        box(-thin / 2, line - hidden / 2, thin, hidden, "#DDDDDD", INK)
+        for row, number in enumerate(chosen):
+            face, edge = FACES[number], STYLES[number][0]
+            for left, width in ((spots[0], hidden), (spots[1], hidden), (spots[2], thin)):
+                box(left, first + row * piece, width, piece, face, edge)
+            box(spots[3] + row * piece, line - hidden / 2, piece, hidden, face, edge)
+        box(spots[3] + middle + gap, line - hidden / 2, thin, hidden, "#DDDDDD", INK)
+
+    def box(left: float, top: float, width: float, height: float, face: str, edge: str) -> None:
+        axes.add_patch(Rectangle((left, top), width, height, facecolor=face, edgecolor=edge, linewidth=1))
+
+    network(0, wide, range(pieces))
+    spots = gap + hidden / 2, 1.4 * gap + 1.5 * hidden, 2 * hidden + 2.4 * gap + thin / 2
+    names = ("$W_{gate}$", "$W_{up}$", "$v$")
+    for x, name in zip(spots, names, strict=True):
+        axes.text(x, -0.8 * gap, name, **CENTRED)
+    axes.text(2 * hidden + 3.2 * gap + thin + wide / 2, (wide - hidden) / 2 - 0.8 * gap, "$W_{down}$", **CENTRED)
+    axes.text(0, (wide - hidden) / 2 - 0.8 * gap, "$u$", **CENTRED)
+    for number in range(pieces):
+        top = wide + 1.2 * gap + number * rows
+        network(top, hidden, [number])
+        sign = "=" if number == 0 else "+"
+        axes.text(-gap, top + hidden / 2, sign, **CENTRED | {"fontsize": 16})
+    return axes
+
+
+def routing_map(
+    scores: Sequence[Sequence[float]],
+    chosen: Choices,
+    groups: int = 1,
+    closed: Choices = (),
+    names: Sequence[str] | None = None,
+) -> Axes:
     """A router's scores, a row for each token and a column for each expert, with the choices numbered, best first.
 
     Args:
         scores: for each token, the score of every expert.
         chosen: for each token, the experts it visits, best first.
-        groups: how many groups of equal size the experts form; lines separate them.
+        groups: how many groups of equal size the experts form; lines separate them, and each is named as a device.
         closed: for each token, the groups it may not visit; their cells are hatched, without a colour.
+        names: what each row is called; its number if None.
     """
     tokens, experts = len(scores), len(scores[0])
     size = experts // groups
@@ -30,17 +83,21 @@ def routing_map(scores: Sequence[Sequence[float]], chosen: Choices, groups: int 
     for token, closed_groups in enumerate(closed):
         for group in closed_groups:
             axes.add_patch(Rectangle((group * size, token + 0.04), size, 0.92, **shut))
-    for border in range(1, groups):
-        axes.axvline(border * size, color=INK, linewidth=2)
+    for edge in range(1, groups):
+        axes.axvline(edge * size, color=INK, linewidth=2)
     digit = CENTRED | {"fontsize": 10, "weight": "bold", "color": "white"}
     for token, visited in enumerate(chosen):
         for rank, expert in enumerate(visited, start=1):
             axes.plot(expert + 0.5, token + 0.5, "o", markersize=14, color=STYLES[1][0], markeredgecolor="white")
             axes.text(expert + 0.5, token + 0.47, f"{rank}", **digit)
+    for group in range(groups if groups > 1 else 0):
+        axes.text((group + 0.5) * size, -0.4, f"device {group}", **CENTRED | {"fontsize": 10})
     axes.set(xlim=(0, experts), ylim=(tokens, 0))
-    for axis, cells_along in ((axes.xaxis, experts), (axes.yaxis, tokens)):
-        named = range(0, cells_along, 2)
-        axis.set_ticks([place + 0.5 for place in named], [str(place) for place in named])
+    for axis, count in ((axes.xaxis, experts), (axes.yaxis, tokens)):
+        named = range(0, count, 2)
+        axis.set_ticks([number + 0.5 for number in named], [str(number) for number in named])
+    if names is not None:
+        axes.yaxis.set_ticks([number + 0.5 for number in range(tokens)], list(names), family="monospace")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.grid(False)
