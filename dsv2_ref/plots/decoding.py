@@ -74,7 +74,7 @@ def moved_bracket(nope: int, latent: int, tokens: int) -> Axes:
             start = draw(0, below, line, nope, QUERY, "$q$")
             draw(at, below, nope, tokens, OTHER, f"keys, {nope} × {tokens:,}: made, and read once")
             counts = f"first {once * tokens:,}, then {nope * tokens:,} multiplications"
-        axes.text((start + at) / 2 - gap, below, "·", **CENTRED)
+        axes.text((start - gap + at) / 2, below, "·", **CENTRED)
         axes.text(right / 2, below - 1.1 * latent, counts, **CENTRED)
     return axes
 
