@@ -22,9 +22,8 @@ __all__ = [
     "show",
 ]
 
-torch.set_num_threads(
-    1
-)  # stored outputs must not depend on the order in which threads add
+# Stored outputs must not depend on the order in which threads add.
+torch.set_num_threads(1)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -60,7 +60,7 @@ def table() -> str:
         ("the same for keys and values, $H (N + R + V)$", _expanded),
     ]
     toy_has_none = {f"{SYMBOLS['I'][0]} $I$", "width of a dense layer's MLP"}
-    lines = ["| | " + " | ".join(CAST) + " |", "| --- |" + " ---: |" * len(CAST)]
+    lines = ["| size | " + " | ".join(CAST) + " |", "| --- |" + " ---: |" * len(CAST)]
     for text, of in rows:
         values = [None if name == "toy" and text in toy_has_none else of(c) for name, c in CAST.items()]
         shown = ["–" if v is None else f"{v:,}" if isinstance(v, int) else v for v in values]

@@ -136,7 +136,8 @@ def size_symbols(app: Sphinx, doctree: nodes.document) -> None:
         for math in list(section.findall(nodes.math)):
             symbol, parent = math.astext(), math.parent
             own = next(node for node in _above(math) if isinstance(node, nodes.section))
-            if own is not section or not isinstance(parent, nodes.paragraph) or symbol in met or symbol not in SYMBOLS:
+            in_text = isinstance(parent, nodes.paragraph) and not isinstance(parent.parent, nodes.entry)
+            if own is not section or not in_text or symbol in met or symbol not in SYMBOLS:
                 continue
             met.add(symbol)
             sizes = ", ".join(f"{name} {size}" for name, size in sizes_of(symbol).items())
