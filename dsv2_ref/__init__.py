@@ -62,7 +62,7 @@ def _refuse_old_torch() -> None:
         loaded = sys.modules.get("torch")
         torch = str(loaded.__version__) if loaded else metadata.version("torch")
     except (AttributeError, metadata.PackageNotFoundError):
-        return  # whoever needs torch will say so
+        return  # the module that needs torch will say so
     if [int(part) for part in torch.split(".")[:2]] < [2, 11]:
         raise ImportError(f"torch {torch} is here; wanted 2.11 or newer")
 

@@ -165,7 +165,7 @@ class DeepseekV2Config:
         with ``rope_theta`` and the newer ``rope_parameters`` are understood.
 
         Raises:
-            ValueError: for what is no JSON object in UTF-8, or not a model that can be
+            ValueError: for what is not JSON object in UTF-8, or not a model that can be
                 built; it names the file.
         """
         if not isinstance(source, str | Path):
@@ -174,12 +174,12 @@ class DeepseekV2Config:
             text = Path(source).read_text(encoding="utf-8")
             return cls._from_object(json.loads(text))
         except RecursionError:
-            what = f"{source} is no JSON that can be read"
+            what = f"{source} is not JSON that can be read"
             raise ValueError(f"{what}: nested too deeply") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is no text in UTF-8: {error}") from error
+            raise ValueError(f"{source} is not text in UTF-8: {error}") from error
         except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is no JSON: {error}") from error
+            raise ValueError(f"{source} is not JSON: {error}") from error
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 

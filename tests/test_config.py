@@ -174,9 +174,9 @@ def test_the_newer_rope_parameters(parameters: dict[str, Any], theta: float, sca
         ('{"rope_parameters": "yarn"}', "rope_parameters is 'yarn'; wanted a JSON object"),
         ('{"rope_scaling": {"type": [], "factor": 2}}', "rope_scaling type is a list of 0; wanted linear"),
         ('{"hidden_size": 0}', "hidden_size is 0; wanted"),
-        ("{", "is no JSON: "),
-        ("[" * 200_000, "is no JSON that can be read: nested too deeply"),
-        ("\xe9", "is no text in UTF-8: "),
+        ("{", "is not JSON: "),
+        ("[" * 200_000, "is not JSON that can be read: nested too deeply"),
+        ("\xe9", "is not text in UTF-8: "),
     ],
 )
 def test_files_that_hold_no_model_are_refused_by_name(tmp_path: Path, text: str, said: str) -> None:

@@ -1,11 +1,11 @@
 """Ways made of torch's own products: attention of all heads to one key, and the experts sorted so that one product per
 expert suffices.
 
-`torch.nn.functional.grouped_mm` multiplies consecutive groups of rows by a matrix each without a Python loop, and on a
-GPU without waiting for the groups' sizes (bfloat16 on sm_90 and sm_100; elsewhere torch itself falls back to a loop). It
+On a GPU, `torch.nn.functional.grouped_mm` multiplies consecutive groups of rows by a matrix each without a Python loop,
+and without waiting for the groups' sizes (bfloat16 on sm_90 and sm_100; elsewhere torch itself falls back to a loop). It
 takes neither float64 nor rows that are not 16-byte aligned, and its shapes are known to the compiler for bfloat16 alone.
-As the custom operator ``dsv2_ref::grouped_product``, with a plain loop where it cannot serve, it works for all dtypes
-and sizes, under ``torch.compile`` and with gradients.
+The custom operator ``dsv2_ref::grouped_product``, with a plain loop on CPUs and wherever torch cannot serve, works for
+all dtypes and sizes, under ``torch.compile`` and with gradients.
 """
 
 from collections.abc import Callable
