@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from dsv2_ref.config import DeepseekV2Config
 from tests.site.conftest import ROOT
-from tools.figures import WAYS, three_ways
+from tools.figures.cache import WAYS, three_ways
 
 PAGES = ["decoding", "mla"]
 PRESETS = {

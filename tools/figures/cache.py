@@ -1,20 +1,11 @@
-"""Sphinx extension: the interactive figures, each with a table of five states for readers without JavaScript.
-
-``{interactive} cache`` on a page loads the figure's script there and nowhere else.
-"""
+"""What a decoding layer caches, multiplies and reads, in three ways."""
 
 import html
-from collections.abc import Callable
-from typing import Any
-
-from docutils import nodes  # type: ignore[import-untyped]
-from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
 
 from dsv2_ref.config import DeepseekV2Config
 
-CACHE_STATES = [("deepseek_v2_lite", 1, 8192), ("deepseek_v2_lite", 64, 8192), ("deepseek_v2_lite", 512, 8192)]
-CACHE_STATES += [("deepseek_v2", 1, 8192), ("deepseek_v2", 1, 131072)]
+STATES = [("deepseek_v2_lite", 1, 8192), ("deepseek_v2_lite", 64, 8192), ("deepseek_v2_lite", 512, 8192)]
+STATES += [("deepseek_v2", 1, 8192), ("deepseek_v2", 1, 131072)]
 WAYS = ("keys and values cached", "absorbed", "expanded anew")
 
 
@@ -35,11 +26,11 @@ def three_ways(config: DeepseekV2Config, seq: int, kv_seq: int) -> dict[str, dic
     }
 
 
-def cache_table() -> str:
+def table() -> str:
     """Five states of the figure, in HTML."""
     head = "".join(f"<th scope='col'>{way}</th>" for way in WAYS)
     rows = ""
-    for preset, seq, kv_seq in CACHE_STATES:
+    for preset, seq, kv_seq in STATES:
         counted = three_ways(getattr(DeepseekV2Config, preset)(), seq, kv_seq)
         cells = "".join(
             f"<td>{counted['flops'][way] / 1e6:,.0f} MFLOP, {counted['bytes'][way] / 1e6:,.1f} MB</td>" for way in WAYS
@@ -47,28 +38,3 @@ def cache_table() -> str:
         name = {"deepseek_v2_lite": "V2-Lite", "deepseek_v2": "V2"}[preset]
         rows += f"<tr><th scope='row'>{html.escape(name)}, {seq:,} of {kv_seq:,} tokens</th>{cells}</tr>"
     return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-FIGURES: dict[str, Callable[[], str]] = {"cache": cache_table}
-
-
-class Interactive(SphinxDirective):
-    """An interactive figure by name."""
-
-    required_arguments = 1
-
-    def run(self) -> list[nodes.Node]:
-        """The figure's place, which holds its table until the script replaces it."""
-        name = self.arguments[0]
-        if name not in FIGURES:
-            raise self.error(f"there is no interactive figure {name!r}")
-        place = f'<div data-figure="{name}" class="interactive">{FIGURES[name]()}</div>'
-        loads = '<link rel="stylesheet" href="../_static/figures/figures.css">'
-        loads += "".join(f'<script src="../_static/figures/{file}.js" defer></script>' for file in ("core", name))
-        return [nodes.raw("", loads + place, format="html")]
-
-
-def setup(app: Sphinx) -> dict[str, Any]:
-    """Called by Sphinx."""
-    app.add_directive("interactive", Interactive)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
