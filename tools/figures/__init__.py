@@ -24,7 +24,8 @@ class Interactive(SphinxDirective):
         name = self.arguments[0]
         if name not in FIGURES:
             raise self.error(f"there is no interactive figure {name!r}")
-        place = f'<div data-figure="{name}" class="interactive">{import_module(f'{__name__}.{name}').table()}</div>'
+        table = import_module(f"{__name__}.{name}").table()
+        place = f'<div data-figure="{name}" class="interactive">{table}</div>'
         loads = '<link rel="stylesheet" href="../_static/figures/figures.css">'
         loads += "".join(f'<script src="../_static/figures/{file}.js" defer></script>' for file in ("core", name))
         return [nodes.raw("", loads + place, format="html")]
