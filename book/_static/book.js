@@ -72,6 +72,41 @@ function reachWideBoxes() {
   for (const box of document.querySelectorAll(boxes)) sizes.observe(box);
 }
 
+// Of a long list of claims, those with the verdicts that a reader wants; at first the misses.
+function filterClaims() {
+  const tables = [...document.querySelectorAll(".claims")];
+  if (!tables.length) return;
+  const rows = tables.flatMap((table) => [...table.querySelectorAll("tbody tr")]);
+  const verdict = (row) => row.cells[3].textContent.trim().split(",")[0];
+  const choice = document.createElement("fieldset");
+  choice.className = "claims-filter";
+  choice.innerHTML = "<legend>Show claims whose verdict is</legend>";
+  const wanted = new Set(["off"]);
+  const show = () => {
+    for (const row of rows) row.hidden = !wanted.has(verdict(row));
+    for (const table of tables) {
+      const none = [...table.querySelectorAll("tbody tr")].every((row) => row.hidden);
+      (table.closest("section") ?? table).hidden = none;
+    }
+  };
+  for (const name of new Set(rows.map(verdict))) {
+    const label = document.createElement("label");
+    const box = Object.assign(document.createElement("input"), { type: "checkbox", value: name, checked: wanted.has(name) });
+    box.addEventListener("change", () => {
+      if (box.checked) wanted.add(name);
+      else wanted.delete(name);
+      show();
+    });
+    label.append(box, ` ${name} (${rows.filter((row) => verdict(row) === name).length})`);
+    choice.append(label);
+  }
+  const first = tables[0].closest("section") ?? tables[0];
+  first.before(choice);
+  window.addEventListener("beforeprint", () => rows.concat(tables.map((table) => table.closest("section") ?? table)).forEach((part) => { part.hidden = false; }));
+  window.addEventListener("afterprint", show);
+  show();
+}
+
 // Paper is white: a page printed in dark colours would be black on black.
 function printInLight() {
   const root = document.documentElement;
@@ -131,6 +166,7 @@ printInLight();
 document.addEventListener("DOMContentLoaded", () => {
   setRoles();
   setText();
+  filterClaims();
   repairSearch();
 });
 window.addEventListener("load", async () => {
