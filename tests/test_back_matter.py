@@ -10,18 +10,18 @@ import yaml
 BOOK = Path(__file__).parent.parent / "book"
 
 
-def test_the_table_of_traps_is_what_the_last_cell_made() -> None:
+def test_the_table_of_symptoms_is_what_the_last_cell_made() -> None:
     """nbval compares the last cell's output, and cannot see that it also fills in the first."""
-    cells = nbformat.read(BOOK / "traps.ipynb", as_version=4).cells
+    cells = nbformat.read(BOOK / "symptoms.ipynb", as_version=4).cells
     tables = {
-        cell.id: cell.outputs[0].data["text/markdown"] for cell in cells if cell.id in ("traps-table", "traps-end-run")
+        cell.id: cell.outputs[0].data["text/markdown"] for cell in cells if cell.id in ("symptoms-table", "symptoms-end-run")
     }
-    assert tables["traps-table"] == tables["traps-end-run"]
+    assert tables["symptoms-table"] == tables["symptoms-end-run"]
 
 
 def test_every_trap_has_a_row_and_every_row_a_trap() -> None:
-    cells = nbformat.read(BOOK / "traps.ipynb", as_version=4).cells
-    (table,) = (cell.outputs[0].data["text/markdown"] for cell in cells if cell.id == "traps-table")
+    cells = nbformat.read(BOOK / "symptoms.ipynb", as_version=4).cells
+    (table,) = (cell.outputs[0].data["text/markdown"] for cell in cells if cell.id == "symptoms-table")
     rows = re.findall(r"^\| \[[^]]+\]\(#(trap-[^)]+)\) \| [^|]+ \|", table, re.M)
     assert len(rows) > 20
     assert rows == [label for cell in cells for label in re.findall(r"^\((trap-.+)\)=$", cell.source, re.M)]

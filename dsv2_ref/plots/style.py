@@ -50,7 +50,8 @@ def add_curves(
     """
     if len(curves) > len(STYLES):
         raise ValueError(f"curves has {len(curves)} curves; wanted at most {len(STYLES)}")
-    for (label, values), (colour, line), marker in zip(curves.items(), STYLES, MARKERS, strict=False):
+    for index, (label, values) in enumerate(curves.items()):
+        (colour, line), marker = STYLES[index], MARKERS[index]
         points = values if isinstance(values, Mapping) else dict(enumerate(values, start))
         look: dict[str, Any] = {"color": colour, "linewidth": linewidth, "marker": marker if marked else None}
         axes.plot(list(points), list(points.values()), line, label=label, **look)
