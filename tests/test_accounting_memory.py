@@ -141,6 +141,7 @@ def configs(draw: st.DrawFn) -> DeepseekV2Config:
     )
 
 
+@pytest.mark.slow
 @given(
     config=configs(), batch=st.integers(1, 3), seq=st.integers(1, 40), dtype=st.sampled_from([*DTYPES]), data=st.data()
 )
@@ -176,6 +177,7 @@ def test_pytorchs_own_allocator_gives_out_as_much() -> None:
 # Models: one layer of each kind stands for all
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     layers=st.integers(1, 7), first=st.integers(0, 3), every=st.integers(1, 3), experts=st.sampled_from([None, 8]),
@@ -274,6 +276,7 @@ def test_what_takes_memory_and_what_saves_it() -> None:
     assert decode < acc.activation_peak(v2, acc.Call(seq=1, kv=8192, form="expanded")) / 20
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(
     config=configs(), batch=st.integers(1, 3), seq=st.integers(1, 30), past=st.integers(0, 30),
@@ -339,6 +342,7 @@ def test_dropout_in_attention(mla: bool) -> None:
         assert more <= 3 * scores
 
 
+@pytest.mark.slow
 def test_more_than_a_thousand_experts_per_token() -> None:
     crowd = replace(TINY, n_routed_experts=1_200, num_experts_per_tok=1_100)
     call = acc.Call(batch=4, form="expanded")

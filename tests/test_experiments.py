@@ -29,6 +29,7 @@ def test_the_corpus_has_every_kind_and_keeps_code_and_prose_apart() -> None:
         assert eval(left) == int(value)
 
 
+@pytest.mark.slow
 def test_a_short_training_of_the_router_repeats_itself(tmp_path: Path) -> None:
     for folder in ("once", "again"):
         router.main(["--steps", "4", "--runs", "all", "--out", str(tmp_path / folder)])
@@ -59,6 +60,7 @@ def texts_of_the_log() -> Mapping[str, Tensor]:
     return texts
 
 
+@pytest.mark.slow
 def test_the_stored_log_of_the_router_begins_as_the_script_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two entries of the log, fifty steps of all three losses.
 
@@ -121,6 +123,7 @@ def test_a_post_norm_layer_gives_what_is_asked_for_besides() -> None:
     assert len(cache) == 5
 
 
+@pytest.mark.slow
 def test_a_short_training_with_norms_before_and_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "RATES", {1.0: (1e-3,)})
     norms.main(["--steps", "10", "--seeds", "1", "--out", str(tmp_path)])

@@ -32,6 +32,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
     """In a process of its own: Triton reads the variable when it is imported."""

@@ -28,6 +28,7 @@ EXPECTED = {  # bits per byte and P(5): planted once more by other means, in the
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", planted.BUGS, ids=lambda bug: bug.name)
 def test_what_a_bug_costs(bug: planted.Bug) -> None:
     with torch.no_grad():
@@ -42,6 +43,7 @@ def test_what_a_bug_costs(bug: planted.Bug) -> None:
     assert (BOOK / f"{bug.chapter}.ipynb").is_file()
 
 
+@pytest.mark.slow
 def test_bugs_are_listed_by_size() -> None:
     with torch.no_grad():
         costs = [planted.measure(bug)[0] for bug in planted.BUGS]
