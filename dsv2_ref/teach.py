@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,9 @@ torch.set_num_threads(1)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "..."]:
     """Normal random values of this shape, drawn on the CPU so that every device sees the same."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(
         device, dtype
@@ -46,13 +49,15 @@ def build(
     return kind(*args, **kwargs).to(device, dtype).eval().requires_grad_(False)
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
+def error(actual: Float[Tensor, "..."], expected: Float[Tensor, "..."]) -> float:
     """Size of the difference over the size of what is expected."""
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def equal(actual: Tensor, expected: Tensor, digits: int = 9) -> bool:
+def equal(
+    actual: Float[Tensor, "..."], expected: Float[Tensor, "..."], digits: int = 9
+) -> bool:
     """Whether two results agree to so many digits, measured over all of their elements."""
     return actual.shape == expected.shape and error(actual, expected) < 10.0**-digits
 
@@ -75,7 +80,7 @@ def milliseconds(
 class Peak(TorchDispatchMode):
     """The most bytes that were alive together inside the ``with`` block, beyond those of the inputs."""
 
-    def __init__(self, *inputs: Tensor) -> None:
+    def __init__(self, *inputs: Shaped[Tensor, "..."]) -> None:
         super().__init__()
         self.inputs = {StorageWeakRef(x.untyped_storage()) for x in inputs}
         self.alive: dict[StorageWeakRef, int] = {}

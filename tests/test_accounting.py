@@ -378,6 +378,45 @@ def test_experts_that_a_batch_reads_on_average() -> None:
         acc.experts_read(card, -1)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v2_lite", "deepseek_v2"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_intensities_of_a_decode_step_follow_from_the_sizes(name: str, batch: int) -> None:
+    config = preset(name)
+    heads, latent, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+    chosen = batch * config.num_experts_per_tok
+    found = acc.intensities(config, 1, acc.Call(batch=batch, kv=8192))
+    assert found.pop("projections") == pytest.approx(batch, rel=1e-3)  # their norms are read as well
+    assert found == pytest.approx({
+        "scores and values": heads * (2 * latent + rope) / (latent + rope),
+        "gate": batch,
+        "shared experts": batch,
+        "routed experts": chosen / acc.experts_read(config, batch),
+    })  # fmt: skip
+    assert acc.intensities(config, 0, acc.Call(batch=batch, kv=8192))["MLP"] == batch
+    one_byte = acc.intensities(config, 1, acc.Call(batch=batch, kv=8192, dtype="int8"))
+    assert one_byte["routed experts"] == pytest.approx(2 * found["routed experts"])
+    assert "scores and values" not in acc.intensities(config, 1, acc.Call(seq=8, kv=8, form="expanded"))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_cached_key_is_used_once_by_each_head_that_shares_it(groups: int) -> None:
+    config = replace(preset("deepseek_v2_lite"), use_mla=False, num_attention_heads=8, num_key_value_heads=groups)
+    found = acc.intensities(config, 1, acc.Call(batch=3, kv=100))
+    assert found["scores and values"] == 8 / groups
+
+
+@given(config=configs(), layer_idx=st.integers(0, 2), form=st.sampled_from(acc.FORMS))
+def test_parts_of_a_layer_add_up(config: DeepseekV2Config, layer_idx: int, form: str) -> None:
+    call = acc.Call(batch=2, seq=3, kv=5, form=form)
+    flops = acc.products(config, layer_idx, call)
+    assert sum(acc.by_part(flops).values()) == sum(flops.values())
+    read = acc.read_by_part(config, layer_idx, call)
+    cache = read.pop("scores and values", 0)
+    assert cache in (0, acc.cache_bytes(config, 2 * 5, layers=1))
+    stream = 2 * 2 * config.hidden_size  # the two norms of the stream, in bfloat16
+    assert sum(read.values()) + stream == acc.weights_read(config, layer_idx, call)
+
+
 def test_active_parameters_are_all_but_the_experts_not_chosen() -> None:
     card = preset("card")
     stored, active = acc.parameters(card, 1), acc.parameters(card, 1, active=True)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import matplotlib
-import numpy as np
 import pytest
 
 matplotlib.use("Agg")
@@ -28,7 +27,8 @@ def test_load_over_steps_draws_the_busiest_and_the_idle_of_every_run_and_the_eve
         assert [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines] == list(curves.values())
     assert [line.get_color() for line in runs] == [line.get_color() for line in below.get_lines()]
     assert set(even.get_ydata()) == {1}
-    assert [text.get_text() for text in above.get_legend().get_texts()] == list(busiest)
+    assert even.get_color() not in {line.get_color() for line in runs}
+    assert [text.get_text() for text in above.get_legend().get_texts()] == [*busiest, "even share"]
     assert above.get_ylim()[0] == below.get_ylim()[0] == 0
     assert "step" in below.get_xlabel()
     assert "even share" in above.get_ylabel()
@@ -48,14 +48,27 @@ def test_load_maps_show_a_row_for_each_label_on_one_scale() -> None:
     assert maps[0].figure.axes[-1].get_ylabel() == "load over an even share"
 
 
-def test_co_activation_hides_the_diagonal_and_parts_the_devices() -> None:
-    axes = plots.co_activation(
-        [[1.0, 2.0, 0.5, 0.5], [2.0, 1.0, 0.5, 0.5], [0.5, 0.5, 1.0, 3.0], [0.5, 0.5, 3.0, 1.0]], 2
-    )
-    shown = np.ma.filled(axes.get_images()[0].get_array(), np.nan)
-    assert np.isnan(np.diag(shown)).all()
-    assert shown[0, 1] == 2.0
-    assert shown[2, 3] == 3.0
-    assert len(axes.get_lines()) == 2
-    assert list(axes.get_xticks()) == [0, 2]
-    assert "chance" in axes.figure.axes[-1].get_ylabel()
+def test_loads_are_sorted_beside_an_even_share() -> None:
+    axes = plots.expert_loads({"gate": [1, 5, 0], "chance": [2, 2, 2]})
+    gate, chance, even = axes.get_lines()
+    assert list(gate.get_xdata()) == [1, 2, 3]
+    assert list(gate.get_ydata()) == [5, 1, 0]
+    assert list(chance.get_ydata()) == [2, 2, 2]
+    assert list(even.get_ydata()) == [2, 2]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["gate", "chance", "even share"]
+    assert axes.get_ylim()[0] == 0
+
+
+def test_three_counts_box_and_count_the_same_dots_three_ways() -> None:
+    panels = plots.three_counts([[0, 1], [0, 3]], experts=4, devices=2)
+    dots = [
+        {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.get_lines() if line.get_marker() == "o"}
+        for axes in panels
+    ]
+    assert dots == 3 * [{(0.5, 0.5), (1.5, 0.5), (0.5, 1.5), (3.5, 1.5)}]
+    assert [len(axes.patches) for axes in panels] == [4, 2, 3]
+    below = [[text.get_text() for text in axes.texts if text.get_fontsize() == 15] for axes in panels]
+    assert below == [["2", "1", "0", "1"], ["3", "1"], ["2", "1"]]
+    for axes, counted in zip(panels, ("each expert", "each device", "sent to each device"), strict=True):
+        assert axes.get_title(loc="left").endswith(counted)
+    assert [text.get_text() for text in panels[-1].texts[-4:]] == [f"expert {expert}" for expert in range(4)]

@@ -70,14 +70,3 @@ def test_sorted_choices_keep_every_pair_and_lead_it_to_its_row() -> None:
     assert right == ["expert 0: token 0", "expert 0: token 1", "expert 1: token 1", "expert 2: token 0"]
     lines = [tuple(int(y) for y in line.get_ydata()) for line in axes.get_lines()]
     assert lines == [(1, 0), (2, 1), (3, 2), (0, 3)]
-
-
-def test_loads_are_sorted_beside_an_even_share() -> None:
-    axes = plots.expert_loads({"gate": [1, 5, 0], "chance": [2, 2, 2]})
-    gate, chance, even = axes.get_lines()
-    assert list(gate.get_xdata()) == [1, 2, 3]
-    assert list(gate.get_ydata()) == [5, 1, 0]
-    assert list(chance.get_ydata()) == [2, 2, 2]
-    assert list(even.get_ydata()) == [2, 2]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["gate", "chance", "even share"]
-    assert axes.get_ylim()[0] == 0

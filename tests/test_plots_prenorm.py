@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import matplotlib
+import numpy as np
 import pytest
 
 matplotlib.use("Agg")
@@ -55,3 +56,27 @@ def test_ends_by_rate_draw_every_seed_and_the_median() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["pre-norm", "frequencies alone"]
     assert "rate" in axes.get_xlabel()
     assert "bits" in axes.get_ylabel()
+
+
+def test_norm_places_put_norms_on_the_stream_or_on_the_branch() -> None:
+    axes = plots.norm_places({"post": "part + norm", "pre": "norm part +"})
+    names = [text.get_text() for text in axes.texts]
+    wanted = {"post": 1, "pre": 1, "norm": 4, "attention": 2, "feed-forward": 2, "+": 4}
+    assert {name: names.count(name) for name in wanted} == wanted
+    sums = sorted({text.get_position()[0] for text in axes.texts if text.get_text() == "+"})
+    norms = [text.get_position()[0] for text in axes.texts if text.get_text() == "norm"]
+    assert [x in sums for x in norms] == [True, True, False, False]
+    heights = [text.get_position()[1] for text in axes.texts if text.get_position()[0] == norms[0]]
+    assert heights == sorted(heights, reverse=True)
+
+
+def test_stream_spiral_has_right_angles_and_lengths_that_grow_like_a_root() -> None:
+    axes = plots.stream_spiral(5)
+    start, *lines = [np.transpose(line.get_data()) for line in axes.get_lines()]
+    steps, ends = lines[0::2], [line[1] for line in lines[1::2]]
+    assert start[1] == pytest.approx((1, 0))
+    assert [np.hypot(*end) for end in ends] == pytest.approx([n**0.5 for n in (2, 3, 4, 5, 6)])
+    for begin, end in steps:
+        assert (np.hypot(*(end - begin)), (end - begin) @ begin) == pytest.approx((1, 0))
+    assert {"45°", "35.3°", "30°", "26.6°", "24.1°"} <= {text.get_text() for text in axes.texts}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["stream", "attention", "feed-forward"]

@@ -18,6 +18,25 @@ def closed_figures() -> Iterator[None]:
     plt.close("all")
 
 
+def test_tokens_land_on_the_circle_and_keep_their_direction() -> None:
+    axes = plots.circle_of_tokens([(1, 7), (0.5, 0.5)])
+    marks = {line.get_color(): line for line in axes.get_lines()}
+    points = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.get_lines()]
+    assert len(marks) == 2
+    assert points == [(1, 7), pytest.approx((0.2, 1.4)), (0.5, 0.5), pytest.approx((1, 1))]
+    assert {text.get_text() for text in axes.texts} >= {"(1, 7)", "(0.2, 1.4)", "(0.5, 0.5)", "(1, 1)"}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["token", "RMSNorm"]
+    assert axes.patches[0].radius == pytest.approx(2**0.5)
+
+
+def test_layer_norm_goes_by_the_line_of_sum_zero() -> None:
+    axes = plots.circle_of_tokens([(1, 7)], layer_norm=True)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    for label, point in {"mean subtracted": (-3, 3), "LayerNorm": (-1, 1)}.items():
+        assert (lines[label].get_xdata()[0], lines[label].get_ydata()[0]) == pytest.approx(point)
+    assert {"(−3, 3)", "(−1, 1)"} <= {text.get_text() for text in axes.texts}
+
+
 def test_growth_starts_at_zero_layers_and_is_logarithmic() -> None:
     axes = plots.growth_through_layers({"without": [1.0, 10.0, 100.0], "with": [1.0, 1.5]})
     without, with_norm = axes.get_lines()
@@ -25,6 +44,18 @@ def test_growth_starts_at_zero_layers_and_is_logarithmic() -> None:
     assert list(without.get_ydata()) == [1.0, 10.0, 100.0]
     assert list(with_norm.get_ydata()) == [1.0, 1.5]
     assert axes.get_yscale() == "log"
+
+
+def test_growth_shows_close_curves_again_in_an_inset_of_their_own_scale() -> None:
+    axes = plots.growth_through_layers(
+        {"far": [1.0, 1e9], "near": [1.0, 1.2], "nearer": [1.0, 2.7]}, close=["near", "nearer"]
+    )
+    (inset,) = axes.child_axes
+    assert [list(line.get_ydata()) for line in inset.get_lines()] == [[1.0, 1.2], [1.0, 2.7]]
+    assert [line.get_color() for line in inset.get_lines()] == [line.get_color() for line in axes.get_lines()[1:]]
+    assert [text.get_text() for text in inset.texts] == ["1.2", "2.7"]
+    assert inset.get_yscale() == "linear"
+    assert not plots.growth_through_layers({"far": [1.0, 1e9]}).child_axes
 
 
 def test_running_sums_start_after_one_feature_and_at_zero_height() -> None:

@@ -33,18 +33,25 @@ def test_roofs_rise_with_the_bandwidth_and_end_at_the_peak() -> None:
     assert "FLOP/s" in axes.get_ylabel()
 
 
-def test_intensity_over_batch_draws_every_part_and_every_machine() -> None:
-    curves = {"experts": {1: 1.0, 8: 2.0}, "attention": {1: 240.0, 8: 240.0}}
-    axes = plots.intensity_over_batch(curves, {"H100": 295.0, "laptop": 9.0})
-    experts, attention, balance, slower = axes.get_lines()
-    assert dict(zip(experts.get_xdata(), experts.get_ydata(), strict=True)) == curves["experts"]
-    assert dict(zip(attention.get_xdata(), attention.get_ydata(), strict=True)) == curves["attention"]
-    assert set(balance.get_ydata()) == {295.0}
-    assert set(slower.get_ydata()) == {9.0}
-    fast, slow = axes.texts
-    assert (fast.get_text(), slow.get_text()) == ("H100", "laptop")
-    assert fast.get_position()[1] > 295.0
-    assert slow.get_position()[1] < 9.0
-    assert list(axes.get_xticks()) == [1, 8]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["experts", "attention"]
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+def test_measured_operations_are_points_under_the_roof() -> None:
+    axes = plots.roofline({"here": (1e11, 1e10)}, measured={"copy": (0.1, 5e8), "product": (100.0, 9e10)})
+    _, *points = axes.get_lines()
+    assert [(*point.get_xdata(), *point.get_ydata()) for point in points] == [(0.1, 5e8), (100.0, 9e10)]
+    assert [text.get_text() for text in axes.texts] == ["copy", "product"]
+    assert axes.get_xlim()[0] < 0.1
+    assert axes.get_ylim()[0] < 5e8
+
+
+def test_step_times_are_stacked_by_part() -> None:
+    axes = plots.step_times(
+        {
+            "1": {"projections": 200.0, "routed experts": 800.0, "gate": 2.0, "head": 98.0},
+            "8": {"projections": 25.0, "scores and values": 75.0, "routed experts": 600.0},
+        }
+    )
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert named == ["projections", "scores and values", "shared experts", "routed experts", "the rest"]
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+    assert widths == [[200, 25], [0, 75], [0, 0], [800, 600], [100, 0]]
+    assert [text.get_text() for text in axes.texts] == ["1,100", "700"]
+    assert "µs" in axes.get_xlabel()

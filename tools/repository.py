@@ -104,20 +104,22 @@ def theme_options(address: str | None, branch: str) -> dict[str, Any]:
 
 
 def commands(address: str | None, branch: str) -> dict[str, str]:
-    """Substitutions for the pages: the commands that fetch the repository, here and in Colab."""
-    name = address.rsplit("/", 1)[1] if address else "FOLDER"
-    where = address or "ADDRESS"
-    known = f"The repository is [{address}]({address})." if address else (
-        "These pages were built without the address of their repository: put it in place of `ADDRESS`, and the name "
-        "of the folder that it makes in place of `FOLDER`."
-    )  # fmt: skip
-    chosen = f" --branch {branch}" if address else ""
+    """Substitutions for the pages: how to fetch the repository, here and in Colab."""
+    if address is None:
+        by_hand = (
+            "These pages were built from a copy of the repository that has no public address: work in a copy of it"
+        )
+        return {
+            "repository": "",
+            "fetch": f"{by_hand}, such as the folder that these pages came with.",
+            "fetch_in_colab": f"{by_hand}, which you upload to Colab with the notebook.",
+        }
+    name = address.rsplit("/", 1)[1]
+    clone = f"!git clone --quiet --depth 1 --branch {branch} {address}"
     return {
-        "repository": known,
-        "fetch": f"```bash\ngit clone {where}\ncd {name}\n```",
-        "fetch_in_colab": (
-            f'```\n!git clone --quiet --depth 1{chosen} {where}\n!pip install --quiet "./{name}[notebooks]"\n```'
-        ),
+        "repository": f"The repository is [{address}]({address}).",
+        "fetch": f"```bash\ngit clone {address}\ncd {name}\n```",
+        "fetch_in_colab": f'```\n{clone}\n!pip install --quiet "./{name}[notebooks]"\n```',
     }
 
 

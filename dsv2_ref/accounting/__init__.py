@@ -8,11 +8,18 @@ from dsv2_ref.accounting.cached import CACHE_KINDS, cache_bytes, cache_numbers
 from dsv2_ref.accounting.call import DTYPE_BYTES, FORMS, Call
 from dsv2_ref.accounting.operations import elementwise, products
 from dsv2_ref.accounting.summary import activation_peak, report
-from dsv2_ref.accounting.traffic import activations_moved, experts_read, weights_read
+from dsv2_ref.accounting.traffic import (
+    activations_moved,
+    by_part,
+    experts_read,
+    intensities,
+    read_by_part,
+    weights_read,
+)
 from dsv2_ref.accounting.weights import Matrix, matrices, model_matrices, model_parameters, parameters
 
 __all__ = [
-    "CACHE_KINDS", "DTYPE_BYTES", "FORMS", "Call", "Matrix", "activation_peak", "activations_moved", "cache_bytes",
-    "cache_numbers", "elementwise", "experts_read", "matrices", "model_matrices", "model_parameters", "parameters",
-    "products", "report", "weights_read",
+    "CACHE_KINDS", "DTYPE_BYTES", "FORMS", "Call", "Matrix", "activation_peak", "activations_moved", "by_part",
+    "cache_bytes", "cache_numbers", "elementwise", "experts_read", "intensities", "matrices", "model_matrices",
+    "model_parameters", "parameters", "products", "read_by_part", "report", "weights_read",
 ]  # fmt: skip

@@ -5,8 +5,11 @@ Kernels that fuse operations move less, which is why they are written. The score
 ``flash_attention_2``) are never written.
 """
 
-from dsv2_ref.accounting.call import Call, require_layer
-from dsv2_ref.accounting.operations import form_of
+from collections.abc import Mapping
+
+from dsv2_ref.accounting.cached import cache_bytes
+from dsv2_ref.accounting.call import Call, Counts, require_layer
+from dsv2_ref.accounting.operations import form_of, products
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.weights import parameters, projections
 from dsv2_ref.checks import require
@@ -24,13 +27,64 @@ def experts_read(config: DeepseekV2Config, tokens: int) -> float:
     return s.E * (1 - (1 - s.k / s.E) ** tokens) if s.E else 0.0
 
 
-def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
+def _read_by_name(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
     """Bytes of a layer's weights that a call reads, each once; of the routed experts, as many as `experts_read`."""
     s, counts = Sizes.of(config), parameters(config, layer_idx)
     if "mlp.experts" in counts:
         per_expert = counts["mlp.experts"] // s.E
         counts["mlp.experts"] = round(experts_read(config, call.tokens) * per_expert)
-    return sum(counts.values()) * call.itemsize
+    return {name: n * call.itemsize for name, n in counts.items()}
+
+
+def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
+    """Bytes of a layer's weights that a call reads, each once; of the routed experts, as many as `experts_read`."""
+    return sum(_read_by_name(config, layer_idx, call).values())
+
+
+PARTS = {
+    "self_attn.scores": "scores and values",
+    "self_attn.values": "scores and values",
+    "self_attn": "projections",
+    "mlp.gate": "gate",
+    "mlp.shared_experts": "shared experts",
+    "mlp.experts": "routed experts",
+    "mlp": "MLP",
+}
+"""The part of a layer that a name of the accounting belongs to, by the first of these with which the name starts."""
+
+
+def by_part(counts: Mapping[str, int]) -> Counts:
+    """Sums by part of a layer (see `PARTS`). What stands between the parts, as the norms of the stream, is left out."""
+    sums: Counts = {}
+    for name, count in counts.items():
+        part = next((part for start, part in PARTS.items() if name.startswith(start)), None)
+        if part is not None:
+            sums[part] = sums.get(part, 0) + count
+    return sums
+
+
+# fmt: off
+def read_by_part(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
+    """Bytes of weights and cache that each part of a layer reads, each once.
+
+    The batch shares the weights, and each sequence has a cache of its own. Expanded
+    MLA reads keys and values that it has just made: they are no part of this count.
+    """
+    read = by_part(_read_by_name(config, layer_idx, call))
+    if not config.use_mla or form_of(config, call) == "absorbed":
+        tokens = call.batch * call.kv
+        read["scores and values"] = cache_bytes(config, tokens, call.dtype, layers=1)
+    return read
+
+
+def intensities(
+    config: DeepseekV2Config, layer_idx: int, call: Call
+) -> dict[str, float]:
+    """FLOPs per byte of weights and cache read, for each part of a layer that reads."""
+    flops = by_part(products(config, layer_idx, call))
+    read = read_by_part(config, layer_idx, call)
+    return {part: flops[part] / read[part] for part in read}
+# fmt: on
 
 
 def _attention(config: DeepseekV2Config, call: Call) -> Moved:

@@ -35,9 +35,13 @@ def projections(config: DeepseekV2Config) -> dict[str, tuple[int, int]]:
     s = Sizes.of(config)
     if not config.use_mla:
         keys = (s.D, s.G * s.V)
-        return {"q_proj": (s.D, s.D), "k_proj": keys, "v_proj": keys, "o_proj": (s.D, s.D)}
+        return {
+            "q_proj": (s.D, s.D), "k_proj": keys, "v_proj": keys, "o_proj": (s.D, s.D)
+        }  # fmt: skip
     query = s.H * (s.N + s.R)
-    queries = {"q_a_proj": (s.D, s.Q), "q_b_proj": (s.Q, query)} if s.Q else {"q_proj": (s.D, query)}
+    queries = {"q_proj": (s.D, query)}
+    if s.Q:
+        queries = {"q_a_proj": (s.D, s.Q), "q_b_proj": (s.Q, query)}
     return queries | {
         "kv_a_proj_with_mqa": (s.D, s.C + s.R),
         "kv_b_proj": (s.C, s.H * (s.N + s.V)),

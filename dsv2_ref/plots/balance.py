@@ -5,8 +5,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
 
-from dsv2_ref.plots.style import INK, OPEN, SETTINGS, Points, Values, add_curves, add_legend, add_line, new_axes
+from dsv2_ref.plots.style import CENTRED, INK, OPEN, SETTINGS, STYLES, Points, Values, add_curves, add_legend, new_axes
+
+EVEN: dict[str, Any] = {"color": "#E69F00", "linewidth": 2, "zorder": 1, "label": "even share"}
+"""The line that all loads are compared with."""
 
 
 def _panels(number: int, height: float, **options: Any) -> list[Axes]:
@@ -14,6 +18,17 @@ def _panels(number: int, height: float, **options: Any) -> list[Axes]:
     page: dict[str, Any] = {"figsize": (5, height), "dpi": 200, "facecolor": "white", "layout": "constrained"}
     _, grid = plt.subplots(number, 1, squeeze=False, **page, **options)
     return list(grid[:, 0])
+
+
+def expert_loads(loads: Mapping[str, Sequence[int]]) -> Axes:
+    """How many tokens each expert got, sorted from the busiest to the idlest, beside an even share; for up to four
+    labels with the same sum."""
+    axes = new_axes("experts, the busiest first", "tokens")
+    add_curves(axes, {label: sorted(counts, reverse=True) for label, counts in loads.items()}, start=1, marked=True)
+    counts = next(iter(loads.values()))
+    axes.axhline(sum(counts) / len(counts), **EVEN)
+    axes.set(xlim=(0, None), ylim=(0, None))
+    return add_legend(axes)
 
 
 def load_over_steps(busiest: Points, idle: Points) -> list[Axes]:
@@ -25,8 +40,9 @@ def load_over_steps(busiest: Points, idle: Points) -> list[Axes]:
     """
     with plt.rc_context(SETTINGS | OPEN):
         above, below = _panels(2, 5.4, sharex=True)
-        add_legend(add_curves(above, busiest, linewidth=2), ncols=2, fontsize=11)
-        add_line(above, 1)
+        add_curves(above, busiest, linewidth=2)
+        above.axhline(1, **EVEN)
+        add_legend(above, ncols=2, fontsize=11)
         add_curves(below, idle, linewidth=2, named=False)
         for axes, ylabel in ((above, "busiest expert,\nover an even share"), (below, "idle experts")):
             axes.set(xlim=(0, None), ylim=(0, None), ylabel=ylabel)
@@ -55,21 +71,45 @@ def load_maps(panels: Mapping[str, Values]) -> list[Axes]:
     return maps
 
 
-def co_activation(ratios: Sequence[Sequence[float]], group: int) -> Axes:
-    """How often two experts are chosen together, over what chance would give; white lines part the devices.
+def three_counts(chosen: Sequence[Sequence[int]], experts: int, devices: int) -> list[Axes]:
+    """The same choices, counted for each of the three balance losses: a box holds what is counted together.
 
     Args:
-        ratios: for each pair of experts; the diagonal is not shown.
-        group: experts of a device.
+        chosen: for each token, a row, the experts that it visits.
+        experts: routed experts, a column for each; device by device.
+        devices: devices that share them.
     """
-    shown = [[float("nan") if i == j else value for j, value in enumerate(row)] for i, row in enumerate(ratios)]
-    firsts = range(0, len(shown), group)
-    axes = new_axes("expert", "expert", height=4.2, xticks=firsts, yticks=firsts)
-    image = axes.imshow(shown, cmap="cividis", vmin=0, vmax=3)
-    axes.grid(False)
-    for border in firsts[1:]:
-        axes.axhline(border - 0.5, color="white", linewidth=2)
-        axes.axvline(border - 0.5, color="white", linewidth=2)
-    bar = axes.figure.colorbar(image, ax=axes, shrink=0.85, extend="max")
-    bar.set_label("chosen together, over chance", color=INK)
-    return axes
+    size, rows = experts // devices, len(chosen)
+    choices = [(row, expert) for row, visited in enumerate(chosen) for expert in visited]
+    by_expert = [sum(expert == column for _, expert in choices) for column in range(experts)]
+    by_device = [sum(by_expert[size * device : size * (device + 1)]) for device in range(devices)]
+    sent = [sorted({expert // size for expert in visited}) for visited in chosen]
+    arrivals = [sum(device in reached for reached in sent) for device in range(devices)]
+    columns = [(column, 0, 1, rows) for column in range(experts)]
+    halves = [(size * device, 0, size, rows) for device in range(devices)]
+    pills = [(size * device, row, size, 1) for row, reached in enumerate(sent) for device in reached]
+    kinds = (
+        ("expert loss: choices of each expert", columns, by_expert),
+        ("device loss: choices on each device", halves, by_device),
+        ("communication loss: tokens sent to each device", pills, arrivals),
+    )
+    with plt.rc_context(SETTINGS):
+        panels = _panels(len(kinds), 2.1 + 1.05 * rows)
+    dot: dict[str, Any] = {"markersize": 19, "color": STYLES[1][0], "markeredgecolor": "white"}
+    for axes, (title, boxes, counts) in zip(panels, kinds, strict=True):
+        for left, top, width, height in boxes:
+            spot, style = (left + 0.12, top + 0.1), "round,pad=0,rounding_size=0.2"
+            axes.add_patch(FancyBboxPatch(spot, width - 0.24, height - 0.2, style, facecolor="#F0F0F0", edgecolor=INK))
+        for row, expert in choices:
+            axes.plot(expert + 0.5, row + 0.5, "o", **dot)
+            axes.text(expert + 0.5, row + 0.5, f"{row}", **CENTRED | {"color": "white", "weight": "bold"})
+        for place, count in enumerate(counts):
+            middle = (place + 0.5) * experts / len(counts)
+            axes.text(middle, rows + 0.35, f"{count}", **CENTRED | {"fontsize": 15, "weight": "bold"})
+        axes.axvline(size, color=INK, linewidth=1, linestyle=":")
+        axes.set_title(title, fontsize=12, loc="left", color=INK)
+        axes.set(xlim=(0, experts), ylim=(rows + 0.7, 0))
+        axes.set_axis_off()
+    for expert in range(experts):
+        panels[-1].text(expert + 0.5, rows + 0.95, f"expert {expert}", **CENTRED | {"fontsize": 11})
+    return panels

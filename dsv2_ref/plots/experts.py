@@ -1,12 +1,12 @@
 """Figures of the chapter on experts and routing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from dsv2_ref.plots.style import CENTRED, INK, STYLES, add_curves, add_legend, new_axes
+from dsv2_ref.plots.style import CENTRED, INK, STYLES, new_axes
 
 FACES = ("#CFE5F3", "#FCE5D4", "#CDEBE0", "#F3DDE9")  # a pale ground for each colour of STYLES
 
@@ -126,14 +126,3 @@ def sorted_choices(choices: Choices, order: Sequence[int]) -> Axes:
             axes.add_patch(Rectangle((x, y), 3.2, 0.8, facecolor=face, edgecolor=edge, linewidth=1.2))
             axes.text(x + 1.6, y + 0.4, text, fontsize=11, **CENTRED)
     return axes
-
-
-def expert_loads(loads: Mapping[str, Sequence[int]]) -> Axes:
-    """How many tokens each expert got, sorted from the busiest to the idlest, beside an even share; for up to four
-    labels with the same sum."""
-    axes = new_axes("experts, the busiest first", "tokens")
-    add_curves(axes, {label: sorted(counts, reverse=True) for label, counts in loads.items()}, start=1)
-    counts = next(iter(loads.values()))
-    axes.axhline(sum(counts) / len(counts), color=INK, linewidth=1, label="even share")
-    axes.set(xlim=(0, None), ylim=(0, None))
-    return add_legend(axes)
