@@ -45,9 +45,8 @@ def inverse_frequencies(
     Without scaling, pair i turns by ``theta ** (-2i / dim)``. Linear scaling divides
     all angles by the factor s. Dynamic NTK raises theta once ``kv_length`` exceeds
     ``max_position_embeddings``; it depends on the context of this call alone, so keys
-    cached under a shorter context keep their angles, as in the published code. YaRN
-    keeps pairs that turn more than beta_fast times over the original length, divides by
-    s those that turn less than beta_slow times, and blends in between.
+    cached under a shorter context keep their angles, as in the published code. For
+    YaRN see `yarn_frequencies`.
 
     Source: Su et al. (2021), equation 15; Peng et al. (2023), section 3;
     ``DeepseekV2*RotaryEmbedding`` of the published code.
@@ -63,6 +62,19 @@ def inverse_frequencies(
             stretch = scaling.factor * longer - (scaling.factor - 1)
             theta = theta * stretch ** (dim / (dim - 2))
         return 1.0 / theta**exponents
+    return yarn_frequencies(1.0 / theta**exponents, theta, scaling)
+
+
+def yarn_frequencies(
+    kept: Float[Tensor, "pairs"], theta: float, scaling: RopeScaling
+) -> Float[Tensor, "pairs"]:
+    """YaRN's angles per position, made from the unscaled ones.
+
+    Pairs that turn more than beta_fast times over the original length are kept, and
+    those that turn less than beta_slow times are divided by s. In between it blends by
+    the number of the pair.
+    """
+    dim = 2 * len(kept)
 
     def pair_that_turns(times: float) -> float:
         length = scaling.original_max_position_embeddings
@@ -71,9 +83,8 @@ def inverse_frequencies(
     kept_below = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     divided_from = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
     width = divided_from - kept_below or 0.001
-    pairs = torch.arange(dim // 2, device=device, dtype=dtype)
+    pairs = torch.arange(dim // 2, device=kept.device, dtype=kept.dtype)
     divided = ((pairs - kept_below) / width).clamp(0, 1)  # 0 keeps, 1 divides
-    kept = 1.0 / theta**exponents
     return kept / scaling.factor * divided + kept * (1 - divided)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from experiments import norms, router
+from experiments import longer, norms, router
 from experiments.corpus import KINDS, corpus, split_source, sums, to_bytes, windows
 
 
@@ -156,3 +156,13 @@ def test_the_stored_log_of_the_norms_has_every_run() -> None:
     assert {len(run["bits"]) for run in log["runs"]} == {norms.STEPS // norms.EVERY}
     text = to_bytes(sums(20_000, seed=1))
     assert log["bits_by_frequency"] == pytest.approx(norms.bits_by_frequency(text))
+
+
+def test_longer_texts_are_scored_on_the_same_bytes_whatever_is_read_before_them() -> None:
+    assert longer.texts().shape == (12, longer.LENGTH)
+    assert {kind: texts.shape for kind, texts in longer.draw().items()} == dict.fromkeys(KINDS, (4, longer.LENGTH))
+    model = longer.stretched().double()
+    whole = longer.bits_after(model, 256)
+    assert longer.bits_after(model, 256, window=256) == pytest.approx(whole, abs=1e-9)
+    assert longer.bits_after(model, 512, window=128) < whole + 0.1 < longer.bits_after(model, 512) - 3
+    assert longer.stretched(rope_theta=500_000.0).config.rope_theta == 500_000.0

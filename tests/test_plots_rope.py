@@ -38,17 +38,16 @@ def test_every_clock_has_its_hands_at_the_given_angles_and_the_later_ones_are_da
     assert axes.get_aspect() == 1
 
 
-def test_turns_start_at_pair_zero_with_the_limits_marked() -> None:
-    axes = plots.turns_by_pair({"none": [100.0, 10.0, 1.0], "linear": [10.0, 1.0, 0.1]}, {"one turn": 1.0}, 4096)
-    none, linear, limit = axes.get_lines()
-    assert list(none.get_xdata()) == [0, 1, 2]
-    assert list(none.get_ydata()) == [100.0, 10.0, 1.0]
-    assert list(linear.get_ydata()) == [10.0, 1.0, 0.1]
-    assert list(limit.get_ydata()) == [1.0, 1.0]
-    assert [text.get_text() for text in axes.texts] == ["one turn"]
-    assert axes.get_ylabel() == "turns over 4,096 positions"
-    assert axes.get_yscale() == "log"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["none", "linear"]
+def test_quarter_turns_label_each_arrow_with_its_score() -> None:
+    axes = plots.quarter_turns((2, 1), (3, 1))
+    said = [text.get_text() for text in axes.texts if text.get_text()]
+    assert said == [
+        "key at 0",
+        *(f"query at {n}\nscore {score}" for n, score in enumerate(["7", "−1", "−7", "1"])),
+    ]
+    tips = [text.xy for text in axes.texts if text.get_text().startswith("query")]
+    assert tips == [(2, 1), (-1, 2), (-2, -1), (1, -2)]
+    assert axes.get_aspect() == 1
 
 
 def test_stretch_is_logarithmic_and_starts_at_pair_zero() -> None:
@@ -60,15 +59,18 @@ def test_stretch_is_logarithmic_and_starts_at_pair_zero() -> None:
     assert axes.get_yscale() == "log"
 
 
-def test_angle_errors_are_drawn_at_their_positions_and_zeros_left_out() -> None:
-    axes = plots.angle_errors([1, 2, 4], {"bfloat16": [0.0, 0.5, 1.0], "float32": [1e-7, 2e-7, 4e-7]})
-    bfloat16, float32 = axes.get_lines()
-    assert list(bfloat16.get_xdata()) == [1, 2, 4]
-    assert list(bfloat16.get_ydata()) == [0.0, 0.5, 1.0]
-    assert list(float32.get_ydata()) == [1e-7, 2e-7, 4e-7]
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert axes.get_ylim()[0] > 0
-    assert bfloat16.get_linestyle() != float32.get_linestyle()
+def test_bits_are_drawn_at_their_lengths_with_labels_apart() -> None:
+    axes = plots.bits_by_length([128, 256], {"none": [3.0, 6.6], "YaRN": [3.0, 3.1], "window": [3.0, 3.0]}, 128)
+    mark, window, yarn, none = axes.get_lines()
+    assert list(mark.get_xdata()) == [128, 128]
+    for line, bits in ((none, [3.0, 6.6]), (yarn, [3.0, 3.1]), (window, [3.0, 3.0])):
+        assert list(line.get_xdata()) == [128, 256]
+        assert list(line.get_ydata()) == bits
+    assert len({line.get_linestyle() for line in (none, yarn, window)}) == 3
+    labels = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert labels["YaRN"] - labels["window"] == pytest.approx(plots.APART)
+    assert labels["none"] == 6.6
+    assert axes.get_xscale() == "log"
 
 
 def test_scores_are_drawn_at_their_distances_around_a_line_at_zero() -> None:
@@ -85,9 +87,8 @@ def test_scores_are_drawn_at_their_distances_around_a_line_at_zero() -> None:
 @pytest.mark.parametrize(
     "axes",
     [
-        lambda: plots.turns_by_pair({"a": [1.0]}, {}, 1),
         lambda: plots.stretch_by_pair({"a": [1.0]}),
-        lambda: plots.angle_errors([1], {"a": [1.0]}),
+        lambda: plots.bits_by_length([1, 2], {"a": [1.0, 1.0]}, 1),
         lambda: plots.scores_by_distance([0], {"a": [1.0]}),
     ],
 )

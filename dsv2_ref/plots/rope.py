@@ -1,18 +1,41 @@
 """Figures of the chapter on rotary positions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from dsv2_ref.plots.style import INK, STYLES, Values, add_curves, add_line, new_axes
+from dsv2_ref.plots.style import INK, SMALL, STYLES, Values, add_curves, add_legend, add_line, new_axes, tick
 
-BETWEEN_CLOCKS = 2.5
+ROPE, QUERY, OTHER = STYLES[2][0], STYLES[3][0], "#8A9199"
+"""The colours of rope keys, of queries, and of what is only compared with."""
+BETWEEN_CLOCKS, APART = 2.5, 0.35
+
+
+def quarter_turns(query: tuple[int, int], key: tuple[int, int]) -> Axes:
+    """A query of one pair at positions 0 to 3 of a clock with quarter turns, a key at position 0, and the scores."""
+    axes = new_axes("", "", height=4.2, aspect="equal")
+    arrow = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", key, (0, 0), arrowprops=arrow | {"color": ROPE})
+    axes.annotate("key at 0", key, (6, 0), textcoords="offset points", va="center", **SMALL)
+    x, y = query
+    for position, tip in enumerate(((x, y), (-y, x), (-x, -y), (y, -x))):
+        axes.annotate("", tip, (0, 0), arrowprops=arrow | {"color": QUERY, "alpha": 0.4 + 0.2 * position})
+        score = tip[0] * key[0] + tip[1] * key[1]
+        text = f"query at {position}\nscore {score}".replace("-", "−")
+        down = tip[1] < 0
+        axes.annotate(
+            text, tip, (0, -5 if down else 5), textcoords="offset points", ha="center", va="top" if down else "bottom",
+            **SMALL,
+        )  # fmt: skip
+    reach = max(map(abs, (*query, *key))) + 1
+    axes.set(xlim=(-reach, reach + 0.5), ylim=(-reach + 0.6, reach - 0.6))
+    axes.set(xticks=range(-reach, reach + 1), yticks=range(1 - reach, reach))
+    return axes
 
 
 def clocks(angles: Values) -> Axes:
-    """A clock for each labelled pair of features, with a hand for its angle in radians at position 0, 1, 2, …, the
-    later ones darker."""
+    """A clock for each labelled pair of features, with hands at the given angles in radians, the later ones darker."""
     centres = [BETWEEN_CLOCKS * number for number in range(len(angles))]
     axes = new_axes("", "", height=2.0, aspect="equal", yticks=[])
     around = np.linspace(0, 2 * np.pi, 100)
@@ -20,24 +43,12 @@ def clocks(angles: Values) -> Axes:
         axes.plot(centre + np.cos(around), np.sin(around), color=INK, linewidth=0.8)
         for position, angle in enumerate(hands):
             tip = (centre + np.cos(angle), np.sin(angle))
-            shade = 0.2 + 0.8 * (position + 1) / len(hands)
-            axes.plot([centre, tip[0]], [0, tip[1]], color=STYLES[0][0], alpha=shade, linewidth=1.6)
+            shade = min(1.0, 0.2 + 0.8 * (position + 1) / len(hands))
+            axes.plot([centre, tip[0]], [0, tip[1]], color=ROPE, alpha=shade, linewidth=1.6)
     axes.set_xticks(centres, labels=list(angles))
     axes.tick_params(bottom=False)
     axes.spines[:].set_visible(False)
     axes.grid(False)
-    return axes
-
-
-def turns_by_pair(turns: Values, limits: Mapping[str, float], positions: int) -> Axes:
-    """How often pair 0, pair 1, … turns around over a sequence of so many positions, on a logarithmic scale, for up to
-    four ways of scaling; labelled lines mark the limits."""
-    axes = new_axes("pair of features", f"turns over {positions:,} positions", height=3.6, yscale="log")
-    add_curves(axes, turns)
-    last = max(map(len, turns.values())) - 1
-    for label, value in limits.items():
-        add_line(axes, value)
-        axes.annotate(label, (last, value), (0, 3), textcoords="offset points", ha="right", fontsize=11)
     return axes
 
 
@@ -46,24 +57,36 @@ def stretch_by_pair(stretches: Values) -> Axes:
     return add_curves(new_axes("pair of features", "times slower", yscale="log"), stretches)
 
 
-def angle_errors(positions: Sequence[int], errors: Values) -> Axes:
-    """The largest error of an angle, in radians, among positions up to each of the given, for up to four number formats.
-
-    Both scales are logarithmic; zeros are left out.
-    """
-    axes = new_axes("position", "largest error of an angle (radians)", height=3.6)
-    add_curves(axes, _over(positions, errors))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", nonpositive="mask")
-    return axes
-
-
 def scores_by_distance(distances: Sequence[int], scores: Values) -> Axes:
     """The score of a query with a key at each of the given distances between them, for up to four labels; thin lines,
     for they are ragged."""
     axes = new_axes("distance (positions)", "score, relative to distance 0")
     add_curves(axes, _over(distances, scores), linewidth=1.5)
     add_line(axes, 0)
+    return add_legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
+def bits_by_length(lengths: Sequence[int], bits: Values, trained: int) -> Axes:
+    """Bits per byte after so many bytes, for each labelled way of stretching; a line marks the trained length.
+
+    YaRN's lines have the colour of rope keys, "none" and "window" are black, and the others are grey.
+    """
+    axes = new_axes("bytes in the call", "bits per byte of the last 64", height=4.2)
+    axes.axvline(trained, color=INK, linewidth=0.9, linestyle=":")
+    axes.annotate("trained length", (trained, 1), (3, -3), xycoords=("data", "axes fraction"),
+                  textcoords="offset points", va="top", **SMALL)  # fmt: skip
+    ends = sorted(bits, key=lambda label: bits[label][-1])
+    height = -np.inf
+    for number, label in enumerate(ends):
+        known = {"none": INK, "window": INK}
+        colour = known.get(label.split()[0], ROPE if label.startswith("YaRN") else OTHER)
+        line = ("-", "--", "-.", ":")[number % 4]
+        axes.plot(lengths, bits[label], line, color=colour, linewidth=2.2, label=label)
+        height = max(height + APART, bits[label][-1])
+        axes.annotate(label, (lengths[-1], height), (6, 0), textcoords="offset points", va="center",
+                      **SMALL | {"color": colour})  # fmt: skip
+    axes.set_xscale("log", base=2)
+    tick(axes.xaxis, [length for length in lengths if length % trained == 0 and (length // trained).bit_count() == 1])
     return axes
 
 

@@ -13,7 +13,13 @@ from dsv2_ref.config import DeepseekV2Config
 from tests.site.conftest import ROOT
 from tools.figures.cache import WAYS, three_ways
 
-PAGES = ["decoding", "mla"]
+PAGES = {  # what the first of the five states says
+    ("decoding", "cache"): "289 MFLOP, 13.6 MB",
+    ("mla", "cache"): "289 MFLOP, 13.6 MB",
+    ("overview", "line"): "4 at 9: 0.87",
+    ("experts", "router"): "expert 0: 0.363",
+}
+FIGURES = {figure: page for page, figure in PAGES}
 PRESETS = {
     "DeepSeek-V2-Lite": DeepseekV2Config.deepseek_v2_lite(),
     "DeepSeek-V2": DeepseekV2Config.deepseek_v2(),
@@ -78,22 +84,37 @@ def test_its_state_is_in_the_address_and_is_said(browser: Browser, origin: str) 
     tab.context.close()
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_without_scripts_there_is_a_table(browser: Browser, origin: str, page: str) -> None:
+@pytest.mark.parametrize(("page", "figure"), PAGES)
+def test_without_scripts_there_is_a_table(browser: Browser, origin: str, page: str, figure: str) -> None:
     tab = opened(browser, origin, page, java_script_enabled=False)
-    rows = tab.locator("[data-figure=cache] tbody tr")
+    rows = tab.locator(f"[data-figure={figure}] tbody tr")
     expect(rows).to_have_count(5)
-    expect(rows.first).to_contain_text("289 MFLOP, 13.6 MB")
+    expect(rows.first).to_contain_text(PAGES[page, figure])
     tab.context.close()
 
 
-@pytest.mark.parametrize("width", [320, 390, 1280])
-def test_it_fits_and_is_accessible(browser: Browser, origin: str, width: int) -> None:
-    tab = opened(browser, origin, "decoding", viewport={"width": width, "height": 800})
-    tab.wait_for_selector("#cache-model")
+@pytest.mark.parametrize(("width", "colours"), [(320, "dark"), (390, "light"), (1280, "light"), (1280, "dark")])
+@pytest.mark.parametrize("figure", FIGURES)
+def test_it_fits_and_is_accessible(browser: Browser, origin: str, figure: str, width: int, colours: Any) -> None:
+    size = {"width": width, "height": 800}
+    tab = opened(browser, origin, FIGURES[figure], viewport=size, color_scheme=colours)
+    tab.wait_for_selector(f"[data-figure={figure}] form")
+    tab.get_by_role("button", name="Show as a table").click()
     assert tab.evaluate("document.querySelector('[data-figure]').scrollWidth <= innerWidth")
+    heights = "nodes => nodes.filter(node => node.checkVisibility()).map(node => node.getBoundingClientRect().height)"
+    assert min(tab.eval_on_selector_all("[data-figure] :is(input, select, button)", heights)) >= 44
     found = Axe().run(tab, context="[data-figure]").response["violations"]
     assert not found
+    tab.context.close()
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_print_keeps_the_picture_and_the_table(browser: Browser, origin: str, figure: str) -> None:
+    tab = opened(browser, origin, FIGURES[figure])
+    tab.wait_for_selector(f"[data-figure={figure}] form")
+    tab.emulate_media(media="print")
+    for part, visible in {"form": False, "button": False, ".figure-bars": True, "table": True}.items():
+        expect(tab.locator(f"[data-figure={figure}] > {part}")).to_be_visible(visible=visible)
     tab.context.close()
 
 

@@ -20,12 +20,16 @@ const figures = {
     return made;
   },
 
-  // A figure in `root`: `controls` by name, each {label, options, sets} or {label, min, max, step, value, show}, where
-  // `sets` says what a choice makes of the others; `draw(state)`
-  // gives {sentence, bars: [{label, value, text, kind}], rows}, all numbers as text.
+  // A figure in `root`: `controls` by name, each {label, options, sets}, {label, min, max, step, value, show} for a
+  // slider, or the same with `type: "number"` for a field to type in; `sets` says what a choice makes of the others.
+  // `draw(state, width)` gives {sentence, groups: [{title, bars: [{label, value, text, kind}], most, layout}]}, all numbers as
+  // text, and if wanted `picture` (elements above the bars), `rows` (of the table, [name, text, …]; else it lists the bars)
+  // with `head`, and `hidden` (names of controls that do nothing now). It is drawn anew in another width. The address goes before `data-start`, which goes before `value`.
   start(root, name, controls, draw) {
     const { element } = figures;
     const asked = new URLSearchParams(location.search);
+    const given = new URLSearchParams(root.dataset.start);
+    let numbers;
     const form = element("form", { class: "figure-controls" });
     const fields = {};
     for (const [key, control] of Object.entries(controls)) {
@@ -35,14 +39,18 @@ const figures = {
         field = element("select", { id, name: key });
         for (const option of control.options) field.append(element("option", { value: option }, option));
       } else {
-        field = element("input", { id, name: key, type: "range", min: control.min, max: control.max, step: control.step });
+        field = element("input", { id, name: key, type: control.type ?? "range", min: control.min, max: control.max, step: control.step });
       }
-      const wanted = asked.get(id) ?? control.value ?? control.options[0];
+      const wanted = asked.get(id) ?? given.get(key) ?? control.value ?? control.options[0];
       field.value = wanted;
       if (field.value !== String(wanted)) field.value = control.value ?? control.options[0];
       const shown = element("output", { for: id });
-      form.append(element("label", { for: id }, control.label, " ", control.options ? "" : shown), field);
-      fields[key] = { field, shown, control };
+      const label = element("label", { for: id }, control.label, " ", control.show ? shown : "");
+      if (control.type === "number") {
+        numbers ??= form.appendChild(element("div", { class: "figure-numbers" }));
+        numbers.append(element("div", {}, label, field));
+      } else form.append(label, field);
+      fields[key] = { field, shown, control, label };
     }
     form.addEventListener("submit", (event) => event.preventDefault());
     const picture = element("div", { class: "figure-bars" });
@@ -54,19 +62,25 @@ const figures = {
       button.setAttribute("aria-expanded", String(!table.hidden));
     });
     let waiting;
+    let width;
     const update = (first) => {
       const state = {};
       for (const [key, { field, shown, control }] of Object.entries(fields)) {
         state[key] = control.options ? field.value : Number(field.value);
-        if (!control.options) {
+        if (control.type === "number") state[key] = Math.min(control.max, Math.max(control.min, state[key]));
+        if (control.show) {
           shown.textContent = control.show(state[key]);
           field.setAttribute("aria-valuetext", shown.textContent);
         }
       }
-      const drawn = draw(state);
-      picture.replaceChildren(...drawn.groups.map(figures.bars));
-      table.replaceChildren(element("tbody", {}, ...drawn.groups.flatMap(({ title, bars }) => bars.map(({ label, text }) =>
-        element("tr", {}, element("th", { scope: "row" }, `${title}: ${label}`), element("td", {}, text))))));
+      width = root.clientWidth;
+      const drawn = draw(state, width);
+      picture.replaceChildren(...(drawn.picture ?? []), ...drawn.groups.map(figures.bars));
+      const rows = drawn.rows ?? drawn.groups.flatMap(({ title, bars }) => bars.map(({ label, text }) => [`${title}: ${label}`, text]));
+      table.replaceChildren(element("tbody", {}, ...rows.map(([label, ...texts]) =>
+        element("tr", {}, element("th", { scope: "row" }, label), ...texts.map((text) => element("td", {}, text))))));
+      if (drawn.head) table.prepend(element("thead", {}, element("tr", {}, ...drawn.head.map((text) => element("th", { scope: "col" }, text)))));
+      for (const [key, { field, label }] of Object.entries(fields)) label.hidden = field.hidden = drawn.hidden?.includes(key) ?? false;
       clearTimeout(waiting);
       waiting = setTimeout(() => { sentence.textContent = drawn.sentence; }, first ? 0 : 300);
       if (first) return;
@@ -81,13 +95,14 @@ const figures = {
     });
     root.replaceChildren(form, picture, sentence, button, table);
     update(true);
+    new ResizeObserver(() => { if (root.clientWidth !== width) update(true); }).observe(root);
   },
 
-  // Horizontal bars with a common scale; each says its value beside it, so that colour and length are not all.
-  bars({ title, bars }) {
+  // Horizontal bars with a common scale, up to `most` if given; each says its value beside it, so that colour and length are not all.
+  bars({ title, bars, most: given, layout = "" }) {
     const { element } = figures;
-    const most = Math.max(...bars.map(({ value }) => value));
-    return element("div", { class: "figure-group" }, element("p", { class: "figure-title" }, title),
+    const most = given ?? Math.max(...bars.map(({ value }) => value));
+    return element("div", { class: `figure-group ${layout}` }, element("p", { class: "figure-title" }, title),
       ...bars.map(({ label, value, text, kind }) => element("div", { class: "figure-bar" },
         element("span", {}, label),
         element("span", { class: "figure-track", "aria-hidden": "true" },
