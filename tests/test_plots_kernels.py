@@ -53,3 +53,31 @@ def test_an_arrow_leads_from_a_query_s_shares_to_its_output() -> None:
     assert axes.get_xlabel()
     assert axes.get_ylabel()
     plt.close("all")
+
+
+def test_a_pass_is_an_arrow_to_or_from_memory() -> None:
+    axes = plots.memory_passes(
+        {"two": [("add", ("a", "b"), ("c",)), ("norm", ("c",), ("d",))], "one": [("both", ("a", "b"), ("c", "d"))]}
+    )
+    arrows = [text for text in axes.texts if isinstance(text, Annotation)]
+    up = [arrow for arrow in arrows if arrow.xy[1] < arrow.xyann[1]]  # the axis points down
+    assert (len(arrows), len(up)) == (5 + 4, 3 + 2)
+    said = [text.get_text() for text in axes.texts]
+    assert "two: 5 passes" in said
+    assert "one: 4 passes" in said
+    assert len(axes.patches) == 2 + 1 + 2  # kernels, and the memory of each chain
+    plt.close("all")
+
+
+def test_a_wave_is_as_high_as_the_slots_it_fills() -> None:
+    axes = plots.waves({"half": (5, 8), "two waves": (15, 4)}, slots=10)
+    whole, half, both, first, second = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert (whole.get_width(), half.get_width()) == (8, 8)
+    assert half.get_height() == pytest.approx(whole.get_height() / 2)
+    assert both.get_width() == first.get_width() + second.get_width() == 8
+    assert second.get_x() == first.get_width() == 4
+    assert (first.get_height(), second.get_height()) == pytest.approx((both.get_height(), both.get_height() / 2))
+    assert [text.get_text() for text in axes.texts] == ["8", "8"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["half", "two waves"]
+    assert axes.get_xlabel()
+    plt.close("all")

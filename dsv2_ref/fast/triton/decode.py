@@ -21,6 +21,27 @@ from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
 
 # fmt: off
+@jit
+def attend_tile(
+    q_latent, q_rope, k_latent, k_rope, keep, scale,  # ROWS queries, KEYS cached tokens
+    highest, weight, attended,  # so far: largest score, sums of weights and of values
+):
+    """One tile of the cache more: its latents are keys and, weighted, the values."""
+    scores = tl.dot(q_latent, tl.trans(k_latent), input_precision="ieee")
+    scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
+    scores = tl.where(keep, scores * scale, float("-inf"))
+
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # 0 if nothing was seen yet
+    shrink = tl.exp(highest - base)
+    p = tl.exp(scores - base[:, None])
+    weight = weight * shrink + tl.sum(p, 1)
+    attended = attended * shrink[:, None]
+    p = p.to(k_latent.dtype)
+    attended = tl.dot(p, k_latent, attended, input_precision="ieee")
+    return higher, weight, attended
+
+
 @jit(do_not_specialize=["kv_seq", "p_batch"])  # these grow with every step
 def mla_partial_kernel(
     query, keys, padding, sums, log_sums,
@@ -62,26 +83,14 @@ def mla_partial_kernel(
         k_latent = tl.load(k + c[None, :], mask=here[:, None] & in_latent, other=0.0)
         k = k + latent + r[None, :]
         k_rope = tl.load(k, mask=here[:, None] & in_rope, other=0.0)
-        scores = tl.dot(q_latent, tl.trans(k_latent), input_precision="ieee")
-        scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")
-        scores = scores * scale
         keep = here[None, :] & (place[None, :] <= kv_seq - seq + token[:, None])
         if HAS_PADDING:
             flag = padding + batch * p_batch + place.to(tl.int64) * p_token
             kept = tl.load(flag, mask=here, other=0)
             keep = keep & (kept != 0)[None, :]
-        scores = tl.where(keep, scores, float("-inf"))
-
-        # Running softmax. A row that has seen nothing yet subtracts 0, not infinity.
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp(highest - base)
-        p = tl.exp(scores - base[:, None])
-        weight = weight * shrink + tl.sum(p, 1)
-        attended = attended * shrink[:, None]
-        p = p.to(k_latent.dtype)
-        attended = tl.dot(p, k_latent, attended, input_precision="ieee")
-        highest = higher
+        highest, weight, attended = attend_tile(
+            q_latent, q_rope, k_latent, k_rope, keep, scale, highest, weight, attended
+        )
 
     seen = weight > 0
     whole = tl.where(seen, weight, 1.0)
