@@ -1,4 +1,5 @@
 // Parameters, cache and FLOPs of a DeepSeek-V2 model, by the rules of dsv2_ref.accounting. Integers are exact (BigInt).
+// Models and machines are those of figures/data.js.
 "use strict";
 
 (() => {
@@ -46,42 +47,6 @@
   const MOST = 10n ** 15n;
   const BYTES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n, int8: 1n };
   const FORMS = { auto: "the cheaper one", absorbed: "absorbed", expanded: "expanded" };
-
-  // The presets of DeepseekV2Config, as far as the dimensions above say; a test compares them.
-  const SHARED = {
-    use_mla: true, attention_bias: false, tie_word_embeddings: false, vocab_size: 102400n, num_key_value_heads: null,
-    q_lora_rank: 1536n, kv_lora_rank: 512n, qk_nope_head_dim: 128n, qk_rope_head_dim: 64n, v_head_dim: 128n, n_shared_experts: 2n,
-    moe_intermediate_size: 1408n, first_k_dense_replace: 1n, moe_layer_freq: 1n, num_experts_per_tok: 6n,
-    topk_method: "greedy", n_group: 1n, topk_group: 1n,
-  };
-  const PRESETS = {
-    deepseek_v2: {
-      ...SHARED, hidden_size: 5120n, num_hidden_layers: 60n, intermediate_size: 12288n, num_attention_heads: 128n,
-      n_routed_experts: 160n, moe_intermediate_size: 1536n, topk_method: "group_limited_greedy", n_group: 8n, topk_group: 3n,
-    },
-    deepseek_v2_lite: {
-      ...SHARED, hidden_size: 2048n, num_hidden_layers: 27n, intermediate_size: 10944n, num_attention_heads: 16n,
-      q_lora_rank: null, n_routed_experts: 64n,
-    },
-    deepseek_ocr: {
-      ...SHARED, use_mla: false, hidden_size: 1280n, num_hidden_layers: 12n, vocab_size: 129280n,
-      intermediate_size: 6848n, num_attention_heads: 10n, q_lora_rank: null, kv_lora_rank: null, qk_nope_head_dim: 0n,
-      qk_rope_head_dim: 0n, v_head_dim: 0n, n_routed_experts: 64n, moe_intermediate_size: 896n,
-    },
-    card: {
-      ...SHARED, hidden_size: 1280n, num_hidden_layers: 40n, intermediate_size: 3584n, num_attention_heads: 128n,
-      n_routed_experts: 160n, num_experts_per_tok: 2n,
-    },
-    tiny: {
-      ...SHARED, hidden_size: 64n, num_hidden_layers: 4n, vocab_size: 256n, intermediate_size: 128n,
-      num_attention_heads: 4n, q_lora_rank: 48n, kv_lora_rank: 32n, qk_nope_head_dim: 16n, qk_rope_head_dim: 8n,
-      v_head_dim: 16n, n_routed_experts: 8n, num_experts_per_tok: 2n, moe_intermediate_size: 32n,
-    },
-  };
-  const NAMES = {
-    deepseek_v2: "DeepSeek-V2", deepseek_v2_lite: "DeepSeek-V2-Lite", deepseek_ocr: "DeepSeek-OCR, decoder",
-    card: "the worked example (the card)", tiny: "tiny",
-  };
 
   // What is wrong with a configuration or a call: pairs of a field's name and a sentence. What could not be read is
   // undefined, and judged by nobody.
@@ -204,6 +169,21 @@
     return Object.fromEntries(Object.entries(counts).map(([name, count]) => [name, 2n * count]));
   }
 
+  // Bytes of weights that a call reads, each once; of the routed experts, as many as tokens choose on average by chance.
+  function weightsRead(config, call) {
+    const tokens = call.batch * call.seq;
+    const stored = parameters(config, false);
+    let read = total(stored) - (config.tie_word_embeddings ? 0n : stored.embedding - tokens * config.hidden_size);
+    const { mixed: withExperts } = layersByKind(config);
+    if (withExperts) {
+      const [all, chosen] = [Number(config.n_routed_experts), Number(config.num_experts_per_tok)];
+      const used = all * (1 - (1 - chosen / all) ** Number(tokens));
+      const one = 3n * config.hidden_size * config.moe_intermediate_size;
+      read += withExperts * (BigInt(Math.round(used * Number(one))) - config.n_routed_experts * one);
+    }
+    return read * BYTES[call.dtype];
+  }
+
   // Numbers a layer remembers of a token: its own cache, and keys and values of all heads.
   function remembered(config) {
     const { num_attention_heads: H, kv_lora_rank: C } = config;
@@ -222,6 +202,7 @@
       flops: { products: total(products(config, call)), by_part: products(config, call) },
       bytes: {
         weights: total(stored) * BYTES[call.dtype],
+        weights_read: weightsRead(config, call),
         kv_cache: call.batch * call.kv * perToken * own,
         kv_cache_expanded: call.batch * call.kv * perToken * expanded,
         a_token: perToken * own,
@@ -347,7 +328,21 @@
       + `${inTokens(call.batch * call.kv)} tokens ${inBytes(found.bytes.kv_cache)}; the call takes ${inFlops(found.flops.products)}.`;
   }
 
-  function show(output, config, call, found) {
+  // What the call takes on a machine at best: arithmetic and reading go on at the same time.
+  function onMachine({ name, peak, bandwidth, memory, source, url, note }, found) {
+    const needed = found.bytes.weights + found.bytes.kv_cache;
+    const read = Number(found.bytes.weights_read + found.bytes.kv_cache);
+    const link = element("a", { href: url }, source);
+    const made = table(`On the machine: ${name}`, ["at best", "amount"], [
+      ["memory for weights and cache", `${inBytes(needed)}, ${needed > memory ? "more than" : "of"} ${inBytes(memory)}`],
+      ["reading weights and cache", inSeconds(read / bandwidth)],
+      ["computing the products", inSeconds(Number(found.flops.products) / peak)],
+    ]);
+    made.append(element("p", {}, `${inUnits(peak, prefixed("FLOP/s"))}, ${inUnits(bandwidth, prefixed("B/s"))} (`, link, note ? `: ${note})` : ")"));
+    return made;
+  }
+
+  function show(output, config, call, machine, found) {
     const { by_part: stored, active_by_part: active, total: all, active_per_token: used } = found.parameters;
     const formText = found.form ? `, ${found.form}` : "";
     output.replaceChildren(
@@ -362,6 +357,7 @@
         [`products of the call${formText}`, inFlops(found.flops.products)],
       ]),
       plot(config, call, found, output.clientWidth),
+      onMachine(machine, found),
       table("Parameters", ["part", "stored", "active"], [
         ...Object.keys(stored).map((part) => [part, withCommas(stored[part]), withCommas(active[part])]),
         ["total", withCommas(all), withCommas(used)],
@@ -373,17 +369,19 @@
     );
   }
 
-  function start(root) {
+  // `asked` has the state of the address: a preset, and what differs from it.
+  function start(root, asked = new URLSearchParams()) {
     const fields = (dimensions) => dimensions.map(([name, , empty]) => field(name, name, "", empty));
     const form = element("form", { novalidate: "" },
-      group("Model", choice("preset", "start from", { ...NAMES, own: "my own" }), ...fields(OF_THE_MODEL),
+      group("Model", choice("preset", "start from", { ...MODEL_NAMES, own: "my own" }), ...fields(OF_THE_MODEL),
         checkbox("tie_word_embeddings", "tie_word_embeddings")),
       group("Attention", checkbox("use_mla", "use_mla (latent attention)"), ...fields(OF_ATTENTION),
         checkbox("attention_bias", "attention_bias")),
       group("Feed-forward networks", ...fields(OF_NETWORKS), choice("topk_method", "topk_method", METHODS), ...fields(OF_GROUPS)),
       group("Call", ...CALL.map(([name, label, value]) => field(name, label, value)),
         choice("dtype", "numbers are", Object.fromEntries(Object.keys(BYTES).map((name) => [name, name]))),
-        choice("form", "form of MLA", FORMS), checkbox("causal", "count causal pairs only")));
+        choice("form", "form of MLA", FORMS), checkbox("causal", "count causal pairs only"),
+        choice("machine", "machine", Object.fromEntries(MACHINES.map(({ name }) => [name, name])))));
     const status = element("p", { role: "status" });
     const output = element("div", { class: "results" });
     root.replaceChildren(form, status, output);
@@ -407,10 +405,42 @@
       return undefined;
     }
 
+    // The state in the address: of a model the preset it started from, and of all fields those that were changed.
+    const usual = {};
+    let from = "deepseek_v2";
+    const sizes = [...SWITCHES, "topk_method", ...DIMENSIONS.map(([name]) => name)];
+    const calls = [...CALL.map(([name]) => name), "dtype", "form", "causal", "machine"];
+    const valueOf = (name) => (control(name).type === "checkbox" ? String(control(name).checked) : control(name).value);
+
+    function restore() {
+      if (Object.hasOwn(MODELS, asked.get("preset"))) from = asked.get("preset");
+      control("preset").value = from;
+      fill(MODELS[from]);
+      for (const name of calls) usual[name] = valueOf(name);
+      for (const [name, value] of asked) {
+        if (!Object.hasOwn(usual, name)) continue;
+        const field = control(name);
+        if (field.type === "checkbox") field.checked = value === "true";
+        else if (!field.options || [...field.options].some((option) => option.value === value)) field.value = value;
+      }
+      if (sizes.some((name) => valueOf(name) !== usual[name])) control("preset").value = "own";
+    }
+
+    function store() {
+      const address = new URL(location.href);
+      address.searchParams.set("preset", from);
+      for (const [name, value] of Object.entries(usual)) {
+        if (valueOf(name) === value) address.searchParams.delete(name);
+        else address.searchParams.set(name, valueOf(name));
+      }
+      history.replaceState(null, "", address);
+    }
+
     function fill(preset) {
       for (const name of SWITCHES) control(name).checked = preset[name];
       control("topk_method").value = preset.topk_method;
       for (const [name, least] of DIMENSIONS) control(name).value = preset[name] === null || preset[name] < least ? "" : preset[name];
+      for (const name of sizes) usual[name] = valueOf(name);
     }
 
     function update() {
@@ -434,12 +464,14 @@
         status.textContent = `${first}${more}. The numbers below are those of the last input that could be read.`;
         return;
       }
+      const machine = MACHINES.find(({ name }) => name === control("machine").value);
       shown = [config, call, account(config, call)];
       status.textContent = inShort(shown[2], call);
-      show(output, ...shown);
+      show(output, config, call, machine, shown[2]);
     }
 
     let shown;
+    let waiting;
     let room = 0;
     new ResizeObserver(() => {
       if (output.clientWidth === room) return;
@@ -448,20 +480,22 @@
     }).observe(output);
 
     form.addEventListener("input", (event) => {
-      if (event.target.name === "preset" && event.target.value !== "own") fill(PRESETS[event.target.value]);
+      if (event.target.name === "preset" && event.target.value !== "own") fill(MODELS[from = event.target.value]);
       else if (fieldOf(event.target.name).closest("fieldset") !== form.lastElementChild) control("preset").value = "own";
       update();
+      clearTimeout(waiting);
+      waiting = setTimeout(store, 300);
     });
     form.addEventListener("submit", (event) => event.preventDefault());
     control("dtype").value = "bfloat16";
     control("causal").checked = true;
-    fill(PRESETS.deepseek_v2);
+    restore();
     update();
   }
 
-  window.dsv2 = { PRESETS, account, refusals, start };
+  window.dsv2 = { PRESETS: MODELS, account, refusals, start };
   document.addEventListener("DOMContentLoaded", () => {
     const root = document.getElementById("cost-calculator");
-    if (root) start(root);
+    if (root) start(root, new URLSearchParams(location.search));
   });
 })();

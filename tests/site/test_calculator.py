@@ -1,11 +1,14 @@
 """The calculator in the page: its numbers are the accounting's, and whoever types nonsense is told so."""
 
+import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -15,6 +18,8 @@ from dsv2_ref import accounting as acc
 from dsv2_ref.checks import LARGEST_SIZE
 from dsv2_ref.config import DeepseekV2Config
 from tests.site.conftest import ROOT, SITE
+from tests.site.test_figure_roofline import seconds
+from tools.figures.roofline import machines
 
 PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr")
 INTEGERS = """const integers = object => Object.fromEntries(Object.entries(object).map(
@@ -370,6 +375,54 @@ def test_two_errors_are_named_each_beside_its_field(page: Page) -> None:
     page.get_by_label("qk_rope_head_dim").fill("64")
     page.get_by_label("new tokens of each").fill("1")
     expect(page.locator("#cost-calculator .results.stale")).to_have_count(0)
+
+
+def test_the_machine_bounds_the_call_by_reading_and_by_arithmetic(page: Page) -> None:
+    draw = random.Random(1)
+    for preset, size in itertools.product(PRESETS, (1, 16, 512)):
+        config = getattr(DeepseekV2Config, preset)()
+        call = acc.Call(batch=size, kv=draw.randrange(2, 9000))
+        sent = [[given(config), {name: getattr(call, name) for name in CALL}]]
+        read = int(page.evaluate(ACCOUNT, json.loads(json.dumps(sent)))[0]["bytes"]["weights_read"])
+        assert math.isclose(read, acc.report(config, call)["bytes"]["weights_read"], rel_tol=1e-12)
+    page.get_by_label("start from").select_option("deepseek_v2_lite")
+    for name, machine in machines().items():
+        page.get_by_label("machine").select_option(name)
+        config = DeepseekV2Config.deepseek_v2_lite()
+        found = acc.report(config, acc.Call(kv=8192))
+        sizes = found["bytes"]
+        times = [(sizes["weights_read"] + sizes["kv_cache"]) / machine["bandwidth"]]
+        times.append(found["flops"]["products"] / machine["peak"])
+        cells = page.evaluate(TABLES)[f"On the machine: {name}"]
+        held = f"{machine['memory'] / 1e9:.0f}"
+        wanted = rf"31.7 GB, {'of' if machine['memory'] > 31.7e9 else 'more than'} {held}(\.\d)? GB"
+        assert re.fullmatch(wanted, cells["memory for weights and cache"][0])
+        assert cells["reading weights and cache"] == [seconds(times[0])]
+        assert cells["computing the products"] == [seconds(times[1])]
+
+
+def test_the_address_holds_what_differs_from_the_preset(page: Page, origin: str) -> None:
+    tab = page.context.new_page()
+    tab.goto(f"{origin}/book/calculator.html")
+    tab.get_by_label("start from").select_option("deepseek_v2_lite")
+    tab.get_by_label("tokens attended to").fill("4096")
+    tab.get_by_label("num_hidden_layers").fill("54")
+    tab.get_by_label("machine").select_option("laptop CPU")
+    tab.get_by_label("tie_word_embeddings").check()
+    tab.wait_for_function("location.search.includes('tie_word')")
+    query = parse_qs(urlsplit(tab.url).query)
+    differs = {"num_hidden_layers": ["54"], "tie_word_embeddings": ["true"], "kv": ["4096"], "machine": ["laptop CPU"]}
+    assert query == {"preset": ["deepseek_v2_lite"]} | differs
+    status = tab.locator("#cost-calculator [role=status]")
+    before = status.inner_text()
+    tab.reload()
+    expect(status).to_have_text(before)
+    expect(tab.get_by_label("start from")).to_have_value("own")
+    expect(tab.get_by_label("machine")).to_have_value("laptop CPU")
+    tab.goto(f"{origin}/book/calculator.html?preset=nonsense&machine=abacus&kv=x&constructor=1")
+    expect(tab.get_by_label("machine")).to_have_value("H100 (SXM)")
+    expect(status).to_contain_text("kv is 'x'")
+    tab.close()
 
 
 def test_one_line_is_read_out_when_a_number_changes(page: Page) -> None:

@@ -4,6 +4,7 @@ import html
 
 from dsv2_ref.config import DeepseekV2Config
 
+SCRIPTS = ("data",)
 STATES = [("deepseek_v2_lite", 1, 8192), ("deepseek_v2_lite", 64, 8192), ("deepseek_v2_lite", 512, 8192)]
 STATES += [("deepseek_v2", 1, 8192), ("deepseek_v2", 1, 131072)]
 WAYS = ("keys and values cached", "absorbed", "expanded anew")

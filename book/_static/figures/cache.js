@@ -2,10 +2,11 @@
 "use strict";
 
 const cacheFigure = {
-  presets: {
-    "DeepSeek-V2-Lite": { H: 16, N: 128, R: 64, V: 128, C: 512, layers: 27 },
-    "DeepSeek-V2": { H: 128, N: 128, R: 64, V: 128, C: 512, layers: 60 },
-  },
+  // The calculator's models with MLA, by name; V2-Lite first.
+  presets: Object.fromEntries(["deepseek_v2_lite", ...Object.keys(MODELS)].filter((key) => MODELS[key].use_mla).map((key) => {
+    const { num_attention_heads: H, qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V, kv_lora_rank: C, num_hidden_layers: L } = MODELS[key];
+    return [MODEL_NAMES[key], { key, H: Number(H), N: Number(N), R: Number(R), V: Number(V), C: Number(C), layers: Number(L) }];
+  })),
 
   // For S new tokens, the last of K, in one layer: elements cached per token, FLOPs, and bytes in bfloat16.
   count({ H, N, R, V, C, layers }, S, K) {
@@ -30,6 +31,8 @@ const cacheFigure = {
     const K = 2 ** cached;
     const S = Math.min(fresh, K);
     const { elements, flops, bytes, cached: all } = cacheFigure.count(sizes, S, K);
+    const link = new URL("calculator.html", location.href);
+    link.search = new URLSearchParams({ preset: sizes.key, num_attention_heads: sizes.H, seq: S, kv: K });
     const kinds = { absorbed: "latent", "latent and rope key": "latent", "expanded anew": "expert" };
     const group = (title, values, text) => ({
       title,
@@ -41,6 +44,7 @@ const cacheFigure = {
       + `${amount(bytes["keys and values cached"], "B")} in one layer. All ${sizes.layers} layers cache ${amount(all, "B")}.`;
     return {
       sentence,
+      picture: [figures.element("p", {}, figures.element("a", { href: link.href }, "This model in the calculator"))],
       groups: [
         group("Elements cached per token and layer", elements, withCommas),
         group("FLOPs of attention in one layer", flops, (x) => amount(x, "FLOP")),
