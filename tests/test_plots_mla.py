@@ -43,6 +43,32 @@ def test_the_notes_beside_the_bars_stay_inside_the_figure() -> None:
     assert all(text.get_window_extent().x1 <= right for text in axes.texts)
 
 
+def test_the_thin_rope_key_has_an_edge_of_its_own_colour_and_other_bars_none() -> None:
+    axes = plots.cached_elements(BARS, ["", ""])
+    absent, thin = axes.containers[2]
+    assert (absent.get_linewidth(), thin.get_edgecolor()[:3]) == (0, to_rgb(ROPE))
+    assert axes.get_xticks()[-1] >= 4096
+
+
+def test_the_flow_names_what_is_cached_and_how_much_passes_each_arrow() -> None:
+    axes = plots.latent_flow(hidden=40, heads=3, latent=11, nope=5, rope=2, value=7)
+    texts = [text.get_text() for text in axes.texts]
+    assert {"latent 11", "rope key 2", "norm", "rotate", "cache", "$W^O$"} <= set(texts)
+    assert {"11", "2, for all heads", "3 · 7", "3 · 5", "40, added to the stream"} <= set(texts)
+    cached = [box for box in axes.patches if box.get_facecolor()[:3] in (to_rgb(LATENT), to_rgb(ROPE))]
+    assert len(cached) == 6, "three rows of a latent and a rope key"
+
+
+def test_the_flow_stays_inside_the_figure() -> None:
+    axes = plots.latent_flow(2048, 16, 512, 128, 64, 128)
+    axes.figure.canvas.draw()
+    frame = axes.figure.get_window_extent()
+    for text in axes.texts:
+        extent = text.get_window_extent()
+        assert frame.x0 <= extent.x0
+        assert extent.x1 <= frame.x1, text.get_text()
+
+
 def test_low_rank_draws_three_rectangles_to_scale() -> None:
     axes = plots.low_rank(rows=40, columns=20, rank=5)
     sizes = {p.get_label(): (p.get_height(), p.get_width()) for p in axes.patches}

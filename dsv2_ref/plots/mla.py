@@ -1,15 +1,77 @@
 """Figures of the chapter on what latent attention caches."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from dsv2_ref.plots.style import CENTRED, INK, SMALL, STYLES, add_bars, add_curves, add_legend, new_axes, tick
 
-LATENT, ROPE, OTHER = STYLES[0][0], STYLES[2][0], "#B9C0C7"
-# What is cached: latents, rope keys, keys and values of heads.
+LATENT, ROPE, QUERY, OTHER = STYLES[0][0], STYLES[2][0], STYLES[3][0], "#B9C0C7"
+# What is cached: latents, rope keys; then queries, and the keys and values of heads.
+
+
+def latent_flow(hidden: int, heads: int, latent: int, nope: int, rope: int, value: int) -> Axes:
+    """A token on its way through latent attention, from top to bottom, with the number of features beside each arrow."""
+    axes = new_axes("", "", height=4.9, xlim=(0, 10), ylim=(-8.75, 0.45))
+    axes.set_axis_off()
+
+    def box(x: float, y: float, half: float, name: str, colour: str, face: str = "white", height: float = 0.62) -> None:
+        look: dict[str, Any] = {"facecolor": face, "edgecolor": colour, "linewidth": 1.5, "zorder": 2}
+        shape = "round,pad=0,rounding_size=0.12"
+        axes.add_patch(FancyBboxPatch((x - half, y - height / 2), 2 * half, height, boxstyle=shape, label=name, **look))
+        letters = CENTRED | {"color": INK if face in ("white", OTHER) else "white"}
+        axes.text(x, y - 0.02, name, fontsize=10.5, zorder=3, **letters)
+
+    def arrow(x: float, top: float, bottom: float, features: str = "") -> None:
+        line = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", (x, bottom), (x, top), arrowprops=line)
+        axes.text(x + 0.15, (top + bottom) / 2, features, va="center", fontsize=9.5, color=INK)
+
+    left, middle, right = 2.1, 5.5, 8.5
+    box(middle, 0, 1.75, f"$u_t$: {hidden:,} features", INK, OTHER)
+    axes.plot((left, right), (-0.6, -0.6), color=INK, linewidth=1.2)
+    axes.plot((middle, middle), (-0.31, -0.6), color=INK, linewidth=1.2)
+    for x, matrix, after, features, colour in (
+        (left, "down: $W^{DKV}$", "norm", f"{latent:,}", LATENT),
+        (middle, "$W^{KR}$", "rotate", f"{rope:,}", ROPE),
+        (right, "$W^Q$", "rotate $q^R$", f"{heads} · {nope + rope}", QUERY),
+    ):
+        arrow(x, -0.6, -0.95)
+        box(x, -1.26, 1.3 if x == left else 0.95, matrix, colour)
+        arrow(x, -1.57, -2.1, features)
+        box(x, -2.41, 0.95, after, colour)
+    for shift in (0.24, 0.12, 0):  # rows of the cache, the new one in front
+        for x, name, colour in ((left, f"latent {latent}", LATENT), (middle, f"rope key {rope}", ROPE)):
+            box(x + shift, -3.62 + shift, 1.7 if x == left else 1.3, "" if shift else name, "white", colour)
+    for x in (left, middle):
+        arrow(x, -2.72, -3.05)
+    axes.text(0.1, -2.9, "cache", va="center", weight="bold", **SMALL)
+    for x in (0.95, 3.2):
+        arrow(x, -3.93, -4.9, f"{latent:,}")
+    for x, matrix, features in (
+        (0.95, "up: $W^{UK}$", f"{heads} · {nope}"),
+        (3.2, "up: $W^{UV}$", f"{heads} · {value}"),
+    ):
+        box(x, -5.21, 0.92, matrix, LATENT)
+        arrow(x, -5.52, -6.15, features)
+    arrow(middle, -3.93, -6.15, f"{rope}, for all heads")
+    arrow(right, -2.72, -6.15)
+    box(
+        5,
+        -6.5,
+        4.9,
+        f"{heads} heads: scores $q^C \\cdot k^C + q^R \\cdot k^R$, softmax, sum of values",
+        INK,
+        OTHER,
+        0.7,
+    )
+    arrow(5, -6.85, -7.4, f"{heads} · {value}")
+    box(5, -7.71, 0.95, "$W^O$", INK)
+    arrow(5, -8.02, -8.55, f"{hidden:,}, added to the stream")
+    return axes
 
 
 def low_rank(rows: int, columns: int, rank: int) -> Axes:
@@ -58,13 +120,15 @@ def up_maps(maps: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str]) 
 def cached_elements(rows: Mapping[str, Mapping[str, int]], notes: Sequence[str]) -> Axes:
     """Bars of what one token leaves in the cache, for each kind of attention: parts by name, a note after each bar."""
     axes = new_axes("elements cached per token and layer", "", height=0.9 + 0.5 * len(rows))
-    looks = {"keys and values": (OTHER, ""), "latent": (LATENT, ""), "rope key": (ROPE, "//")}
+    looks = {"keys and values": (OTHER, ""), "latent": (LATENT, ""), "rope key": (ROPE, "")}
     add_bars(axes, {row: [parts.get(part, 0) for part in looks] for row, parts in rows.items()}, looks, size=0.62)
+    for bar in axes.containers[-1]:  # thin: a dark edge would hide its colour
+        bar.set(edgecolor=ROPE, linewidth=0.6 if bar.get_width() else 0)
     totals = [sum(parts.values()) for parts in rows.values()]
     for y, (total, note) in enumerate(zip(totals, notes, strict=True)):
         axes.annotate(f"{total:,}{note}", (total, y), (5, 0), textcoords="offset points", va="center", **SMALL)
     axes.set(xlim=(0, 1.75 * max(totals)))
-    tick(axes.xaxis, range(0, max(totals) + 1, 2000))
+    tick(axes.xaxis, range(0, max(totals) + 2000, 2000))
     return add_legend(axes, loc="lower right", fontsize=10)
 
 
