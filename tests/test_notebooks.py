@@ -112,6 +112,17 @@ def test_figures_are_stored_by_make_notebooks(notebook: NotebookNode) -> None:
                 assert Image.open(io.BytesIO(base64.b64decode(png))).mode == "P", f"{cell.id}: run make notebooks"
 
 
+def test_drawings_are_stored_as_vectors_too(notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if svg := output.get("data", {}).get("image/svg+xml"):
+                assert len(svg) <= notebooks.HEAVY
+                assert "<metadata>" not in svg, f"{cell.id}: run make notebooks"
+                width, height = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).size
+                box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+                assert float(box[1]) / float(box[2]) == pytest.approx(width / height, rel=0.01)
+
+
 def test_pictures_in_text_are_described(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -249,6 +260,21 @@ def test_figures_are_stored_small_and_look_the_same() -> None:
     before, after = (np.asarray(Image.open(png).convert("RGB"), dtype=int) for png in (drawn, io.BytesIO(stored)))
     assert len(stored) < len(drawn.getvalue()) / 2
     assert abs(before - after).max() <= 16  # of 255 steps: below what an eye sees in the border of a letter
+
+
+def test_vectors_depend_on_nothing_but_the_drawing() -> None:
+    drawn = []
+    for _ in range(2):
+        with plt.rc_context({"svg.hashsalt": "book"}):
+            axes = plots.add_curves(plots.new_axes("features added", "running sum"), {"here": [1.0, 1 / 3, 2.0]})
+            text = io.StringIO()
+            axes.figure.savefig(text, format="svg")
+            plt.close(axes.figure)
+        drawn.append(notebooks.vectors(text.getvalue()))
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) < len(text.getvalue())
+    assert not re.search(r' d="[^"]*\.\d{3}', drawn[0])
+    assert "scale(0.015625)" in drawn[0]  # of letters: not a point
 
 
 DRAW = """import matplotlib.pyplot as plt

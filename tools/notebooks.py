@@ -32,6 +32,11 @@ NOTEBOOK_METADATA = {
     "language_info": {"name": "python", "pygments_lexer": "ipython3"},
 }
 CELL_METADATA = {"mystnb", "tags"}
+# Drawings as vectors for the pages, and as pixels too, which tests compare.
+FORMATS = ["--InlineBackend.figure_formats=png", "--InlineBackend.figure_formats=svg"]
+FORMATS += ["--InlineBackend.rc=svg.hashsalt=book"]
+HEAVY = 60_000
+"""Characters of a vector graphic from which on a page shows the pixels."""
 LOADER = """\
 # The package comes from the repository that this notebook lies in, from a clone
 # of it in the current folder or, opened alone as in Colab, from a fresh clone.
@@ -71,6 +76,13 @@ def compact(png: str) -> str:
     return base64.b64encode(packed.getvalue()).decode()
 
 
+def vectors(svg: str) -> str:
+    """The same drawing without the time at which it was made, its points in hundredths."""
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    shorter = re.compile(r"(\.\d\d)\d+")
+    return re.sub(r'(?<= d=")[^"]*', lambda path: shorter.sub(r"\1", path[0]), svg)
+
+
 def normalise(notebook: NotebookNode) -> None:
     """Drop whatever depends on when, where or in which editor the notebook was run, and what makes it heavy."""
     notebook.metadata = nbformat.from_dict(NOTEBOOK_METADATA)
@@ -80,6 +92,10 @@ def normalise(notebook: NotebookNode) -> None:
         for output in cell.get("outputs", []):
             if png := output.get("data", {}).get("image/png"):
                 output.data["image/png"] = compact(png)
+            if svg := output.get("data", {}).get("image/svg+xml"):
+                output.data["image/svg+xml"] = vectors(svg)
+                if len(output.data["image/svg+xml"]) > HEAVY:
+                    del output.data["image/svg+xml"]
 
 
 def address() -> str:
@@ -102,7 +118,7 @@ def execute(path: Path) -> None:
         cell.source = with_loader(cell.source)
     settings: dict[str, Any] = {"kernel_name": "python3", "timeout": 600, "coalesce_streams": True}
     folder = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, record_timing=False, resources=folder, **settings).execute()
+    NotebookClient(notebook, record_timing=False, resources=folder, extra_arguments=FORMATS, **settings).execute()
     normalise(notebook)
     nbformat.write(notebook, path)
 
