@@ -14,10 +14,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from dsv2_ref import plots
-from dsv2_ref.plots.overview import EXPERT, LATENT, LATENT_BOX, SAME
+from dsv2_ref.plots.overview import CACHED, EXPERT, LATENT, MADE, ORANGE, SAME
 
 SHARED = "shared\nexperts"
-LOOKS = (SAME, LATENT, EXPERT)
+LOOKS = (SAME, LATENT, CACHED, MADE, EXPERT)
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +27,18 @@ def closed_figures() -> Iterator[None]:
 
 
 def boxes(axes: Axes) -> list[tuple[str, FancyBboxPatch]]:
-    """The boxes with the names inside them; a name may be there twice."""
+    """The boxes, the smaller first, each with the name inside it; a name may be there twice."""
+    drawn: list[tuple[str, FancyBboxPatch]] = []
+    named = set()
     found = [patch for patch in axes.patches if type(patch) is FancyBboxPatch]
-    return [
-        (text.get_text(), box)
-        for text in axes.texts
-        for box in found
-        if text.get_text()
-        and box.get_x() < text.get_position()[0] < box.get_x() + box.get_width()
-        and box.get_y() < text.get_position()[1] < box.get_y() + box.get_height()
-    ]
+    for box in sorted(found, key=lambda box: box.get_width() * box.get_height()):
+        for text in axes.texts:
+            x, y = text.get_position()
+            across = box.get_x() < x < box.get_x() + box.get_width()
+            if text.get_text() and text not in named and across and 0 < y - box.get_y() < box.get_height():
+                named.add(text)
+                drawn.append((text.get_text(), box))
+    return drawn
 
 
 def arrows(axes: Axes) -> list[tuple[tuple[float, float], tuple[float, float]]]:
@@ -47,8 +49,10 @@ def arrows(axes: Axes) -> list[tuple[tuple[float, float], tuple[float, float]]]:
 def test_what_v2_changed_is_coloured_and_what_llama_has_too_is_grey() -> None:
     drawn = boxes(plots.two_layers())
     by_look = {look: [name for name, box in drawn if box.get_facecolor() == to_rgba(look[0])] for look in LOOKS}
-    assert by_look[LATENT] == [LATENT_BOX]
-    assert by_look[EXPERT] == ["gate", "routed\nexperts", SHARED, "weighted sum"]
+    assert by_look[LATENT] == ["latent attention (MLA)"]
+    assert sorted(by_look[CACHED]) == ["cached latent", "cached rope key"]
+    assert by_look[MADE] == ["keys and\nvalues of\nall heads"]
+    assert sorted(by_look[EXPERT]) == ["gate", "routed\nexperts", SHARED, "weighted sum"]
     assert sorted(by_look[SAME]) == ["MLP", *["RMSNorm"] * 4, "attention\ncaches keys\nand values"]
     assert len(drawn) == sum(map(len, by_look.values()))
 
@@ -61,7 +65,7 @@ def test_every_name_fits_into_its_box() -> None:
         assert max(widths) < box.get_window_extent().width, name
 
 
-def test_the_gate_leads_to_the_sum_and_the_shared_experts_bypass_it() -> None:
+def test_the_gate_and_the_experts_that_it_chooses_lead_to_the_sum_and_the_shared_bypass_it() -> None:
     axes = plots.two_layers()
     drawn = dict(boxes(axes))
     gate, shared, sum_ = drawn["gate"], drawn[SHARED], drawn["weighted sum"]
@@ -70,8 +74,11 @@ def test_the_gate_leads_to_the_sum_and_the_shared_experts_bypass_it() -> None:
         for start, (x, y) in arrows(axes)
         if sum_.get_x() < x < sum_.get_x() + sum_.get_width() and abs(y - sum_.get_y() - sum_.get_height()) < 0.05
     ]
-    assert len(into_sum) == 2  # of gate and routed experts
-    assert min(into_sum)[0] == pytest.approx(gate.get_x() + gate.get_width() / 2)
+    experts = [patch for patch in axes.patches if type(patch) is Rectangle]
+    chosen = [expert for expert in experts if expert.get_facecolor() == to_rgba(ORANGE)]
+    assert (len(experts), len(chosen)) == (4, 2)
+    middles = [box.get_x() + box.get_width() / 2 for box in (gate, *chosen)]
+    assert sorted(x for x, _ in into_sum) == pytest.approx(middles)
     assert all(x < shared.get_x() for x, _ in into_sum)
 
 
