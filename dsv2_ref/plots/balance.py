@@ -7,7 +7,19 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from dsv2_ref.plots.style import CENTRED, INK, OPEN, SETTINGS, STYLES, Points, Values, add_curves, add_legend, new_axes
+from dsv2_ref.plots.style import (
+    CENTRED,
+    INK,
+    OPEN,
+    SETTINGS,
+    STYLES,
+    Points,
+    Values,
+    add_curves,
+    add_legend,
+    lay_out_once,
+    new_axes,
+)
 
 EVEN: dict[str, Any] = {"color": "#E69F00", "linewidth": 2, "zorder": 1, "label": "even share"}
 """The line that all loads are compared with."""
@@ -16,7 +28,8 @@ EVEN: dict[str, Any] = {"color": "#E69F00", "linewidth": 2, "zorder": 1, "label"
 def _panels(number: int, height: float, **options: Any) -> list[Axes]:
     """Empty axes, one below the other."""
     page: dict[str, Any] = {"figsize": (5, height), "dpi": 200, "facecolor": "white", "layout": "constrained"}
-    _, grid = plt.subplots(number, 1, squeeze=False, **page, **options)
+    figure, grid = plt.subplots(number, 1, squeeze=False, **page, **options)
+    lay_out_once(figure)
     return list(grid[:, 0])
 
 

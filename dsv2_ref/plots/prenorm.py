@@ -70,10 +70,10 @@ def stream_spiral(branches: int, marked: int = 4) -> Axes:
         axes.plot((0, new_x), (0, new_y), color=STREAM, linewidth=3.5 if last else 1)
         if branch <= marked or last:
             bisector = atan2(y, x) + atan(1 / length) / 2
-            out = 0.74 * length
+            out = 0.8 * length
             angle = f"{degrees(atan(1 / length)):.1f}°".replace(".0°", "°")
-            axes.text(out * cos(bisector), out * sin(bisector), angle, **CENTRED | {"fontsize": 10})
-            out = 1.13 if not last else 1.07
+            axes.text(out * cos(bisector), out * sin(bisector), angle, **CENTRED | {"fontsize": 9})
+            out = 1 + 0.3 / hypot(new_x, new_y)
             axes.text(out * new_x, out * new_y, f"$\\sqrt{{{branch + 1}}}$", **CENTRED)
         x, y = new_x, new_y
     axes.margins(0.08)
