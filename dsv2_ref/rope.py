@@ -101,7 +101,7 @@ def rotary_tables(
     """Cosine and sine of every position's angles, in at least float32.
 
     Any position can be asked for: there is no table to outgrow. YaRN scales both by
-    m(mscale) / m(mscale_all_dim).
+    m(mscale) / m(mscale_all_dim), where m is `yarn_mscale`.
     """
     dtype = torch.promote_types(dtype, torch.float32)  # bfloat16 confuses 4001 and 4002
     limits: dict[str, Any] = {
@@ -128,8 +128,8 @@ def rotate_interleaved(x: Vectors, cos: Table, sin: Table) -> Vectors:
     """Turn the pairs (0, 1), (2, 3), …: the layout of MLA's checkpoints.
 
     Computed in the tables' dtype, then cast back. The published code permutes the
-    features to (0, 2, …, 1, 3, …) and turns halves instead, which gives the same scores
-    and a cache permuted in the same way.
+    features to (0, 2, …, 1, 3, …) and turns the pairs (i, i + dim / 2) instead, which
+    gives the same scores and a cache permuted in the same way.
     """
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # (..., dim / 2) each
     turned = even * cos - odd * sin, even * sin + odd * cos

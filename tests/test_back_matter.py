@@ -14,7 +14,9 @@ def test_the_table_of_symptoms_is_what_the_last_cell_made() -> None:
     """nbval compares the last cell's output, and cannot see that it also fills in the first."""
     cells = nbformat.read(BOOK / "symptoms.ipynb", as_version=4).cells
     tables = {
-        cell.id: cell.outputs[0].data["text/markdown"] for cell in cells if cell.id in ("symptoms-table", "symptoms-end-run")
+        cell.id: cell.outputs[0].data["text/markdown"]
+        for cell in cells
+        if cell.id in ("symptoms-table", "symptoms-end-run")
     }
     assert tables["symptoms-table"] == tables["symptoms-end-run"]
 

@@ -41,22 +41,49 @@ def test_crossover_draws_both_borders_the_limit_and_what_lies_between() -> None:
 
 
 def test_three_ways_draws_the_parts_of_every_way_and_its_note() -> None:
-    rows = {"cached": {"attend to keys and values": 5}, "absorbed": {"attend to latents": 8, "move brackets": 9}}
+    rows = {
+        "cached": {"attend to keys and values": 500},
+        "absorbed": {"attend to latents": 800, "absorb $W$ (once)": 9},
+    }
     axes = plots.three_ways(rows, [" elements", ""])
     widths = [bar.get_width() for bars in axes.containers for bar in bars]
-    assert widths == [5, 0, 0, 8, 0, 9, 0, 0]
-    assert [text.get_text() for text in axes.texts] == ["5 elements", "17"]
+    assert widths == [500, 0, 0, 800, 0, 9, 0, 0]
+    # The part too thin to see has its number above it, and an edge of its own colour.
+    assert [text.get_text() for text in axes.texts] == ["500 elements", "809", "9"]
+    thin = axes.containers[2][1]
+    assert thin.get_edgecolor() == thin.get_facecolor() != axes.containers[1][1].get_edgecolor()
+    assert list(axes.get_xticks()) == [0, 500, 1000]
     assert axes.yaxis_inverted()
 
 
 def test_moved_bracket_is_to_scale_and_counts_both_orders() -> None:
-    axes = plots.moved_bracket(nope=128, latent=512, tokens=8192)
+    axes = plots.moved_bracket(nope=128, latent=512, tokens=8192, drawn=3072)
     sizes = [(patch.get_height(), patch.get_width()) for patch in axes.patches]
-    assert sizes[1:3] == [(128, 512), (512, 8192)]
-    assert sizes[-1] == (128, 8192)
+    line = 51
+    factors = [(line, 128), (128, 512), (512, 3072)]
+    assert sizes == [*factors, (line, 128), (128, 3072), *factors, (line, 512), (512, 3072)]
     assert axes.get_aspect() == 1
-    counts = [text.get_text() for text in axes.texts if "multiplications" in text.get_text()]
-    assert counts == [
-        "first 65,536, then 4,194,304 multiplications",
+    names = [text.get_text() for text in axes.texts]
+    assert [name for name in names if "multiplications" in name] == [
         "first 536,870,912, then 1,048,576 multiplications",
+        "first 65,536, then 4,194,304 multiplications",
     ]
+    # Rows that leave tokens out say so.
+    assert names.count("…") == sum(width == 3072 for _, width in sizes) == 4
+    keys_first, query_first = (line.get_xdata() for line in axes.get_lines())
+    assert query_first[0] < keys_first[0] < query_first[-1] < keys_first[-1]
+
+
+def test_queries_by_distance_has_one_query_above_and_one_for_each_distance_below() -> None:
+    axes = plots.queries_by_distance([(1, 2), (-2, 1), (-1, -2)])
+    at = {(round(y, 2), text.get_text()): x for text in axes.texts for x, y in [text.get_position()]}
+    boxes = {(round(y, 2), name): x for (y, name), x in at.items() if name.startswith(("(", "$c"))}
+    assert boxes == {
+        (1.35, "(1, 2)"): 1.0,
+        (0, "$c_t$"): 2, (-1.1, "(1, 2)"): 2,
+        (0, "$c_{t-1}$"): 1, (-1.1, "(−2, 1)"): 1,
+        (0, "$c_{t-2}$"): 0, (-1.1, "(−1, −2)"): 0,
+    }  # fmt: skip
+    lines = [tuple(line.get_xdata()) for line in axes.get_lines()]
+    assert lines == [(1.0, 2), (2, 2), (1.0, 1), (1, 1), (1.0, 0), (0, 0)]
+    assert [name for _, name in at if name.startswith("distance")] == ["distance 0", "distance 1", "distance 2"]

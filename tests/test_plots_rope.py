@@ -21,8 +21,8 @@ def closed_figures() -> Iterator[None]:
 
 
 def test_every_clock_has_its_hands_at_the_given_angles_and_the_later_ones_are_darker() -> None:
-    axes = plots.clocks({"fast": [0.0, math.pi / 2], "slow": [0.0, 0.1]})
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["fast", "slow"]
+    axes = plots.clocks({"fast": [0.0, math.pi / 2], "slow": [0.0, 0.1]}, positions=[0, 4])
+    assert [text.get_text() for text in axes.texts] == ["fast", "0", "4", "slow", "0", "4"]
     hands = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
     assert len(hands) == 4
     assert len(axes.get_lines()) == 4 + 2, "a circle for each clock"
@@ -30,11 +30,13 @@ def test_every_clock_has_its_hands_at_the_given_angles_and_the_later_ones_are_da
     assert angles == pytest.approx([0, math.pi / 2, 0, 0.1])
     centres = [float(hand.get_xdata()[0]) for hand in hands]
     assert centres[0] == centres[1] != centres[2] == centres[3]
-    assert list(axes.get_xticks()) == [centres[0], centres[2]]
+    assert [text.xy[0] for text in axes.texts[::3]] == [centres[0], centres[2]]
     first, second = hands[0].get_alpha(), hands[1].get_alpha()
     assert first is not None
     assert second is not None
     assert first < second
+    lengths = [np.hypot(np.diff(hand.get_xdata()), np.diff(hand.get_ydata())).item() for hand in hands]
+    assert lengths == pytest.approx([0.65, 1, 0.65, 1])
     assert axes.get_aspect() == 1
 
 
@@ -60,16 +62,18 @@ def test_stretch_is_logarithmic_and_starts_at_pair_zero() -> None:
 
 
 def test_bits_are_drawn_at_their_lengths_with_labels_apart() -> None:
-    axes = plots.bits_by_length([128, 256], {"none": [3.0, 6.6], "YaRN": [3.0, 3.1], "window": [3.0, 3.0]}, 128)
+    axes = plots.bits_by_length([128, 256], {"no stretch": [3.0, 6.6], "YaRN": [3.0, 3.1], "window": [3.0, 3.0]}, 128)
     mark, window, yarn, none = axes.get_lines()
     assert list(mark.get_xdata()) == [128, 128]
     for line, bits in ((none, [3.0, 6.6]), (yarn, [3.0, 3.1]), (window, [3.0, 3.0])):
         assert list(line.get_xdata()) == [128, 256]
         assert list(line.get_ydata()) == bits
     assert len({line.get_linestyle() for line in (none, yarn, window)}) == 3
-    labels = {text.get_text(): text.xy[1] for text in axes.texts}
+    labels = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    colours = {line.get_label(): line.get_color() for line in (none, yarn, window)}
+    assert colours == {"no stretch": plots.INK, "YaRN": plots.ROPE, "window": plots.INK}
     assert labels["YaRN"] - labels["window"] == pytest.approx(plots.APART)
-    assert labels["none"] == 6.6
+    assert labels["no stretch"] == 6.6
     assert axes.get_xscale() == "log"
 
 

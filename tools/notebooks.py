@@ -34,7 +34,7 @@ NOTEBOOK_METADATA = {
 CELL_METADATA = {"mystnb", "tags"}
 # Drawings as vectors for the pages, and as pixels too, which tests compare.
 FORMATS = ["--InlineBackend.figure_formats=png", "--InlineBackend.figure_formats=svg"]
-FORMATS += ["--InlineBackend.rc=svg.hashsalt=book"]
+FORMATS += ["--InlineBackend.rc=svg.hashsalt=book", f"--IPKernelApp.exec_files={ROOT / 'tools' / 'laid_out_once.py'}"]
 HEAVY = 60_000
 """Characters of a vector graphic from which on a page shows the pixels."""
 LOADER = """\

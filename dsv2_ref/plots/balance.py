@@ -17,7 +17,6 @@ from dsv2_ref.plots.style import (
     Values,
     add_curves,
     add_legend,
-    lay_out_once,
     new_axes,
 )
 
@@ -28,8 +27,7 @@ EVEN: dict[str, Any] = {"color": "#E69F00", "linewidth": 2, "zorder": 1, "label"
 def _panels(number: int, height: float, **options: Any) -> list[Axes]:
     """Empty axes, one below the other."""
     page: dict[str, Any] = {"figsize": (5, height), "dpi": 200, "facecolor": "white", "layout": "constrained"}
-    figure, grid = plt.subplots(number, 1, squeeze=False, **page, **options)
-    lay_out_once(figure)
+    _, grid = plt.subplots(number, 1, squeeze=False, **page, **options)
     return list(grid[:, 0])
 
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from dsv2_ref.plots.style import INK, SMALL, STYLES, Values, add_curves, add_legend, add_line, new_axes, tick
+from dsv2_ref.plots.style import CENTRED, INK, SMALL, STYLES, Values, add_curves, add_legend, add_line, new_axes, tick
 
-ROPE, QUERY, OTHER = STYLES[2][0], STYLES[3][0], "#8A9199"
-"""The colours of rope keys, of queries, and of what is only compared with."""
+ROPE, QUERY = STYLES[2][0], STYLES[3][0]
+"""The colours of rope keys and of queries."""
+WAYS = {way: colour for way, (colour, _) in zip(("linear", "base", "YaRN", "dynamic"), STYLES, strict=True)}
+"""The colour of each way of stretching."""
 BETWEEN_CLOCKS, APART = 2.5, 0.35
 
 
@@ -34,26 +36,34 @@ def quarter_turns(query: tuple[int, int], key: tuple[int, int]) -> Axes:
     return axes
 
 
-def clocks(angles: Values) -> Axes:
-    """A clock for each labelled pair of features, with hands at the given angles in radians, the later ones darker."""
-    centres = [BETWEEN_CLOCKS * number for number in range(len(angles))]
-    axes = new_axes("", "", height=2.0, aspect="equal", yticks=[])
+def clocks(angles: Values, positions: Sequence[int]) -> Axes:
+    """A clock for each labelled pair of features, two in a row, with a hand for each of the given positions at its angle
+    in radians; later hands are longer and darker, and each has its position at the tip."""
+    rows = -(-len(angles) // 2)
+    axes = new_axes("", "", height=2.1 * rows, aspect="equal", xticks=[], yticks=[])
     around = np.linspace(0, 2 * np.pi, 100)
-    for centre, hands in zip(centres, angles.values(), strict=True):
-        axes.plot(centre + np.cos(around), np.sin(around), color=INK, linewidth=0.8)
-        for position, angle in enumerate(hands):
-            tip = (centre + np.cos(angle), np.sin(angle))
-            shade = min(1.0, 0.2 + 0.8 * (position + 1) / len(hands))
-            axes.plot([centre, tip[0]], [0, tip[1]], color=ROPE, alpha=shade, linewidth=1.6)
-    axes.set_xticks(centres, labels=list(angles))
-    axes.tick_params(bottom=False)
+    for number, (label, hands) in enumerate(angles.items()):
+        across, down = BETWEEN_CLOCKS * (number % 2), -BETWEEN_CLOCKS * (number // 2)
+        axes.plot(across + np.cos(around), down + np.sin(around), color=INK, linewidth=0.8)
+        axes.annotate(label, (across, down - 1.18), ha="center", va="center", color=INK)
+        for place, (position, angle) in enumerate(zip(positions, hands, strict=True), start=1):
+            part = place / len(hands)
+            x, y = np.cos(angle), np.sin(angle)
+            length = 0.3 + 0.7 * part
+            hand = [across, across + length * x], [down, down + length * y]
+            axes.plot(*hand, color=ROPE, alpha=0.2 + 0.8 * part, linewidth=1.6)
+            beside = length - 0.14  # where earlier hands are shorter
+            axes.annotate(
+                f"{position}", (across + beside * x + 0.12 * y, down + beside * y - 0.12 * x), **CENTRED, fontsize=9
+            )
     axes.spines[:].set_visible(False)
     axes.grid(False)
     return axes
 
 
 def stretch_by_pair(stretches: Values) -> Axes:
-    """By which factor each of up to four ways of scaling slows pair 0, pair 1, … down, on a logarithmic scale."""
+    """By which factor linear scaling, a larger base, YaRN and dynamic NTK, in this order, slow pair 0, pair 1, … down, on
+    a logarithmic scale."""
     return add_curves(new_axes("pair of features", "times slower", yscale="log"), stretches)
 
 
@@ -69,7 +79,7 @@ def scores_by_distance(distances: Sequence[int], scores: Values) -> Axes:
 def bits_by_length(lengths: Sequence[int], bits: Values, trained: int) -> Axes:
     """Bits per byte after so many bytes, for each labelled way of stretching; a line marks the trained length.
 
-    YaRN's lines have the colour of rope keys, "none" and "window" are black, and the others are grey.
+    "no stretch" and "window" are black; a way of stretching has the colour that it has in `stretch_by_pair`.
     """
     axes = new_axes("bytes in the call", "bits per byte of the last 64", height=4.2)
     axes.axvline(trained, color=INK, linewidth=0.9, linestyle=":")
@@ -78,13 +88,12 @@ def bits_by_length(lengths: Sequence[int], bits: Values, trained: int) -> Axes:
     ends = sorted(bits, key=lambda label: bits[label][-1])
     height = -np.inf
     for number, label in enumerate(ends):
-        known = {"none": INK, "window": INK}
-        colour = known.get(label.split()[0], ROPE if label.startswith("YaRN") else OTHER)
+        colour = WAYS.get(label.split()[0], INK)
         line = ("-", "--", "-.", ":")[number % 4]
         axes.plot(lengths, bits[label], line, color=colour, linewidth=2.2, label=label)
         height = max(height + APART, bits[label][-1])
-        axes.annotate(label, (lengths[-1], height), (6, 0), textcoords="offset points", va="center",
-                      **SMALL | {"color": colour})  # fmt: skip
+        axes.annotate(label, (lengths[-1], bits[label][-1]), (1.2 * lengths[-1], height), va="center", annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8}, **SMALL | {"color": colour})  # fmt: skip
     axes.set_xscale("log", base=2)
     tick(axes.xaxis, [length for length in lengths if length % trained == 0 and (length // trained).bit_count() == 1])
     return axes

@@ -37,13 +37,7 @@ def new_axes(xlabel: str, ylabel: str, height: float = 3.2, **settings: Any) -> 
         axes.set(xlabel=xlabel, ylabel=ylabel, facecolor="white")
         axes.grid(alpha=0.25)
     axes.set(**settings)
-    lay_out_once(axes.figure)
     return axes
-
-
-def lay_out_once(figure: Any) -> None:
-    """Keep the layout of the first drawing: with a legend above the axes each further one would shift them a little."""
-    figure.canvas.mpl_connect("draw_event", lambda event: event.canvas.figure.set_layout_engine("none"))
 
 
 def add_curves(
