@@ -1,5 +1,6 @@
 """The figures show the data they were given, with labels, and stay readable on any page."""
 
+import math
 from collections.abc import Iterator
 
 import matplotlib
@@ -29,9 +30,16 @@ def test_tokens_land_on_the_circle_and_keep_their_direction() -> None:
     assert axes.patches[0].radius == pytest.approx(2**0.5)
 
 
+def test_the_shorter_arrow_lies_on_top() -> None:
+    axes = plots.circle_of_tokens([(1, 7), (0.5, 0.5)])
+    ends = [text.xy for text in axes.texts if text.arrowprops and text.arrowprops["arrowstyle"] == "->"]
+    assert ends == [(1, 7), pytest.approx((0.2, 1.4)), pytest.approx((1, 1)), (0.5, 0.5)]
+
+
 def test_layer_norm_goes_by_the_line_of_sum_zero() -> None:
     axes = plots.circle_of_tokens([(1, 7)], layer_norm=True)
     lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines["same LayerNorm"].get_xdata()) == [1, -3]
     for label, point in {"mean subtracted": (-3, 3), "LayerNorm": (-1, 1)}.items():
         assert (lines[label].get_xdata()[0], lines[label].get_ydata()[0]) == pytest.approx(point)
     assert {"(−3, 3)", "(−1, 1)"} <= {text.get_text() for text in axes.texts}
@@ -44,6 +52,16 @@ def test_growth_starts_at_zero_layers_and_is_logarithmic() -> None:
     assert list(without.get_ydata()) == [1.0, 10.0, 100.0]
     assert list(with_norm.get_ydata()) == [1.0, 1.5]
     assert axes.get_yscale() == "log"
+
+
+def test_what_overflows_ends_at_a_cross_where_float32_ends() -> None:
+    axes = plots.growth_through_layers({"far": [1.0, 1e9, math.inf, math.nan], "near": [1.0, 1.2, 1.3, 1.4]})
+    far, near, level, cross = axes.get_lines()
+    assert list(far.get_xdata()) == [0, 1, 2]
+    assert far.get_ydata()[-1] == level.get_ydata()[0] == cross.get_ydata()[0] == 3.4e38
+    assert (cross.get_xdata()[0], cross.get_color()) == (2, far.get_color())
+    assert len(near.get_xdata()) == 4
+    assert [text.get_text() for text in axes.texts] == ["float32 ends"]
 
 
 def test_growth_shows_close_curves_again_in_an_inset_of_their_own_scale() -> None:
