@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.patches import FancyBboxPatch
 
 from dsv2_ref.plots.style import (
@@ -32,9 +33,9 @@ def _panels(number: int, height: float, **options: Any) -> list[Axes]:
 
 
 def expert_loads(loads: Mapping[str, Sequence[int]]) -> Axes:
-    """How many tokens each expert got, sorted from the busiest to the idlest, beside an even share; for up to four
+    """How many choices each expert got, sorted from the busiest to the idlest, beside an even share; for up to four
     labels with the same sum."""
-    axes = new_axes("experts, the busiest first", "tokens")
+    axes = new_axes("experts, the busiest first", "choices")
     add_curves(axes, {label: sorted(counts, reverse=True) for label, counts in loads.items()}, start=1, marked=True)
     counts = next(iter(loads.values()))
     axes.axhline(sum(counts) / len(counts), **EVEN)
@@ -66,19 +67,24 @@ def load_maps(panels: Mapping[str, Values]) -> list[Axes]:
     """Heat maps of loads over an even share, one below the other, rows by label and a column for each expert.
 
     Args:
-        panels: for each title, rows of loads; all with as many experts. Colours end at four times an even share.
+        panels: for each title, rows of loads; all with as many experts. An even share is white, and colours end at four.
     """
     rows = [len(panel) for panel in panels.values()]
     with plt.rc_context(SETTINGS):
         maps = _panels(len(rows), 1.1 + 0.32 * sum(rows) + 0.45 * len(rows), gridspec_kw={"height_ratios": rows})
         for axes, (title, panel) in zip(maps, panels.items(), strict=True):
             loads = list(panel.values())
-            image = axes.imshow(loads, cmap="cividis", vmin=0, vmax=4, aspect="auto")
+            image = axes.imshow(loads, cmap="RdBu_r", norm=TwoSlopeNorm(1, vmin=0, vmax=4), aspect="auto")
             axes.set(xticks=[], yticks=range(len(panel)), yticklabels=list(panel))
+            for edge in range(1, len(loads[0])):
+                axes.axvline(edge - 0.5, color=INK, linewidth=0.3)
+            for edge in range(1, len(loads)):
+                axes.axhline(edge - 0.5, color=INK, linewidth=0.3)
             axes.set_title(title, fontsize=12, loc="left")
             axes.tick_params(left=False, bottom=False)
-        axes.set(xticks=range(0, len(loads[0]), 4), xlabel="expert")
-        axes.figure.colorbar(image, ax=maps, shrink=0.9, extend="max", label="load over an even share")
+        axes.set(xticks=range(0, len(loads[0]), 2), xlabel="expert")
+        bar = axes.figure.colorbar(image, ax=maps, shrink=0.9, extend="max", label="load over an even share")
+        bar.set_ticks([0, 0.5, 1, 2, 3, 4])
     return maps
 
 
