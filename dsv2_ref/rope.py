@@ -45,35 +45,29 @@ def inverse_frequencies(
     Without scaling, pair i turns by ``theta ** (-2i / dim)``. Linear scaling divides
     all angles by the factor s. Dynamic NTK raises theta once ``kv_length`` exceeds
     ``max_position_embeddings``; it depends on the context of this call alone, so keys
-    cached under a shorter context keep their angles, as in the published code. For
-    YaRN see `yarn_frequencies`.
+    cached under a shorter context keep theirs, as published. YaRN: `yarn_frequencies`.
 
     Source: Su et al. (2021), equation 15; Peng et al. (2023), section 3;
     ``DeepseekV2*RotaryEmbedding`` of the published code.
     """
     exponents = torch.arange(0, dim, 2, device=device, dtype=dtype) / dim  # 2i / dim
-    if scaling is None:
-        return 1.0 / theta**exponents
+    longer = kv_length / max_position_embeddings
+    if scaling is not None and scaling.type == "dynamic" and longer > 1 and dim > 2:
+        stretch = scaling.factor * longer - (scaling.factor - 1)
+        theta = theta * stretch ** (dim / (dim - 2))
+    frequencies = 1.0 / theta**exponents
+    if scaling is None or scaling.type == "dynamic":
+        return frequencies
     if scaling.type == "linear":
-        return 1.0 / theta**exponents / scaling.factor
-    if scaling.type == "dynamic":
-        if kv_length > max_position_embeddings and dim > 2:
-            longer = kv_length / max_position_embeddings
-            stretch = scaling.factor * longer - (scaling.factor - 1)
-            theta = theta * stretch ** (dim / (dim - 2))
-        return 1.0 / theta**exponents
-    return yarn_frequencies(1.0 / theta**exponents, theta, scaling)
+        return frequencies / scaling.factor
+    return yarn_frequencies(frequencies, theta, scaling)
 
 
 def yarn_frequencies(
     kept: Float[Tensor, "pairs"], theta: float, scaling: RopeScaling
 ) -> Float[Tensor, "pairs"]:
-    """YaRN's angles per position, made from the unscaled ones.
-
-    Pairs that turn more than beta_fast times over the original length are kept, and
-    those that turn less than beta_slow times are divided by s. In between it blends by
-    the number of the pair.
-    """
+    """YaRN: pairs that turn more than beta_fast times over the original length keep
+    their angles, those below beta_slow divide them by s, between both are blended."""
     dim = 2 * len(kept)
 
     def pair_that_turns(times: float) -> float:
@@ -127,9 +121,8 @@ Table = Float[Tensor, "*table pairs"]
 def rotate_interleaved(x: Vectors, cos: Table, sin: Table) -> Vectors:
     """Turn the pairs (0, 1), (2, 3), …: the layout of MLA's checkpoints.
 
-    Computed in the tables' dtype, then cast back. The published code permutes the
-    features to (0, 2, …, 1, 3, …) and turns the pairs (i, i + dim / 2) instead, which
-    gives the same scores and a cache permuted in the same way.
+    Computed in the tables' dtype. The published code permutes the features to (0, 2, …,
+    1, 3, …) and turns (i, i + dim / 2): the same scores, and a cache permuted alike.
     """
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # (..., dim / 2) each
     turned = even * cos - odd * sin, even * sin + odd * cos
@@ -137,8 +130,7 @@ def rotate_interleaved(x: Vectors, cos: Table, sin: Table) -> Vectors:
 
 
 def rotate_half_split(x: Vectors, cos: Table, sin: Table) -> Vectors:
-    """Turn the pairs (i, i + dim / 2): the layout of the checkpoints with plain
-    multi-head attention."""
+    """Turn the pairs (i, i + dim / 2): the layout of plain multi-head attention."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)  # (..., dim / 2) each
     turned = first * cos - second * sin, first * sin + second * cos
     return torch.cat(turned, dim=-1).to(x.dtype)
