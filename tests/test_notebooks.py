@@ -273,7 +273,8 @@ def test_vectors_depend_on_nothing_but_the_drawing() -> None:
         drawn.append(notebooks.vectors(text.getvalue()))
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) < len(text.getvalue())
-    assert not re.search(r' d="[^"]*\.\d{3}', drawn[0])
+    assert not re.search(r' d="[^"]*\.\d{2}', drawn[0])
+    assert notebooks.vectors(drawn[0]) == drawn[0]
     assert "scale(0.015625)" in drawn[0]  # of letters: not a point
 
 

@@ -77,10 +77,14 @@ def compact(png: str) -> str:
 
 
 def vectors(svg: str) -> str:
-    """The same drawing without the time at which it was made, its points in hundredths."""
+    """The same drawing without the time at which it was made and without needless characters, its points in tenths."""
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    shorter = re.compile(r"(\.\d\d)\d+")
-    return re.sub(r'(?<= d=")[^"]*', lambda path: shorter.sub(r"\1", path[0]), svg)
+    svg = re.sub(r">\s+<", "><", re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL))
+
+    def shorter(points: re.Match[str]) -> str:
+        return re.sub(r"(\.\d)\d+", r"\1", " ".join(points[0].split())).replace(".0 ", " ")
+
+    return re.sub(r'(?<= d=")[^"]*', shorter, svg)
 
 
 def normalise(notebook: NotebookNode) -> None:
