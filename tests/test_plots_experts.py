@@ -57,16 +57,22 @@ def test_a_wide_network_and_its_pieces_are_drawn_to_one_scale() -> None:
     assert areas.count(64 * 32) == 2 * 3 * 3, "three matrices of three pieces, once together and once apart"
     assert sum(area for area in areas if area == 64 * 32) == 2 * 3 * 64 * 96
     assert [text.get_text() for text in axes.texts[-3:]] == ["=", "+", "+"]
+    assert {"$\\odot$", "FFN($u$)"} < {text.get_text() for text in axes.texts}
 
 
 def test_sorted_choices_keep_every_pair_and_lead_it_to_its_row() -> None:
-    axes = plots.sorted_choices([[2, 0], [0, 1]], order=[1, 2, 3, 0])
+    axes = plots.sorted_choices([[2, 0], [0, 1]], order=[1, 2, 3, 0], ends=[2, 3, 4, 4])
     boxes = {
-        (round(text.get_position()[0], 1), int(text.get_position()[1])): text.get_text() for text in axes.texts[2:]
+        (round(text.get_position()[0], 2), int(text.get_position()[1])): text.get_text() for text in axes.texts[3:]
     }
-    left = [boxes[1.7, row] for row in range(4)]
-    right = [boxes[8.3, row] for row in range(4)]
+    left = [boxes[2.2, row] for row in range(4)]
+    right = [boxes[7.8, row] for row in range(5)]
     assert left == ["token 0: expert 2", "token 0: expert 0", "token 1: expert 0", "token 1: expert 1"]
-    assert right == ["expert 0: token 0", "expert 0: token 1", "expert 1: token 1", "expert 2: token 0"]
+    *full, empty = right
+    assert full == ["expert 0: token 0", "expert 0: token 1", "expert 1: token 1", "expert 2: token 0"]
+    assert empty == "expert 3: none"
+    assert [boxes[0.25, row] for row in range(4)] == ["0", "1", "2", "3"]
+    assert [boxes[9.75, row] for row in range(4)] == ["1", "2", "3", "0"], "the order"
+    assert [boxes[10.6, row] for row in (1, 2, 3, 4)] == ["2", "3", "4", "4"], "the ends"
     lines = [tuple(int(y) for y in line.get_ydata()) for line in axes.get_lines()]
     assert lines == [(1, 0), (2, 1), (3, 2), (0, 3)]
