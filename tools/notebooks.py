@@ -84,7 +84,7 @@ def vectors(svg: str) -> str:
     def shorter(points: re.Match[str]) -> str:
         return re.sub(r"(\.\d)\d+", r"\1", " ".join(points[0].split())).replace(".0 ", " ")
 
-    return re.sub(r'(?<= d=")[^"]*', shorter, svg)
+    return re.sub(r'(?<= d=")[^"]*', shorter, svg).strip()
 
 
 def normalise(notebook: NotebookNode) -> None:

@@ -24,7 +24,7 @@ def build(folder: Path, address: str, site: str) -> dict[str, BeautifulSoup]:
     """The pages of a book of two, built where there is no Git repository."""
     (folder / "book").mkdir(parents=True)
     shutil.copy(ROOT / "_config.yml", folder)
-    for part in ("tools", "dsv2_ref", "book/_static", "book/_templates"):
+    for part in ("tools", "dsv2_ref", "experiments", "book/_static", "book/_templates", "book/data"):
         shutil.copytree(ROOT / part, folder / part)
     for file in ("references.bib", "overview.ipynb", *PAGES):
         shutil.copy(ROOT / "book" / file, folder / "book")
