@@ -85,11 +85,10 @@ class StoredFigure(SphinxDirective):
         name, wanted = self.arguments
         cell = next(cell for cell in cells(self.env, name) if cell["id"] == wanted)
         data = next(output["data"] for output in cell["outputs"] if "image/png" in output.get("data", {}))
-        vectors = data.get("image/svg+xml")
-        picture = "".join(vectors).encode() if vectors else base64.b64decode(data["image/png"])
+        picture = base64.b64decode(data["image/png"])  # pixels: it is also what other sites show of the page
         folder = Path(self.env.app.outdir).parent / "jupyter_execute"  # where MyST-NB leaves its own
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{hashlib.sha256(picture).hexdigest()}.{'svg' if vectors else 'png'}"
+        path = folder / f"{hashlib.sha256(picture).hexdigest()}.png"
         path.write_bytes(picture)
         address = path.relative_to(Path(self.env.srcdir)).as_posix()
         image = nodes.image(uri=f"/{address}", alt=cell["metadata"]["mystnb"]["image"]["alt"])
