@@ -33,7 +33,11 @@ def run(notebook: nbformat.NotebookNode, path: Path) -> subprocess.CompletedProc
     "path", [path for path in notebooks.in_book() if path.stem != "kernels"], ids=lambda path: path.stem
 )
 def test_a_notebook_prints_the_same_on_cuda(path: Path, tmp_path: Path) -> None:
-    done = run(nbformat.read(path, as_version=4), tmp_path / path.name)
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("image/svg+xml", None)  # a drawing is no text to compare
+    done = run(notebook, tmp_path / path.name)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
 
 
