@@ -94,12 +94,12 @@ def test_verdicts_change_with_what_is_computed() -> None:
         assert cc.judge(entry | {"computed": below, "under": own}) == "holds if", name
 
 
-def test_every_miss_is_explained_by_a_slip_that_gives_its_number_or_says_that_none_was_found() -> None:
+def test_every_miss_is_explained_by_a_mistake_that_gives_its_number_or_says_that_none_was_found() -> None:
     for claim in CLAIMS.values():
         if claim.verdict == "off":
             assert claim.explained == (claim.id not in UNEXPLAINED), claim.id
             assert claim.note, claim.id
-            assert claim.explained or "No slip was found" in claim.note, claim.id
+            assert claim.explained or "No mistake was found" in claim.note, claim.id
     assert {claim.id for claim in CLAIMS.values() if claim.inherits} == INHERITED <= OFF.keys() - UNEXPLAINED
 
 
