@@ -14,7 +14,7 @@ from dsv2_ref.accounting import DTYPE_BYTES, FORMS, Call, report
 from dsv2_ref.checks import IMPLEMENTATIONS, require
 from dsv2_ref.config import DeepseekV2Config
 
-PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr")
+PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr", "deepseek_v3", "moonlight")
 
 
 class _Parser(argparse.ArgumentParser):

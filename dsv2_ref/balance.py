@@ -1,5 +1,5 @@
-"""Keeping experts evenly used: the paper's three losses, how they reach the gate, and
-dropping what is too much.
+"""Keeping experts evenly used: DeepSeek-V2's three losses, how they reach the gate, and
+dropping what is too much; DeepSeek-V3's bias that balances without a loss.
 
 Experts are numbered device by device: with E experts on D devices, device i holds the
 experts from i·E/D on. All losses have the form α Σ f P: f counts what was chosen and
@@ -9,11 +9,12 @@ is taken over every sequence and averaged (``seq_aux``, the paper's), or over al
 of the batch.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
 
 from dsv2_ref.checks import require
 
@@ -194,20 +195,93 @@ def balance_loss(
     topk_idx: Int[Tensor, "batch seq top_k"],
 ) -> Float[Tensor, ""] | None:
     """The sum of the balance losses whose α in ``gate`` is above 0; None if there are
-    none."""
-    routed, seq_aux = (scores, topk_idx), gate.seq_aux
-    D, M = (
-        gate.n_group,
-        gate.topk_group,
-    )  # devices, and how many of them a token reaches
+    none.
+
+    DeepSeek-V3's complementary loss is `expert_balance_loss` of sigmoid scores that are
+    divided by their sum, and of the k best scores without the correction bias, which
+    would hide what the router likes too much.
+
+    Source: DeepSeek-V2, section 2.2.3; DeepSeek-V3, equations 17 to 20.
+    """
+    seq_aux, liked = gate.seq_aux, topk_idx
+    if gate.scoring_func == "sigmoid":
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    if gate.e_score_correction_bias is not None:
+        liked = scores.detach().topk(gate.top_k, dim=-1).indices
+    D, M = gate.n_group, gate.topk_group  # devices, how many of them a token reaches
+    routed = scores, topk_idx
     losses = []
     if (alpha := gate.alpha) > 0:
-        losses.append(expert_balance_loss(*routed, alpha, seq_aux))
+        losses.append(expert_balance_loss(scores, liked, alpha, seq_aux))
     if (alpha := gate.device_alpha) > 0:
         losses.append(device_balance_loss(*routed, alpha, D, seq_aux))
     if (alpha := gate.communication_alpha) > 0:
         losses.append(communication_balance_loss(*routed, alpha, D, M, seq_aux))
     return sum(losses[1:], losses[0]) if losses else None
+
+
+def updated_bias(
+    bias: Float[Tensor, "experts"], load: Shaped[Tensor, "experts"], speed: float
+) -> Float[Tensor, "experts"]:
+    """Expert biases after a training step: up by ``speed`` for each expert that got
+    fewer than an even share of ``load``, the choices of all tokens; down for more.
+
+    Source: Wang et al. (2024), algorithm 1; DeepSeek-V3, section 2.1.2.
+    """
+    load = load.to(bias.dtype)
+    return bias + speed * (load.mean() - load).sign()
+
+
+class LossFreeBalancing:
+    """Balance a model by its gates' ``e_score_correction_bias``, without a loss.
+
+    It counts what the gates choose in training; `step`, called after each step of the
+    optimizer, moves every bias by `updated_bias` and starts counting anew. In data
+    parallel training, sum ``loads`` over the processes first.
+
+    Args:
+        model: any module with `MoEGate` inside, of ``topk_method`` ``noaux_tc``.
+        speed: γ; DeepSeek-V3 took 0.001, and 0 for its last 500 billion tokens
+            (section 4.2).
+
+    Raises:
+        ValueError: for a model without such a gate, and a negative speed.
+
+    Source: Wang et al. (2024), algorithm 1; DeepSeek-V3, section 2.1.2.
+    """
+
+    def __init__(self, model: nn.Module, speed: float = 0.001) -> None:
+        named = {
+            name: gate
+            for name, gate in model.named_modules()
+            if getattr(gate, "e_score_correction_bias", None) is not None
+        }
+        require(len(named) > 0, "model", model, "gates with topk_method noaux_tc")
+        require(speed >= 0, "speed", speed, "0 or more")
+        self.speed, self.gates = speed, named
+        self.loads = {
+            name: torch.zeros_like(gate.e_score_correction_bias, dtype=torch.long)
+            for name, gate in named.items()
+        }
+        for name, gate in named.items():
+            gate.register_forward_hook(self._counter(self.loads[name]))
+
+    @staticmethod
+    def _counter(load: Tensor) -> Callable[[nn.Module, Any, Any], None]:
+        def count(gate: nn.Module, _: Any, routed: tuple[Tensor, ...]) -> None:
+            if gate.training:
+                chosen = routed[0].flatten()
+                load.scatter_add_(0, chosen, torch.ones_like(chosen))
+
+        return count
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the biases of all gates, and count anew."""
+        for name, gate in self.gates.items():
+            bias, load = gate.e_score_correction_bias, self.loads[name]
+            bias.copy_(updated_bias(bias, load, self.speed))
+            load.zero_()
 
 
 class _Inject(torch.autograd.Function):

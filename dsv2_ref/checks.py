@@ -85,6 +85,8 @@ SMALLEST_EPS = 2**-84
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 MLA_FORMS = ("auto", "expanded", "absorbed")
+SCORES = ("softmax", "sigmoid")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
 def is_int(value: object, least: int, most: float = math.inf) -> bool:
@@ -128,7 +130,7 @@ def rope_scaling(scaling: "RopeScaling") -> None:
     require_ints(scaling, ("original_max_position_embeddings",), 1)
     _require_numbers(scaling, ("beta_slow", "mscale", "mscale_all_dim"), 0)
     _require_numbers(scaling, ("beta_fast",), slow)
-    require(0 < slow < scaling.beta_fast, "beta_slow", slow, "between 0 and beta_fast")
+    require(0 < slow <= scaling.beta_fast, "beta_slow", slow, "above 0, and at most beta_fast")
     for field in fields(scaling)[2:] if kind != "yarn" else ():
         value = getattr(scaling, field.name)
         require(value == field.default, field.name, value, f"nothing: {kind} scaling has no such setting")
@@ -174,12 +176,11 @@ def _plain_heads(config: "DeepseekV2Config") -> None:
 
 
 def _experts(config: "DeepseekV2Config", experts: int) -> None:
-    grouped = config.topk_method == "group_limited_greedy"
+    grouped = config.topk_method != "greedy"
     require_ints(config, ("moe_intermediate_size", "num_experts_per_tok"), 1)
-    _require_each(config, ("scoring_func",), lambda name: name == "softmax", "softmax")
-    known = grouped or config.topk_method == "greedy"
-    require(known, "topk_method", config.topk_method, "greedy or group_limited_greedy")
-    wanted = "0 without group_limited_greedy, whose groups are the devices"
+    _require_each(config, ("scoring_func",), lambda name: name in SCORES, " or ".join(SCORES))
+    _require_each(config, ("topk_method",), lambda name: name in TOPK_METHODS, ", ".join(TOPK_METHODS))
+    wanted = "0 with greedy, which has no groups that could be devices"
     alphas = ("device_aux_loss_alpha", "communication_aux_loss_alpha")
     _require_each(config, alphas, lambda alpha: grouped or alpha == 0, wanted)
     allowed, wanted = experts, f"at most n_routed_experts={experts}"
@@ -188,6 +189,10 @@ def _experts(config: "DeepseekV2Config", experts: int) -> None:
         groups, kept = config.n_group, config.topk_group
         require(experts % groups == 0, "n_group", groups, f"a divisor of n_routed_experts={experts}")
         require(kept <= groups, "topk_group", kept, f"at most n_group={groups}")
+        judged = config.topk_method == "noaux_tc" and kept < groups
+        require(
+            not judged or 2 * groups <= experts, "n_group", groups, "two experts in a group, whose two best judge it"
+        )
         allowed = kept * experts // groups
         wanted = f"at most {allowed}, the experts in topk_group={kept} of n_group={groups} groups"
     require(config.num_experts_per_tok <= allowed, "num_experts_per_tok", config.num_experts_per_tok, wanted)
@@ -229,10 +234,14 @@ def attention_of(config: "DeepseekV2Config", layer_idx: int, use_mla: bool, fixe
     require(config.use_mla == use_mla, "use_mla", config.use_mla, wanted)
 
 
-def mlp_sizes(hidden_size: int, intermediate_size: int) -> None:
-    """Refuse widths below 1."""
-    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-        require(size >= 1, name, size, "a positive number of features")
+def mlp_sizes(config: "DeepseekV2Config", hidden_size: int | None, intermediate_size: int | None) -> tuple[int, int]:
+    """The widths of a feed-forward network, the configuration's where they are None; refuse those below 1."""
+    is_config(config)
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    for name, size in sizes.items():
+        require(size is None or size >= 1, name, size, "a positive number of features")
+    wide = [getattr(config, name) if size is None else size for name, size in sizes.items()]
+    return wide[0], wide[1]
 
 
 def number_of_experts(config: "DeepseekV2Config") -> int:

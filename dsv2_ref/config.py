@@ -1,31 +1,13 @@
 """The configuration of a DeepSeek-V2 layer: its fields, the presets, and how a
 published ``config.json`` is read. What is refused stands in `dsv2_ref.checks`."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from dsv2_ref import checks
-
-# What the published class assumes for a key that a config.json leaves out, where that
-# differs from our defaults.
-PUBLISHED_DEFAULTS: Mapping[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "moe_intermediate_size": 1407,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 32,
-    "n_shared_experts": None,
-    "n_routed_experts": None,
-    "num_experts_per_tok": None,
-    "n_group": None,
-    "topk_group": None,
-    "first_k_dense_replace": 0,
-    "max_position_embeddings": 2048,
-}
+from dsv2_ref import checks, published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +35,8 @@ class RopeScaling:
     def from_dict(cls, scaling: Mapping[str, Any]) -> Self | None:
         """Read a published ``rope_scaling`` (key ``type`` or ``rope_type``);
         ``default`` gives None."""
-        given = {key: value for key, value in scaling.items() if value is not None}
-        given.pop("rope_theta", None)
-        kinds = [given.pop(key) for key in ("type", "rope_type") if key in given]
-        known = {f.name for f in fields(cls)} - {"type"}
-
-        def require(condition: bool, wanted: str) -> None:
-            checks.require(condition, "rope_scaling", dict(scaling), wanted)
-
-        one = len(kinds) > 0 and kinds.count(kinds[0]) == len(kinds)
-        require(one, "one type (linear, dynamic or yarn)")
-        if kinds[0] == "default":
-            require(not given, "no further keys beside type default")
-            return None
-        require(given.keys() <= known, f"beside the type only {sorted(known)}")
-        require("factor" in given, "a factor")
-        return cls(type=kinds[0], **given)
+        given = published.rope_scaling(scaling)
+        return None if given is None else cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,45 +127,32 @@ class DeepseekV2Config:
     def from_published(cls, source: Mapping[str, Any] | str | Path) -> Self:
         """Read a published ``config.json``, given as a dict or a path.
 
-        Keys left out take the published defaults; keys that no layer reads
-        (``architectures``, ``auto_map``, …) are ignored. A model with vision keeps its
-        decoder under ``language_config``, which is then read. Both ``rope_scaling``
-        with ``rope_theta`` and the newer ``rope_parameters`` are understood.
+        ``model_type`` or ``architectures`` say which model it is, and keys left out
+        take the defaults of its published code. A model with vision keeps its decoder
+        in an object of its own, ``language_config`` or ``text_config``.
 
         Raises:
-            ValueError: for what is not JSON object in UTF-8, or not a model that can be
-                built; it names the file.
+            ValueError: for what is no JSON object in UTF-8, for a model of another
+                kind, and for a key whose value would change the layer; it names the
+                file and the key.
+
+        Warns:
+            UserWarning: for keys that are not known, naming them.
         """
         if not isinstance(source, str | Path):
             return cls._from_object(source)
+        content = published.load(source)
         try:
-            text = Path(source).read_text(encoding="utf-8")
-            return cls._from_object(json.loads(text))
-        except RecursionError:
-            what = f"{source} is not JSON that can be read"
-            raise ValueError(f"{what}: nested too deeply") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not text in UTF-8: {error}") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is not JSON: {error}") from error
+            return cls._from_object(content)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
     @classmethod
     def _from_object(cls, source: object) -> Self:
-        published = checks.require_object(source, "the configuration")
-        inner = published.get("language_config", published)
-        published = checks.require_object(inner, "language_config")
-        bias = published.get("mlp_bias")
-        checks.require(not bias, "mlp_bias", bias, "False: the layer has no such bias")
-        names = [f.name for f in fields(cls) if f.name in published]
-        values = {**PUBLISHED_DEFAULTS, **{name: published[name] for name in names}}
-        rope = published.get("rope_parameters")
-        if rope is not None and checks.require_object(rope, "rope_parameters"):
-            if "rope_theta" in rope:
-                values["rope_theta"] = rope["rope_theta"]
-            values["rope_scaling"] = RopeScaling.from_dict(rope)
-        return cls(**values)
+        decoder, values = published.read(source, {f.name for f in fields(cls)})
+        config = cls(**values)
+        published.require_agreement(decoder, config)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values: JSON, and `from_published` of it, give the same
@@ -238,6 +193,31 @@ class DeepseekV2Config:
             hidden_size=2048, intermediate_size=10944, num_hidden_layers=27,
             num_attention_heads=16, q_lora_rank=None, n_routed_experts=64,
             num_experts_per_tok=6, rope_scaling=_V2_YARN,
+        )  # fmt: skip
+
+    @classmethod
+    def deepseek_v3(cls) -> Self:
+        """DeepSeek-V3, 671B parameters (arXiv 2412.19437, section 4.2, and its
+        config.json), without the modules that predict further tokens."""
+        return cls(
+            vocab_size=129280, hidden_size=7168, intermediate_size=18432,
+            moe_intermediate_size=2048, num_hidden_layers=61, n_shared_experts=1,
+            n_routed_experts=256, num_experts_per_tok=8, first_k_dense_replace=3,
+            topk_method="noaux_tc", scoring_func="sigmoid", n_group=8, topk_group=4,
+            norm_topk_prob=True, routed_scaling_factor=2.5,
+            rope_scaling=RopeScaling(type="yarn", factor=40, mscale_all_dim=1.0),
+        )  # fmt: skip
+
+    @classmethod
+    def moonlight(cls) -> Self:
+        """Moonlight-16B-A3B, a layer of DeepSeek-V3's kind in V2-Lite's size (its
+        config.json)."""
+        return cls(
+            vocab_size=163840, hidden_size=2048, intermediate_size=11264,
+            num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
+            n_routed_experts=64, num_experts_per_tok=6, topk_method="noaux_tc",
+            scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.446,
+            rms_norm_eps=1e-5, rope_theta=50000.0, max_position_embeddings=8192,
         )  # fmt: skip
 
     @classmethod

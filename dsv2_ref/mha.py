@@ -38,9 +38,8 @@ class MultiHeadAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads or self.num_heads
-        self.head_dim = self.rotary_dim = self.widest_head = (
-            config.hidden_size // self.num_heads
-        )
+        self.head_dim = config.hidden_size // self.num_heads
+        self.rotary_dim = self.widest_head = self.head_dim
         self.cache_features = (2, self.num_key_value_heads, self.head_dim)
         self.attention_dropout = config.attention_dropout
         self.softmax_scale = self.head_dim**-0.5
@@ -69,7 +68,7 @@ class MultiHeadAttention(nn.Module):
         K, device, width = past + S, hidden_states.device, self.head_dim
         if position_ids is None:
             position_ids = torch.arange(past, K, device=device)[None]
-        theta, scaling = config.rope_theta, config.rope_scaling
+        theta, scaling = float(config.rope_theta), config.rope_scaling
         limits = {"max_position_embeddings": config.max_position_embeddings}
         limits["kv_length"] = K  # limits matter to dynamic scaling only
         cos, sin = rotary_tables(

@@ -116,7 +116,7 @@ class DeepseekV2Attention(nn.Module):
         K, device = past + S, hidden_states.device
         if position_ids is None:
             position_ids = torch.arange(past, K, device=device)[None]
-        theta, scaling = config.rope_theta, config.rope_scaling
+        theta, scaling = float(config.rope_theta), config.rope_scaling
         limits = {"max_position_embeddings": config.max_position_embeddings}
         limits["kv_length"] = K  # limits matter to dynamic scaling only
         cos, sin = rotary_tables(

@@ -39,12 +39,7 @@ class DeepseekV2MLP(nn.Module):
         intermediate_size: int | None = None,
     ) -> None:
         super().__init__()
-        checks.is_config(config)
-        D = config.hidden_size if hidden_size is None else hidden_size
-        wide = (
-            config.intermediate_size if intermediate_size is None else intermediate_size
-        )
-        checks.mlp_sizes(D, wide)
+        D, wide = checks.mlp_sizes(config, hidden_size, intermediate_size)
         self.hidden_size, self.intermediate_size = D, wide
         self.gate_proj = linear(D, wide, config.initializer_range)
         self.up_proj = linear(D, wide, config.initializer_range)
@@ -60,32 +55,36 @@ class DeepseekV2MLP(nn.Module):
 
 
 class MoEGate(nn.Module):
-    """Choose ``num_experts_per_tok`` of ``n_routed_experts`` experts for every token,
-    and how much each counts.
+    """Choose k = ``num_experts_per_tok`` of E experts for every token, and their weights.
 
-    Scores are the softmax, over all experts, of the token's product with a vector of
-    each. ``greedy`` takes the best k. ``group_limited_greedy`` first takes the
-    ``topk_group`` groups whose best expert is best (the experts of a group share a
-    device), then the best k within them. A chosen expert counts with its score;
-    ``norm_topk_prob`` makes the k scores sum to 1 (not for k = 1), then
-    ``routed_scaling_factor`` multiplies them. All of it runs in at least float32, under
-    autocast too: in bfloat16 some tokens would go to other experts.
+    Scores are the softmax over all experts of the token's product with a vector of each
+    (V2), or each product's sigmoid (V3). ``greedy`` takes the best k, the other methods
+    the best k of the ``topk_group`` best groups (the experts of a group share a
+    device). ``group_limited_greedy`` judges a group by its best expert, ``noaux_tc`` by
+    the sum of its two best; and it compares scores plus ``e_score_correction_bias``,
+    which chooses and never weighs. A chosen expert counts with its score, which
+    ``norm_topk_prob`` divides by the sum of all k (not for k = 1), times
+    ``routed_scaling_factor``. All of it runs in at least float32, under autocast too:
+    in bfloat16 some tokens would go to other experts.
 
     Raises:
         ValueError: for a configuration without routed experts, and for an input that
             does not fit the weights.
 
-    Source: DeepSeek-V2, equations 20 to 22 and section 2.2.2; ``MoEGate`` of the
-    published code. The paper neither normalises nor scales.
+    Source: DeepSeek-V2, equations 20 to 22 and section 2.2.2, without normalising and
+    scaling; DeepSeek-V3, equations 13 to 16; ``MoEGate`` of their published code.
     """
+
+    e_score_correction_bias: Tensor | None
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
         E = checks.number_of_experts(config)
-        grouped = config.topk_method == "group_limited_greedy"
+        grouped = config.topk_method != "greedy"
         self.n_routed_experts, self.top_k = E, config.num_experts_per_tok
         self.n_group = config.n_group if grouped else 1
         self.topk_group = config.topk_group if grouped else 1
+        self.scoring_func = config.scoring_func
         self.norm_topk_prob = config.norm_topk_prob
         self.routed_scaling_factor = config.routed_scaling_factor
         self.alpha = config.aux_loss_alpha
@@ -94,6 +93,8 @@ class MoEGate(nn.Module):
         self.seq_aux = config.seq_aux
         self.weight = nn.Parameter(torch.empty(E, config.hidden_size))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        bias = torch.zeros(E) if config.topk_method == "noaux_tc" else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     @ops.defines(checks.gate_input, autocast=False)
     def forward(
@@ -112,17 +113,16 @@ class MoEGate(nn.Module):
         wide = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         wide = torch.promote_types(wide, torch.float32)
         logits = F.linear(hidden_states.flatten(0, 1).to(wide), self.weight.to(wide))
-        scores = logits.softmax(dim=-1)  # equation 22: (T, E)
+        sigmoid, bias = self.scoring_func == "sigmoid", self.e_score_correction_bias
+        scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)  # (T, E)
 
-        choose_by = scores.detach()
-        if self.topk_group < self.n_group:  # section 2.2.2: few devices per token
-            grouped = choose_by.unflatten(
-                -1, (self.n_group, -1)
-            )  # (T, groups, E / groups)
-            best = grouped.amax(dim=-1).topk(self.topk_group, dim=-1).indices
-            allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool)
-            allowed = allowed.scatter(-1, best, True)[..., None]  # (T, groups, 1)
-            choose_by = grouped.masked_fill(~allowed, float("-inf")).flatten(-2)
+        choose_by = scores.detach() if bias is None else scores.detach() + bias
+        if self.topk_group < self.n_group:  # V2's section 2.2.2: few devices per token
+            grouped = choose_by.unflatten(-1, (self.n_group, -1))  # (T, n_group, ·)
+            of_group = grouped.topk(1 if bias is None else 2, dim=-1).values.sum(dim=-1)
+            best = of_group.topk(self.topk_group, dim=-1).indices  # (T, topk_group)
+            closed = torch.ones_like(of_group).bool().scatter(-1, best, False)
+            choose_by = grouped.masked_fill(closed[..., None], -torch.inf).flatten(-2)
         topk_idx = choose_by.topk(self.top_k, dim=-1).indices  # (T, k)
         topk_weight = scores.gather(-1, topk_idx)  # equation 21: (T, k)
         if self.norm_topk_prob and self.top_k > 1:
@@ -131,8 +131,9 @@ class MoEGate(nn.Module):
 
         aux_loss = None
         if self.training:
-            by_sequence = scores.view(B, S, -1), topk_idx.view(B, S, -1)
-            aux_loss = balance_loss(self, *by_sequence)
+            aux_loss = balance_loss(
+                self, scores.view(B, S, -1), topk_idx.view(B, S, -1)
+            )
         return topk_idx, topk_weight, aux_loss
 
 
@@ -184,8 +185,7 @@ class DeepseekV2MoE(nn.Module):
         ValueError: if the configuration has no routed experts, and for an input that
             does not fit the weights.
 
-    Source: DeepSeek-V2, equation 20; Dai et al. (2024), equations 9 to 11;
-    ``DeepseekV2MoE`` of the published code.
+    Source: DeepSeek-V2, equation 20; ``DeepseekV2MoE`` of the published code.
     """
 
     def __init__(self, config: DeepseekV2Config) -> None:

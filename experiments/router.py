@@ -1,6 +1,6 @@
-"""Train a tiny DeepSeek-V2 with and without balance losses, and keep who routed what.
+"""Train a tiny DeepSeek-V2 with and without balance losses, or with V3's bias, and keep who routed what.
 
-    python -m experiments.router                    all runs, as the book shows them: a quarter of an hour of one core
+    python -m experiments.router                    all runs, as the book shows them: twenty minutes of one core
     python -m experiments.router --steps 20 --out /tmp/router --runs none
 
 Writes a checkpoint (published names, bfloat16) for each run and one log of them all. The same versions of Python and
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2ForCausalLM, MoEGate
+from dsv2_ref.balance import LossFreeBalancing
 from experiments.corpus import KINDS, corpus, windows
 
 DATA = Path(__file__).resolve().parent.parent / "book" / "data"
@@ -35,11 +36,13 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "expert": {"aux_loss_alpha": 0.003},
     "pooled": {"aux_loss_alpha": 0.003, "seq_aux": False},
     "all": {"aux_loss_alpha": 0.003, "device_aux_loss_alpha": 0.05, "communication_aux_loss_alpha": 0.02},
+    "bias": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
 }
 """Balance losses: none; the expert loss alone, over each sequence or pooled over the batch; all three, weighted as in
-DeepSeek-V2, section 3.1.2."""
+DeepSeek-V2, section 3.1.2; and no loss, but DeepSeek-V3's gate and the bias that balances it."""
 SEQ, PER_KIND, STEPS, EVERY = 128, 6, 1500, 25
 WARM_UP, RATE, CLIP = 100, 3e-3, 1.0
+SPEED = 0.001  # of the bias, as in DeepSeek-V3, section 4.2
 
 
 def tiny_model(run: str) -> DeepseekV2ForCausalLM:
@@ -95,6 +98,7 @@ def rate_at(step: int, steps: int) -> float:
 def train(run: str, steps: int, texts: Mapping[str, Tensor]) -> tuple[DeepseekV2ForCausalLM, dict[str, Any]]:
     """Train for ``steps`` batches with as many sequences of each kind; the model, and its log."""
     model = tiny_model(run).train()
+    balancing = LossFreeBalancing(model, SPEED) if model.config.topk_method == "noaux_tc" else None
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(1)
     log: dict[str, Any] = {"step": [], "bits": [], "counts": []}
@@ -109,6 +113,8 @@ def train(run: str, steps: int, texts: Mapping[str, Tensor]) -> tuple[DeepseekV2
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimiser.step()
+            if balancing is not None:
+                balancing.step()
             since.append(loss.item())
             if (step + 1) % EVERY == 0 or step + 1 == steps:
                 log["step"].append(step + 1)
@@ -154,7 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logs = {}
     for run in args.runs:
         model, logs[run] = train(run, args.steps, texts)
-        weights = {name: weight.bfloat16().contiguous() for name, weight in model.state_dict().items()}
+        # As in V3's checkpoints, what chooses keeps its bits.
+        weights = {
+            name: weight.contiguous().to(torch.float32 if name.endswith("correction_bias") else torch.bfloat16)
+            for name, weight in model.state_dict().items()
+        }
         save_file(weights, args.out / f"router_{run}.safetensors")
         logs[run]["bits_by_kind"] = bits_by_kind(load(run, args.out), texts)
         print(f"{run}: {logs[run]['bits'][-1]} bits a byte", flush=True)

@@ -202,29 +202,36 @@ def mlp(x: Array, weights: Weights) -> Array:
     return linear(silu(linear(x, weights, "gate_proj")) * linear(x, weights, "up_proj"), weights, "down_proj")
 
 
-def affinities(x: Array, weights: Weights) -> Array:
-    """s of every token for every expert (22)."""
-    return softmax(x @ weights["gate.weight"].T)
+def affinities(x: Array, weights: Weights, config: Any) -> Array:
+    """s of every token for every expert: V2's (22) or V3's (15)."""
+    logits = x @ weights["gate.weight"].T
+    return 1 / (1 + np.exp(-logits)) if config.scoring_func == "sigmoid" else softmax(logits)
 
 
-def chosen_experts(s: Array, config: Any) -> list[int]:
-    """The best experts of one token, where only the groups with the best experts may send any (section 2.2.2)."""
-    allowed = range(config.n_routed_experts)
-    if config.topk_method == "group_limited_greedy":
+def chosen_experts(s: Array, weights: Weights, config: Any) -> list[int]:
+    """The best experts of one token, where only the groups with the best experts may send any (V2's section 2.2.2).
+
+    V3 adds a bias to what is compared (16), and judges a group by its two best experts (its published code; the paper's
+    section 2.1.2 says k over the number of groups, two for its own sizes).
+    """
+    s = s + weights.get("gate.e_score_correction_bias", 0)
+    allowed = list(range(config.n_routed_experts))
+    if config.topk_method != "greedy":
+        best = 2 if config.topk_method == "noaux_tc" else 1
         groups = np.split(np.arange(config.n_routed_experts), config.n_group)
-        best = sorted(groups, key=lambda group: -s[group].max())[: config.topk_group]
-        allowed = np.concatenate(best).tolist()
+        groups = sorted(groups, key=lambda group: -np.sort(s[group])[-best:].sum())[: config.topk_group]
+        allowed = np.concatenate(groups).tolist()
     return sorted(allowed, key=lambda expert: -s[expert])[: config.num_experts_per_tok]
 
 
 def moe(x: Array, weights: Weights, config: Any) -> Array:
     """Σ shared experts + Σ g · chosen experts: equations 20 and 21, without the residual.
 
-    The paper takes g = s; published configurations may have the chosen s sum to 1, and may scale them.
+    V2's paper takes g = s, V3's normalises them (13); published configurations may have the chosen s sum to 1, and may scale them.
     """
     out = np.zeros_like(x)
-    for token, s in enumerate(affinities(x, weights)):
-        experts = chosen_experts(s, config)
+    for token, s in enumerate(affinities(x, weights, config)):
+        experts = chosen_experts(s, weights, config)
         g = s[experts]
         if config.norm_topk_prob and config.num_experts_per_tok > 1:
             g = g / g.sum()
@@ -236,12 +243,20 @@ def moe(x: Array, weights: Weights, config: Any) -> Array:
 
 
 def balance_loss(sequences: list[Array], weights: Weights, config: Any) -> float:
-    """Equations 23 to 25 for every sequence, averaged; or with all tokens as one sequence, if not ``seq_aux``."""
+    """Equations 23 to 25 for every sequence, averaged; or with all tokens as one sequence, if not ``seq_aux``.
+
+    V3's (17) to (20) divide sigmoid scores by their sum, and count the best of the scores themselves, without bias and
+    groups.
+    """
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     losses = []
     for x in sequences if config.seq_aux else [np.concatenate(sequences)]:
-        s = affinities(x, weights)
-        choices = [chosen_experts(token, config) for token in s]
+        s = affinities(x, weights, config)
+        if config.scoring_func == "sigmoid":
+            s = s / s.sum(axis=1, keepdims=True)
+        unbiased = config.topk_method == "noaux_tc"
+        best = [sorted(range(experts), key=lambda expert, of=token: -of[expert])[:chosen] for token in s]
+        choices = best if unbiased else [chosen_experts(token, weights, config) for token in s]
         f = [experts / (chosen * len(x)) * sum(i in choice for choice in choices) for i in range(experts)]  # (24)
         p = s.mean(axis=0)  # (25)
         losses.append(config.aux_loss_alpha * float(np.dot(f, p)))  # (23)

@@ -1,4 +1,4 @@
-"""transformers' own `deepseek_v2` with the weights of our modules, and what counts as equal between the two."""
+"""transformers' own `deepseek_v2` and `deepseek_v3` with the weights of our modules, and what counts as equal between the two."""
 
 import itertools
 import re
@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as native
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config as NativeConfig
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as native_v3
+from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config as NativeV3Config
 
 from dsv2_ref import DeepseekV2Config
 from dsv2_ref.moe import RoutedExperts
@@ -28,6 +30,11 @@ SMALL = DeepseekV2Config(
 
 # Of the 4 rotating pairs YaRN keeps two, blends the third and divides the last by the factor.
 YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+
+V3_GATE = replace(
+    SMALL, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True, n_group=4, topk_group=2,
+    num_experts_per_tok=4, routed_scaling_factor=2.5,
+)  # fmt: skip
 
 # The configurations in which transformers does what the published code does.
 COMMON: Mapping[str, DeepseekV2Config] = {
@@ -57,7 +64,59 @@ COMMON: Mapping[str, DeepseekV2Config] = {
         routed_scaling_factor=16.0,
         rms_norm_eps=1e-2,
     ),
+    "v3": V3_GATE,
+    "v3_one_group": replace(V3_GATE, n_group=1, topk_group=1, q_lora_rank=None, rms_norm_eps=1e-5),
+    "v3_not_normalised": replace(V3_GATE, norm_topk_prob=False),
+    "v3_yarn": replace(V3_GATE, rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, attention_bias=True),
 }
+
+
+@dataclass(frozen=True)
+class Native:
+    """transformers' classes for a generation of the model."""
+
+    config: Any
+    norm: Any
+    mlp: Any
+    gate: Any
+    moe: Any
+    attention: Any
+    layer: Any
+    model: Any
+    causal_lm: Any
+    rotary: Any
+
+
+V2 = Native(
+    NativeConfig,
+    native.DeepseekV2RMSNorm,
+    native.DeepseekV2MLP,
+    native.DeepseekV2TopkRouter,
+    native.DeepseekV2Moe,
+    native.DeepseekV2Attention,
+    native.DeepseekV2DecoderLayer,
+    native.DeepseekV2Model,
+    native.DeepseekV2ForCausalLM,
+    native.DeepseekV2RotaryEmbedding,
+)
+V3 = Native(
+    NativeV3Config,
+    native_v3.DeepseekV3RMSNorm,
+    native_v3.DeepseekV3MLP,
+    native_v3.DeepseekV3TopkRouter,
+    native_v3.DeepseekV3MoE,
+    native_v3.DeepseekV3Attention,
+    native_v3.DeepseekV3DecoderLayer,
+    native_v3.DeepseekV3Model,
+    native_v3.DeepseekV3ForCausalLM,
+    native_v3.DeepseekV3RotaryEmbedding,
+)
+
+
+def native_of(config: DeepseekV2Config) -> Native:
+    """The generation that has this configuration's gate."""
+    return V3 if config.topk_method == "noaux_tc" else V2
+
 
 NATIVE_FIELDS = [
     "vocab_size",
@@ -166,11 +225,12 @@ def inside(dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 
 def run_theirs(module: nn.Module, hidden_states: Tensor, calls: Calls) -> Ran:
-    config: NativeConfig = module.config if hasattr(module, "config") else module.self_attn.config
+    config: Any = module.config if hasattr(module, "config") else module.self_attn.config
+    generation = V3 if isinstance(config, NativeV3Config) else V2
     outputs, weights, cache = [], None, DynamicCache(config=config)
     lowest = torch.finfo(hidden_states.dtype).min
     with inside(hidden_states.dtype):
-        rotary = native.DeepseekV2RotaryEmbedding(config)
+        rotary = generation.rotary(config)
         for piece in calls.pieces:
             places = torch.arange(piece.stop)
             keep = (places <= places[piece, None]) & calls.real[:, None, : piece.stop]
@@ -183,17 +243,23 @@ def run_theirs(module: nn.Module, hidden_states: Tensor, calls: Calls) -> Ran:
             output, weights = result if isinstance(result, tuple) else (result, None)
             outputs.append(output)
     cached = cache.layers[getattr(module, "self_attn", module).layer_idx]
-    return Ran(torch.cat(outputs, 1), cached.keys[:, 0], cached.values[:, 0], weights)
+    rotated = cached.values[:, 0]
+    if generation is V3:  # which rotates neighbours, as V2 does, and puts the first of each pair before the second
+        rotated = rotated.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return Ran(torch.cat(outputs, 1), cached.keys[:, 0], rotated, weights)
 
 
-def native_config(config: DeepseekV2Config) -> NativeConfig:
+def native_config(config: DeepseekV2Config) -> Any:
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling is not None:
         scaling = asdict(config.rope_scaling)
         rope = {"rope_type": scaling.pop("type"), "factor": scaling.pop("factor")}
         rope |= scaling if rope["rope_type"] == "yarn" else {}
-    return NativeConfig(
+    kind = native_of(config).config
+    return kind(
         **{name: getattr(config, name) for name in NATIVE_FIELDS},
+        **({"norm_topk_prob": config.norm_topk_prob} if kind is NativeV3Config else {}),
+        num_key_value_heads=config.num_attention_heads,
         rope_parameters={**rope, "rope_theta": config.rope_theta},
         attn_implementation=config._attn_implementation,
         experts_implementation="eager",
@@ -232,6 +298,9 @@ def randomised(module: Module, dtype: torch.dtype = torch.float64, seed: int = 0
                 parameter.copy_(noise / 4 + (1 if name.endswith("weight") else 0))
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        for name, buffer in module.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # about as far apart as the scores of a token
+                buffer.copy_(torch.randn(buffer.shape, generator=generator, dtype=torch.float64) / 4)
     return module.to(dtype).eval()
 
 

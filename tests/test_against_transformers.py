@@ -1,4 +1,4 @@
-"""The package against transformers' own `deepseek_v2` with the same weights: outputs, caches and all gradients.
+"""The package against transformers' own `deepseek_v2` and `deepseek_v3` with the same weights: outputs, caches and all gradients.
 
 In float64 the casts to float32 that transformers makes whatever the input are lifted (`peers.Float64Inside`).
 """
@@ -31,6 +31,7 @@ from tests.peers import (
     assert_same_gradients,
     inside,
     native_config,
+    native_of,
     native_weights,
     randomised,
     run_ours,
@@ -42,6 +43,7 @@ from tests.peers import (
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 FORMS = pytest.mark.parametrize("form", ["expanded", "absorbed"])
 KERNELS = pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+V3_CONFIGS = [name for name in COMMON if name.startswith("v3")]
 CONFIGS = pytest.mark.parametrize("name", COMMON)
 WAYS = pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
 
@@ -103,26 +105,26 @@ def weight_of_every_expert(gate: nn.Module, x: Tensor) -> Tensor:
 
 def check_gate(config: DeepseekV2Config, dtype: torch.dtype) -> None:
     ours = randomised(MoEGate(config), dtype)
-    theirs = with_weights_of(ours, native.DeepseekV2TopkRouter(native_config(config)))
+    theirs = with_weights_of(ours, native_of(config).gate(native_config(config)))
     check_function(ours, theirs, weight_of_every_expert, tokens(3, 20, dtype))
 
 
 def check_moe(config: DeepseekV2Config, dtype: torch.dtype) -> None:
     ours = randomised(DeepseekV2MoE(config), dtype)
-    theirs = with_weights_of(ours, native.DeepseekV2Moe(native_config(config)))
+    theirs = with_weights_of(ours, native_of(config).moe(native_config(config)))
     check_function(ours, theirs, lambda module, x: module(x), tokens(3, 20, dtype))
 
 
 def check_attention(config: DeepseekV2Config, calls: Calls, dtype: torch.dtype) -> None:
     ours = randomised(DeepseekV2Attention(config, layer_idx=0), dtype)
-    theirs = with_weights_of(ours, native.DeepseekV2Attention(native_config(config), layer_idx=0))
+    theirs = with_weights_of(ours, native_of(config).attention(native_config(config), layer_idx=0))
     x = tokens(len(calls.padding), sum(calls.lengths), dtype)
     check_sequence(ours, theirs, calls, x, with_weights=config._attn_implementation == "eager")
 
 
 def check_layer(config: DeepseekV2Config, layer_idx: int, calls: Calls, dtype: torch.dtype) -> None:
     ours = randomised(DeepseekV2DecoderLayer(config, layer_idx), dtype)
-    theirs = with_weights_of(ours, native.DeepseekV2DecoderLayer(native_config(config), layer_idx))
+    theirs = with_weights_of(ours, native_of(config).layer(native_config(config), layer_idx))
     check_sequence(ours, theirs, calls, tokens(len(calls.padding), sum(calls.lengths), dtype))
 
 
@@ -137,13 +139,13 @@ def test_mlp(dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", ["plain", "group_limited", "everything"])
+@pytest.mark.parametrize("name", ["plain", "group_limited", "everything", *V3_CONFIGS])
 def test_gate(name: str, dtype: torch.dtype) -> None:
     check_gate(COMMON[name], dtype)
 
 
 @DTYPES
-@pytest.mark.parametrize("name", ["plain", "group_limited", "everything"])
+@pytest.mark.parametrize("name", ["plain", "group_limited", "everything", *V3_CONFIGS])
 def test_moe(name: str, dtype: torch.dtype) -> None:
     check_moe(COMMON[name], dtype)
 
@@ -166,7 +168,7 @@ def test_layer(name: str, calls: Calls, layer_idx: int, dtype: torch.dtype) -> N
 
 
 @DTYPES
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", ["plain", "everything", "v3", "v3_yarn"])
 @KERNELS
 def test_two_layers_in_their_own_model(name: str, kernel: str, dtype: torch.dtype) -> None:
     """Here transformers itself makes masks and positions and carries the cache."""
@@ -174,7 +176,7 @@ def test_two_layers_in_their_own_model(name: str, kernel: str, dtype: torch.dtyp
     layers = nn.ModuleList(DeepseekV2DecoderLayer(config, layer_idx) for layer_idx in range(2))
     ours = randomised(nn.ModuleDict({"layers": layers, "norm": DeepseekV2RMSNorm(48, config.rms_norm_eps)}), dtype)
     with inside(dtype):
-        theirs = native.DeepseekV2Model(native_config(config)).to(dtype).eval()
+        theirs = native_of(config).model(native_config(config)).to(dtype).eval()
     weights = native_weights(ours.state_dict()) | {"embed_tokens.weight": theirs.embed_tokens.weight}
     theirs.load_state_dict(weights, strict=True)
 

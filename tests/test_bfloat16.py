@@ -155,9 +155,10 @@ def check_gate_is_not_rounded() -> None:
     gate = randomised(MoEGate(config), torch.bfloat16)
     x = tokens(1, 2000, torch.bfloat16, width=256)
     topk_idx, topk_weight, _ = gate(x)
-    scores = oracle.affinities(x[0].double().numpy(), {"gate.weight": gate.weight.detach().double().numpy()})
+    weights = {"gate.weight": gate.weight.detach().double().numpy()}
+    scores = oracle.affinities(x[0].double().numpy(), weights, config)
     assert topk_weight.dtype == torch.float32
-    expected = torch.tensor([oracle.chosen_experts(s, config) for s in scores])
+    expected = torch.tensor([oracle.chosen_experts(s, weights, config) for s in scores])
     elsewhere = int((topk_idx != expected).any(dim=1).sum())
     assert elsewhere == 0, f"{elsewhere} of {len(expected)} tokens go elsewhere"
 

@@ -11,47 +11,18 @@ import pytest
 import torch
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, RopeScaling
+from tests.published_configs import TOTALS, configs
 
-# What the config.json of each model says of its layers. DeepSeek-V2: arXiv 2405.04434, section 3.1.2, and DeepSeek-V3's
-# inference/configs/config_236B.json; V2-Lite: appendix B and inference/configs/config_16B.json there; DeepSeek-OCR:
-# the language_config of deepseek-ai/DeepSeek-OCR.
-YARN = {
-    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
-    "mscale": 0.707, "mscale_all_dim": 0.707,
-}  # fmt: skip
-V2 = {
-    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "ep_size": 1, "torch_dtype": "bfloat16",
-    "vocab_size": 102400, "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
-    "num_hidden_layers": 60, "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 2,
-    "n_routed_experts": 160, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "moe_layer_freq": 1,
-    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "norm_topk_prob": False,
-    "routed_scaling_factor": 16.0, "scoring_func": "softmax", "aux_loss_alpha": 0.001, "seq_aux": True,
-    "max_position_embeddings": 163840, "initializer_range": 0.02, "rms_norm_eps": 1e-06, "rope_theta": 10000,
-    "rope_scaling": YARN, "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-V2_LITE = V2 | {
-    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
-    "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 64, "q_lora_rank": None,
-    "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
-}  # fmt: skip
-OCR = {
-    "model_type": "deepseek_vl_v2",
-    "vision_config": {"hidden_size": 1024},
-    "language_config": {
-        "bos_token_id": 0, "eos_token_id": 1, "use_mla": False, "vocab_size": 129280, "hidden_size": 1280,
-        "intermediate_size": 6848, "moe_intermediate_size": 896, "num_hidden_layers": 12, "num_attention_heads": 10,
-        "num_key_value_heads": 10, "n_shared_experts": 2, "n_routed_experts": 64, "num_experts_per_tok": 6,
-        "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": None, "qk_nope_head_dim": 0,
-        "qk_rope_head_dim": 0, "v_head_dim": 0, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
-        "max_position_embeddings": 8192,
-    },
-}  # fmt: skip
-PUBLISHED: Mapping[str, dict[str, Any]] = {"deepseek_v2": V2, "deepseek_v2_lite": V2_LITE, "deepseek_ocr": OCR}
-
-# Parameters of the whole model: the tensors of the published checkpoints, and for V2 the "236B" of the paper to the last.
-TOTALS = {"deepseek_v2": 235_741_434_880, "deepseek_v2_lite": 15_706_484_224, "deepseek_ocr": 2_934_734_080}
+# What the config.json of each model says of its layers.
+PUBLISHED: Mapping[str, dict[str, Any]] = {
+    "deepseek_v2": configs()["v2"],
+    "deepseek_v2_lite": configs()["v2_lite"],
+    "deepseek_ocr": configs()["ocr"],
+    "deepseek_v3": configs()["v3"],
+    "moonlight": configs()["moonlight"],
+}
+V2, V3, OCR = PUBLISHED["deepseek_v2"], PUBLISHED["deepseek_v3"], PUBLISHED["deepseek_ocr"]
+YARN = V2["rope_scaling"]
 
 
 def preset(name: str) -> DeepseekV2Config:
@@ -79,18 +50,21 @@ def test_presets_equal_what_is_read_from_the_published_file(name: str) -> None:
     assert DeepseekV2Config.from_published(PUBLISHED[name]) == heads_said
 
 
-@pytest.mark.parametrize("name", TOTALS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_layers_add_up_to_the_parameters_of_the_model(name: str) -> None:
     config = preset(name)
     with torch.device("meta"):
         sizes = {
             moe: sum(p.numel() for p in DeepseekV2DecoderLayer(config, layer_idx).parameters())
-            for moe, layer_idx in ((False, 0), (True, 1))
+            for moe, layer_idx in ((False, 0), (True, config.first_k_dense_replace))
         }
     layers = sum(sizes[config.is_moe_layer(layer_idx)] for layer_idx in range(config.num_hidden_layers))
     embedding_and_head = 2 * config.vocab_size * config.hidden_size
     final_norm = config.hidden_size
-    assert layers + embedding_and_head + final_norm == TOTALS[name]
+    assert (
+        layers + embedding_and_head + final_norm
+        == TOTALS[{"deepseek_ocr": "ocr"}.get(name, name.removeprefix("deepseek_"))]
+    )
 
 
 def test_defaults_are_the_worked_example() -> None:
@@ -132,7 +106,7 @@ def test_reading_changes_nothing_in_what_is_read() -> None:
 
 def test_keys_left_out_take_the_published_defaults() -> None:
     """``configuration_deepseek.py`` of DeepSeek-V2: not the defaults of this package, which are the worked example's."""
-    config = DeepseekV2Config.from_published({})
+    config = DeepseekV2Config.from_published({"model_type": "deepseek_v2"})
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (102400, 4096, 11008)
     assert (config.num_hidden_layers, config.num_attention_heads) == (30, 32)
     assert (config.moe_intermediate_size, config.n_routed_experts, config.n_shared_experts) == (1407, None, None)
@@ -171,9 +145,13 @@ def test_the_newer_rope_parameters(parameters: dict[str, Any], theta: float, sca
         ("null", "the configuration is None; wanted a JSON object"),
         ("7", "the configuration is 7; wanted a JSON object"),
         ('{"language_config": [2]}', r"language_config is \[2\]; wanted a JSON object"),
-        ('{"rope_parameters": "yarn"}', "rope_parameters is 'yarn'; wanted a JSON object"),
-        ('{"rope_scaling": {"type": [], "factor": 2}}', "rope_scaling type is a list of 0; wanted linear"),
-        ('{"hidden_size": 0}', "hidden_size is 0; wanted"),
+        ('{"model_type": "deepseek_v2", "rope_parameters": "yarn"}', "rope_parameters is 'yarn'; wanted a JSON object"),
+        (
+            '{"model_type": "deepseek_v2", "rope_scaling": {"type": [], "factor": 2}}',
+            "rope_scaling type is a list of 0; wanted linear",
+        ),
+        ('{"model_type": "deepseek_v2", "hidden_size": 0}', "hidden_size is 0; wanted"),
+        ('{"model_type": "deepseek_v2", "hidden_size": NaN}', "is not JSON: NaN is no number"),
         ("{", "is not JSON: "),
         ("[" * 200_000, "is not JSON that can be read: nested too deeply"),
         ("\xe9", "is not text in UTF-8: "),
@@ -293,8 +271,8 @@ def test_flags(name: str, value: Any) -> None:
     ("name", "value", "wanted"),
     [
         ("hidden_act", "gelu", "silu"),
-        ("scoring_func", "sigmoid", "softmax"),
-        ("topk_method", "noaux_tc", "greedy or group_limited_greedy"),
+        ("scoring_func", "tanh", "softmax or sigmoid"),
+        ("topk_method", "best", "greedy, group_limited_greedy, noaux_tc"),
         ("_attn_implementation", "flash", "eager, sdpa, flash_attention_2"),
         ("mla_form", "folded", "auto, expanded, absorbed"),
         ("rope_scaling", "yarn", "a dict or None"),
@@ -328,6 +306,10 @@ def test_names(name: str, value: str, wanted: str, nothing: bool) -> None:
             {"num_experts_per_tok": 41, "topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 2},
             "at most 40, the experts in topk_group=2 of n_group=8 groups",
         ),
+        (
+            {"n_group": 160, "topk_group": 8, "topk_method": "noaux_tc"},
+            "two experts in a group, whose two best judge it",
+        ),
     ],
 )
 def test_fields_that_do_not_go_together(fields: dict[str, Any], wanted: str) -> None:
@@ -341,7 +323,7 @@ def test_fields_of_parts_that_are_not_there_are_not_checked() -> None:
 
 
 def test_a_bias_in_the_mlp_is_refused_rather_than_dropped() -> None:
-    with pytest.raises(ValueError, match="mlp_bias is True; wanted False"):
+    with pytest.raises(ValueError, match="mlp_bias is True; wanted False or no such key"):
         DeepseekV2Config.from_published(V2 | {"mlp_bias": True})
     assert DeepseekV2Config.from_published(V2 | {"mlp_bias": False}) == DeepseekV2Config.from_published(V2)
 
@@ -359,12 +341,12 @@ def test_a_bias_in_the_mlp_is_refused_rather_than_dropped() -> None:
         ({"factor": 10**400}, "factor", "a finite number"),
         ({"type": []}, "rope_scaling type", "linear, dynamic or yarn"),
         ({"beta_fast": 0.5}, "beta_fast", "at least 1"),
-        ({"beta_fast": 1}, "beta_slow", "between 0 and beta_fast"),
-        ({"beta_slow": 0}, "beta_slow", "between 0 and beta_fast"),
+        ({"beta_slow": 0}, "beta_slow", "above 0, and at most beta_fast"),
         ({"mscale": -1.0}, "mscale", "at least 0"),
         ({"mscale_all_dim": float("nan")}, "mscale_all_dim", "a finite number"),
         ({"original_max_position_embeddings": 0}, "original_max_position_embeddings", "an integer of at least 1"),
-        ({"attention_factor": 1.0}, "rope_scaling", "beside the type only"),
+        ({"attention_factor": 1.0}, "rope_scaling.attention_factor", "no such key"),
+        ({"short_factor": 1.0}, "rope_scaling", "beside the type only"),
         ({"type": "linear"}, "mscale", "nothing: linear scaling has no such setting"),
         ({"type": "default"}, "rope_scaling", "no further keys"),
     ],

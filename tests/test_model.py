@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.models.deepseek_v2 import modeling_deepseek_v2 as native
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2Model
 from tests.peers import (
@@ -19,6 +18,7 @@ from tests.peers import (
     assert_same_gradients,
     inside,
     native_config,
+    native_of,
     randomised,
     with_weights_of,
 )
@@ -41,7 +41,7 @@ def model(config: DeepseekV2Config = SMALL, dtype: torch.dtype = torch.float64) 
 def test_logits_and_gradients_are_those_of_transformers(name: str, dtype: torch.dtype) -> None:
     ours = model(COMMON[name], dtype)
     with inside(dtype):  # rotary frequencies are kept from the start
-        theirs = with_weights_of(ours, native.DeepseekV2ForCausalLM(native_config(COMMON[name])))
+        theirs = with_weights_of(ours, native_of(COMMON[name]).causal_lm(native_config(COMMON[name])))
     logits, _ = ours(ids(2, 9))
     with inside(dtype):
         expected = theirs(ids(2, 9), use_cache=False).logits

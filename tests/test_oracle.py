@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.deepseek_v2 import modeling_deepseek_v2 as native
 
 from dsv2_ref import ATTENTION_CLASSES, DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2MoE, MoEGate
 from tests import oracle
@@ -16,10 +15,12 @@ from tests.peers import (
     CALLS,
     COMMON,
     SMALL,
+    V3_GATE,
     YARN,
     Calls,
     assert_close,
     native_config,
+    native_of,
     native_weights,
     randomised,
     run_theirs,
@@ -40,6 +41,9 @@ PUBLISHED_ONLY: Mapping[str, DeepseekV2Config] = {
     "norm_topk_prob": replace(SMALL, norm_topk_prob=True, num_experts_per_tok=3),
     "norm_topk_prob_scaled": replace(SMALL, norm_topk_prob=True, routed_scaling_factor=2.5),
     "norm_topk_prob_of_one": replace(SMALL, norm_topk_prob=True, num_experts_per_tok=1),
+    "sigmoid_greedy": replace(SMALL, scoring_func="sigmoid", norm_topk_prob=True, num_experts_per_tok=3),
+    "bias_of_softmax": replace(V3_GATE, scoring_func="softmax"),
+    "v3_one_expert": replace(V3_GATE, num_experts_per_tok=1),
     "no_shared_experts": replace(SMALL, n_shared_experts=None),
     "no_routed_experts": replace(SMALL, n_routed_experts=None),
     "moe_layer_freq": replace(SMALL, moe_layer_freq=2),
@@ -131,7 +135,7 @@ def test_moe_layer_freq_and_first_k_dense_replace_choose_the_layers_with_experts
 @pytest.mark.parametrize("name", COMMON)
 def test_oracle_itself_against_transformers(name: str) -> None:
     ours = randomised(DeepseekV2DecoderLayer(COMMON[name], layer_idx=1))
-    theirs = with_weights_of(ours, native.DeepseekV2DecoderLayer(native_config(COMMON[name]), layer_idx=1))
+    theirs = with_weights_of(ours, native_of(COMMON[name]).layer(native_config(COMMON[name]), layer_idx=1))
     calls = CALLS["left_padding"]
     x = tokens(3, 11, torch.float64)
     expected = run_theirs(theirs, x, calls).output[calls.real]
@@ -262,11 +266,15 @@ def check_choices(config: DeepseekV2Config) -> None:
     gate = randomised(MoEGate(config))
     x = tokens(1, 60, torch.float64)
     topk_idx, _, _ = gate(x)
-    scores = oracle.affinities(x[0].numpy(), {"gate.weight": arrays(gate)["weight"]})
-    assert topk_idx.tolist() == [oracle.chosen_experts(s, config) for s in scores]
+    weights = {f"gate.{name}": weight for name, weight in arrays(gate).items()}
+    scores = oracle.affinities(x[0].numpy(), weights, config)
+    assert topk_idx.tolist() == [oracle.chosen_experts(s, weights, config) for s in scores]
 
 
-@pytest.mark.parametrize("name", ["plain", "group_limited", "everything", "norm_topk_prob"])
+ROUTINGS = ["plain", "group_limited", "everything", "norm_topk_prob", "v3", "v3_one_group", "sigmoid_greedy"]
+
+
+@pytest.mark.parametrize("name", [*ROUTINGS, "bias_of_softmax"])
 def test_choices(name: str) -> None:
     check_choices(ALL[name])
 

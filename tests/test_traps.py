@@ -206,7 +206,7 @@ def test_group_limited_selection() -> None:
     config = replace(SMALL, topk_method="group_limited_greedy", n_group=4, topk_group=2, num_experts_per_tok=6)
     gate, x = randomised(MoEGate(config)), tokens(4, 64, torch.float64)
     scores = (x.flatten(0, 1) @ gate.weight.T).softmax(-1)
-    expected = [oracle.chosen_experts(s, config) for s in scores.detach().numpy()]
+    expected = [oracle.chosen_experts(s, {}, config) for s in scores.detach().numpy()]
     assert gate(x)[0].tolist() == expected
     by_sum = scores.unflatten(-1, (4, 3)).sum(-1).topk(2).indices.sort().values
     by_best = torch.tensor([sorted({e // 3 for e in experts}) for experts in expected])
@@ -307,8 +307,10 @@ def test_topk_method() -> None:
     with pytest.warns(UserWarning, match="'gready' is a misspelling in published configurations; read as 'greedy'"):
         config = replace(SMALL, topk_method="gready")
     assert config.topk_method == "greedy"
-    with pytest.raises(ValueError, match="topk_method is 'noaux_tc'; wanted greedy or group_limited_greedy"):
-        replace(SMALL, topk_method="noaux_tc")
+    with pytest.raises(ValueError, match="topk_method is 'best'; wanted greedy, group_limited_greedy, noaux_tc"):
+        replace(SMALL, topk_method="best")
+    with pytest.raises(ValueError, match="scoring_func is 'tanh'; wanted softmax or sigmoid"):
+        replace(SMALL, scoring_func="tanh")
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])

@@ -18,7 +18,8 @@ from dsv2_ref import accounting
 from dsv2_ref.accounting import Call
 from dsv2_ref.accounting.activations import LiveBytes, as_run, layer_and_cache, without_memory
 from dsv2_ref.accounting.operations import form_of
-from dsv2_ref.config import PUBLISHED_DEFAULTS, DeepseekV2Config
+from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.published import known
 
 CLAIMS = Path(__file__).resolve().parent.parent / "book" / "data" / "card_claims.toml"
 UNITS = {"µ": 1e-6, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -53,7 +54,8 @@ def layer(layer_idx: int, call: Call, form: str = "auto") -> int:
 
 def published(field: str) -> Any:
     """What the published configuration class assumes for a field that a file leaves out."""
-    return PUBLISHED_DEFAULTS.get(field, {f.name: f.default for f in fields(DeepseekV2Config)}[field])
+    ours = {f.name: f.default for f in fields(DeepseekV2Config)}
+    return (ours | known()["kinds"]["deepseek_v2"]["defaults"])[field]
 
 
 def dense_layers(config: DeepseekV2Config) -> int:

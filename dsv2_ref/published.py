@@ -1,0 +1,236 @@
+"""Published ``config.json`` files: which kind of model a file describes, what each of its keys means for a decoder
+layer, and which values no layer of this package has.
+
+What is known stands in ``published.json``, which the book's calculator reads too: the kinds of models with the
+defaults of their published code, the keys that may have only one value here, and those that change nothing in a layer.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv2_ref.checks import refuse, require, require_object
+
+if TYPE_CHECKING:
+    from dsv2_ref.config import DeepseekV2Config
+
+LATENT_KEYS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+SIZE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+ROUTING_KEYS = ("scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor")
+
+
+@cache
+def known() -> Mapping[str, Any]:
+    """The table of ``published.json``."""
+    table: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    for name, kind in table["kinds"].items():
+        if "like" in kind:
+            table["kinds"][name] = table["kinds"][kind["like"]] | kind
+    return table
+
+
+def load(path: str | Path) -> Any:
+    """The JSON in a file; ValueError, naming the file, for what is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+def read(source: object, names: Collection[str]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The decoder's keys in a published file, and the fields of a configuration, among ``names``: what it says and,
+    where it says nothing, what its kind's published code assumes.
+
+    Raises:
+        ValueError: for what is no model's configuration, a kind of model that is not known, and a key whose value would
+            change the layer; it names the key.
+
+    Warns:
+        UserWarning: for keys that are not known, naming them.
+    """
+    published = require_object(source, "the configuration")
+    outer, kind, decoder = _decoder_of(published)
+    only = known()["only"] | known()["kinds"][kind].get("only", {})
+    unknown = []
+    for where in (decoder, outer):
+        _refuse_others(where, only)
+        beside = known()["beside"] if where is outer else ()
+        unknown += [key for key in where if not _is_known(key, names, only, beside)]
+    given = {key: value for key, value in decoder.items() if key in names}
+    for other, name in known()["same_as"].items():
+        if other in decoder:
+            given.setdefault(name, decoder[other])
+            require(_same(decoder[other], given[name]), other, decoder[other], f"{name}'s {given[name]!r}")
+    for name in outer.keys() & names:
+        inside = given.setdefault(name, outer[name]) if name == "tie_word_embeddings" else given.get(name, outer[name])
+        require(_same(outer[name], inside), name, outer[name], f"what the nested configuration says, {inside!r}")
+        if name not in given:
+            unknown.append(name)
+    if unknown:
+        keys = ", ".join(dict.fromkeys(unknown))
+        message = f"not known, and so not read from the configuration: {keys}"
+        warnings.warn(message, stacklevel=4)
+    given |= _rope_of(decoder)
+    return decoder, known()["kinds"][kind]["defaults"] | given
+
+
+def _decoder_of(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:
+    """What stands around the decoder's keys, the kind of the decoder, and its keys."""
+    kinds, nested = known()["kinds"], known()["nested"]
+    told = published.get("model_type")
+    require(told is None or isinstance(told, str), "model_type", told, "a name")
+    kind: str | None = _kind_by_architecture(published) if told is None else told
+    if kind is not None and kind in kinds:
+        _require_architecture(published, kind, kinds[kind]["architectures"])
+        return {}, kind, published
+    key, inner_kind = _nested_key(published), None
+    if kind is not None and kind in nested:
+        _require_architecture(published, kind, nested[kind]["architectures"])
+        key, inner_kind = nested[kind]["key"], nested[kind]["kind"]
+    elif kind is not None:
+        why = f": {kind} has {known()['others'][kind]}" if kind in known()["others"] else ""
+        refuse("model_type", kind, f"one of {', '.join([*kinds, *nested])}{why}")
+    if key is None:
+        return {}, _kind_by_keys(published), published
+    inside = published.get(key)
+    outer: dict[str, Any] = {name: value for name, value in published.items() if name != key}
+    if inside in (None, {}) and inner_kind is not None:  # the values stand outside
+        around: dict[str, Any] = {
+            name: outer.pop(name) for name in list(outer) if name in {*known()["beside"], "architectures"}
+        }
+        return around, inner_kind, outer | {"model_type": inner_kind}
+    inner: Mapping[str, Any] = require_object(inside, key)
+    if inner_kind is not None and inner.get("model_type") is None:
+        inner = {**inner, "model_type": inner_kind}
+    beside, kind, decoder = _decoder_of(inner)
+    require(not beside, key, inner, "a decoder's configuration, which holds no other")
+    return outer, kind, decoder
+
+
+def _nested_key(published: Mapping[str, Any]) -> str | None:
+    keys = {entry["key"] for entry in known()["nested"].values()}
+    present = [key for key in sorted(keys) if published.get(key) not in (None, {})]
+    require(len(present) < 2, " and ".join(present), "given", "one decoder's configuration")
+    return present[0] if present else None
+
+
+def _bases(published: Mapping[str, Any]) -> list[str]:
+    """Names of architectures, without what the class is for: DeepseekV3 of DeepseekV3ForCausalLM."""
+    names = published.get("architectures") or []
+    fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    require(fits, "architectures", names, "a list of names")
+    return [re.sub(r"(For[A-Z]\w*|Model)$", "", name) for name in names]
+
+
+def _require_architecture(published: Mapping[str, Any], kind: str, own: list[str]) -> None:
+    bases = _bases(published)
+    wanted = f"an architecture of model_type {kind}: {', '.join(f'{name}ForCausalLM' for name in own)}"
+    require(not bases or any(base in own for base in bases), "architectures", " ".join(bases), wanted)
+
+
+def _kind_by_architecture(published: Mapping[str, Any]) -> str | None:
+    bases = _bases(published)
+    for name, entry in [*known()["kinds"].items(), *known()["nested"].items()]:
+        if any(base in entry["architectures"] for base in bases):
+            return str(name)
+    require(not bases, "architectures", " ".join(bases), "an architecture of a model that is known")
+    return None
+
+
+def _kind_by_keys(published: Mapping[str, Any]) -> str:
+    """The kind of a file that does not name it: the keys must leave no doubt."""
+    for key, what in known()["not_a_model"].items():
+        if key in published and "hidden_size" not in published:
+            raise ValueError(f"the configuration is {what}, as its key {key} says; wanted a model's config.json")
+    told = "use_mla" in published or published.keys() >= {*LATENT_KEYS, *SIZE_KEYS}
+    routed = published.get("n_routed_experts") is not None
+    if not told or (routed and not published.keys() >= {*ROUTING_KEYS}):
+        wanted = f"one of {', '.join([*known()['kinds'], *known()['nested']])}: the keys leave open which model this is"
+        refuse("model_type", None, wanted)
+    return "deepseek_v2"
+
+
+def _same(value: object, other: object) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _refuse_others(given: Mapping[str, Any], only: Mapping[str, list[Any]], where: str = "") -> None:
+    for key in given.keys() & only:
+        if not any(_same(given[key], value) for value in only[key]):
+            allowed = " or ".join("no such key" if value is None else repr(value) for value in only[key])
+            refuse(f"{where}{key}", given[key], f"{allowed}: the layer would be another")
+
+
+def _is_known(key: str, names: Collection[str], only: Iterable[str], beside: Iterable[str]) -> bool:
+    table = known()
+    read = (*table["same_as"], "rope_parameters", "head_dim", "qk_head_dim", "layer_types", "mlp_layer_types")
+    return any(key in keys for keys in (names, only, beside, table["irrelevant"], read))
+
+
+def rope_scaling(scaling: Mapping[str, Any], key: str = "rope_scaling") -> dict[str, Any] | None:
+    """The fields of a `RopeScaling` that this object gives, which the file has under ``key``; None for the type
+    ``default``, and for an object without one that gives rope_theta alone."""
+    table = known()["rope"]
+    _refuse_others(scaling, table["only"], f"{key}.")
+    given = {name: value for name, value in scaling.items() if value is not None and name not in table["only"]}
+    given.pop("rope_theta", None)
+    kinds = [given.pop(name) for name in ("type", "rope_type") if name in given]
+    if not kinds and not given and scaling:
+        return None
+    one = len(kinds) > 0 and kinds.count(kinds[0]) == len(kinds)
+    require(one, key, dict(scaling), "one type (linear, dynamic or yarn)")
+    if kinds[0] == "default":
+        require(not given, key, dict(scaling), "no further keys beside type default")
+        return None
+    require(kinds[0] in ("linear", "dynamic", "yarn"), f"{key} type", kinds[0], "linear, dynamic or yarn")
+    require(given.keys() <= set(table["read"]), key, dict(scaling), f"beside the type only {sorted(table['read'])}")
+    require("factor" in given, key, dict(scaling), "a factor")
+    return {"type": kinds[0], **given}
+
+
+def _rope_of(decoder: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling, wherever the file has them: the theta inside wins, as in transformers."""
+    stretched = {key: decoder[key] for key in ("rope_parameters", "rope_scaling") if decoder.get(key) not in (None, {})}
+    found: dict[str, Any] = {}
+    for key, parameters in stretched.items():
+        read = rope_scaling(require_object(parameters, key), key)
+        theta = parameters.get("rope_theta", found.get("rope_theta"))
+        for name, value in (("rope_theta", theta), ("rope_scaling", read)):
+            require(found.get(name, value) == value, key, parameters, "what rope_parameters says, or one of the two")
+            if name == "rope_scaling" or value is not None:
+                found[name] = value
+    return found
+
+
+def require_agreement(decoder: Mapping[str, Any], config: "DeepseekV2Config") -> None:
+    """Refuse keys that say again, and otherwise, what follows from the fields."""
+    rotating, plain = config.qk_rope_head_dim, config.hidden_size // config.num_attention_heads
+    query = config.qk_nope_head_dim + rotating
+    heads = {"head_dim": [rotating, query], "qk_head_dim": [query]} if config.use_mla else {"head_dim": [plain]}
+    for key, allowed in heads.items():
+        value = decoder.get(key)
+        fits = value is None or any(_same(value, one) for one in allowed)
+        require(fits, key, value, " or ".join(map(str, allowed)))
+    kinds = {"layer_types": "full_attention in each layer", "mlp_layer_types": "dense and sparse as the fields say"}
+    for key, wanted in kinds.items():
+        layers = decoder.get(key)
+        if layers is None:
+            continue
+        fits = isinstance(layers, list) and len(layers) == config.num_hidden_layers
+        require(fits, key, layers, f"a list of num_hidden_layers={config.num_hidden_layers} kinds of layers")
+        for layer, kind in enumerate(layers):
+            feed_forward = "sparse" if config.is_moe_layer(layer) else "dense"
+            expected = feed_forward if key == "mlp_layer_types" else "full_attention"
+            require(kind == expected, f"{key}[{layer}]", kind, f"{expected}: {wanted}")
