@@ -61,12 +61,12 @@ class DeepseekV2MLP(nn.Module):
 
 class MoEGate(nn.Module):
     """Choose ``num_experts_per_tok`` of ``n_routed_experts`` experts for every token,
-    and how much each counts.
+    and a weight for each of them.
 
     Scores are the softmax, over all experts, of the token's product with a vector of
     each. ``greedy`` takes the best k. ``group_limited_greedy`` first takes the
     ``topk_group`` groups whose best expert is best (the experts of a group share a
-    device), then the best k within them. A chosen expert counts with its score;
+    device), then the best k within them. The score of a chosen expert is its weight;
     ``norm_topk_prob`` makes the k scores sum to 1 (not for k = 1), then
     ``routed_scaling_factor`` multiplies them. All of it runs in at least float32, under
     autocast too: in bfloat16 some tokens would go to other experts.
@@ -104,8 +104,8 @@ class MoEGate(nn.Module):
         """Route every token.
 
         Returns:
-            ``(topk_idx, topk_weight, aux_loss)``: the chosen experts, best first; what
-            each counts, float32 (float64 for float64); and in training the sum of the
+            ``(topk_idx, topk_weight, aux_loss)``: the chosen experts, best first; their
+            weights, float32 (float64 for float64); and in training the sum of the
             balance losses whose α is not 0 (else None).
         """
         B, S, _ = hidden_states.shape
