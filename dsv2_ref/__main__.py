@@ -144,7 +144,7 @@ def _write(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 2, and one line that says why, for what is refused."""
+    """Run the command line; 2, and one line that says why, for what is rejected."""
     try:
         args = _parser().parse_args(arguments)
         kv, causal = args.seq if args.kv is None else args.kv, getattr(args, "causal", True)

@@ -1,4 +1,4 @@
-"""The door: every refusal, in one line that names the argument, the value and what was wanted. The public classes name
+"""The door: every rejection, in one line that names the argument, the value and what was wanted. The public classes name
 their check where `ops.defines` decorates them, and it runs once per public call. Importing this module does not import
 torch, so that the accounting works without it."""
 
@@ -19,7 +19,7 @@ class WrongTypeError(TypeError, ValueError):
     """An argument of another type than the one wanted."""
 
 
-def refuse(name: str, value: Any, wanted: str, error: type[Exception] = ValueError) -> NoReturn:
+def reject(name: str, value: Any, wanted: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raise ``error`` naming argument, value and what was wanted."""
     raise error(f"{name} is {describe(value)}; wanted {wanted}")
 
@@ -27,13 +27,13 @@ def refuse(name: str, value: Any, wanted: str, error: type[Exception] = ValueErr
 def require(
     condition: bool, name: str, value: Any, wanted: str, *details: Any, error: type[Exception] = ValueError
 ) -> None:
-    """`refuse` unless ``condition``.
+    """`reject` unless ``condition``.
 
     ``details`` fill the braces of ``wanted`` only where the error is raised, so that a check costs little and a
     compiled layer keeps its sizes symbolic.
     """
     if not condition:
-        refuse(name, value, wanted.format(*details) if details else wanted, error)
+        reject(name, value, wanted.format(*details) if details else wanted, error)
 
 
 def describe(value: Any) -> str:
@@ -52,7 +52,7 @@ def require_tensor(value: object, name: str) -> None:
     from torch import Tensor
 
     if not isinstance(value, Tensor):
-        refuse(name, value, "a tensor", WrongTypeError)
+        reject(name, value, "a tensor", WrongTypeError)
 
 
 def require_values(condition: "Tensor", name: str, value: str, wanted: str) -> None:
@@ -123,7 +123,7 @@ def require_object(value: object, name: str) -> Mapping[str, Any]:
 
 
 def rope_scaling(scaling: "RopeScaling") -> None:
-    """Refuse a stretch of rotary positions that cannot be computed."""
+    """Reject a stretch of rotary positions that cannot be computed."""
     kind, slow = scaling.type, scaling.beta_slow
     require(kind in ("linear", "dynamic", "yarn"), "rope_scaling type", kind, "linear, dynamic or yarn")
     _require_numbers(scaling, ("factor",), 1)
@@ -137,7 +137,7 @@ def rope_scaling(scaling: "RopeScaling") -> None:
 
 
 def configuration(config: "DeepseekV2Config") -> None:
-    """Refuse a configuration from which no layer can be built."""
+    """Reject a configuration from which no layer can be built."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     require_ints(config, (*sizes, "max_position_embeddings", "moe_layer_freq"), 1)
     require_ints(config, ("first_k_dense_replace",), 0)
@@ -202,13 +202,13 @@ def _experts(config: "DeepseekV2Config", experts: int) -> None:
 
 
 def norm_sizes(hidden_size: int, eps: float) -> None:
-    """Refuse sizes and epsilons of which no norm can be made."""
+    """Reject sizes and epsilons of which no norm can be made."""
     require(hidden_size >= 1, "hidden_size", hidden_size, "a positive number of features")
     require(SMALLEST_EPS <= eps < math.inf, "eps", eps, "a finite number, at least 2**-84 (5.2e-26)")
 
 
 def is_config(config: object) -> None:
-    """Refuse what is not a configuration, such as a dict."""
+    """Reject what is not a configuration, such as a dict."""
     from dsv2_ref.config import DeepseekV2Config
 
     if not isinstance(config, DeepseekV2Config):
@@ -217,7 +217,7 @@ def is_config(config: object) -> None:
 
 
 def layer_of(config: "DeepseekV2Config", layer_idx: int) -> None:
-    """Refuse a layer that the model does not have."""
+    """Reject a layer that the model does not have."""
     is_config(config)
     last = config.num_hidden_layers - 1
     wanted = f"the layer's index, 0 or more and at most {last}: num_hidden_layers is {last + 1}"
@@ -225,7 +225,7 @@ def layer_of(config: "DeepseekV2Config", layer_idx: int) -> None:
 
 
 def attention_of(config: "DeepseekV2Config", layer_idx: int, use_mla: bool, fixed: str | None) -> None:
-    """Refuse a configuration of the other kind of attention, and flash-attn where it is not installed; ``fixed`` is the
+    """Reject a configuration of the other kind of attention, and flash-attn where it is not installed; ``fixed`` is the
     implementation of a class that has but one."""
     layer_of(config, layer_idx)
     if (fixed or config._attn_implementation) == "flash_attention_2":
@@ -235,7 +235,7 @@ def attention_of(config: "DeepseekV2Config", layer_idx: int, use_mla: bool, fixe
 
 
 def mlp_sizes(config: "DeepseekV2Config", hidden_size: int | None, intermediate_size: int | None) -> tuple[int, int]:
-    """The widths of a feed-forward network, the configuration's where they are None; refuse those below 1."""
+    """The widths of a feed-forward network, the configuration's where they are None; reject those below 1."""
     is_config(config)
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
     for name, size in sizes.items():
@@ -245,15 +245,15 @@ def mlp_sizes(config: "DeepseekV2Config", hidden_size: int | None, intermediate_
 
 
 def number_of_experts(config: "DeepseekV2Config") -> int:
-    """The number of routed experts; refuse a configuration without any."""
+    """The number of routed experts; reject a configuration without any."""
     is_config(config)
     if config.n_routed_experts is None:
-        refuse("n_routed_experts", None, "a number of experts")
+        reject("n_routed_experts", None, "a number of experts")
     return config.n_routed_experts
 
 
 def cache_sizes(batch: int, capacity: int) -> None:
-    """Refuse a cache without sequences, or with less than no room."""
+    """Reject a cache without sequences, or with a negative capacity."""
     require(batch >= 1, "batch", batch, "at least one sequence")
     require(capacity >= 0, "capacity", capacity, "room for 0 or more tokens")
 
@@ -280,7 +280,7 @@ def flash_attn() -> Any:
 
 def first_weight(*modules: "nn.Module | None") -> "Tensor | None":
     """The first plain weight among these modules, which says dtype and device. A module that was quantised or wrapped
-    by others may not have one: it then speaks for itself."""
+    by others may not have one: its own forward then checks the input."""
     from torch import Tensor
 
     for module in modules:
@@ -309,7 +309,7 @@ def norm_input(norm: Any, hidden_states: "Tensor") -> None:
     fits = hidden_states.is_floating_point() and hidden_states.shape[-1:] == weight.shape
     if not fits or hidden_states.device != weight.device:
         wanted = f"floating-point numbers whose last axis is {weight.numel()}, on {weight.device}"
-        refuse("hidden_states", hidden_states, wanted)
+        reject("hidden_states", hidden_states, wanted)
 
 
 def mlp_input(mlp: Any, hidden_states: "Tensor") -> None:
@@ -325,14 +325,14 @@ def gate_input(gate: Any, hidden_states: "Tensor") -> None:
     fits = hidden_states.ndim == 3 and hidden_states.is_floating_point() and hidden_states.numel() > 0
     if not fits or hidden_states.shape[-1] != width or hidden_states.device != device:
         wanted = f"floating (batch, seq, {width}) on {device}, with at least one token"
-        refuse("hidden_states", hidden_states, wanted)
+        reject("hidden_states", hidden_states, wanted)
 
 
 def moe_input(moe: Any, hidden_states: "Tensor") -> None:
     """Check of `DeepseekV2MoE.forward`."""
     require_tensor(hidden_states, "hidden_states")
     if hidden_states.ndim != 3:
-        refuse("hidden_states", hidden_states, "(batch, seq, hidden)")
+        reject("hidden_states", hidden_states, "(batch, seq, hidden)")
     gate, experts = first_weight(moe.gate), getattr(moe.experts, "gate_up_proj", None)
     width = hidden_states.shape[-1] if gate is None else gate.shape[-1]
     _features(hidden_states, width, experts if hasattr(experts, "dtype") else gate)
@@ -348,11 +348,11 @@ def _features(hidden_states: "Tensor", width: int, weight: "Tensor | None", dtyp
         fits = fits and device == weight.device and (same or _autocast(device))
     if not fits:
         kind = "floating point" if weight is None else f"{weight.dtype} on {weight.device}, as the weights"
-        refuse("hidden_states", hidden_states, f"at least one token of {width} features, {kind}")
+        reject("hidden_states", hidden_states, f"at least one token of {width} features, {kind}")
 
 
 def layer_call(layer: Any, hidden_states: "Tensor", *args: Any, **kwargs: Any) -> None:
-    """Check of `DeepseekV2DecoderLayer.forward`: all that any of its parts could refuse. The attention takes
+    """Check of `DeepseekV2DecoderLayer.forward`: all that any of its parts could reject. The attention takes
     the same arguments."""
     import torch
 
@@ -363,7 +363,7 @@ def layer_call(layer: Any, hidden_states: "Tensor", *args: Any, **kwargs: Any) -
     if isinstance(hidden_states, torch.Tensor) and dtype is not None:
         widens = hidden_states.is_floating_point() and torch.promote_types(hidden_states.dtype, dtype) == dtype
         if not widens:
-            refuse("hidden_states", hidden_states, f"floating-point numbers that {dtype} weights can hold")
+            reject("hidden_states", hidden_states, f"floating-point numbers that {dtype} weights can hold")
     attention = layer.self_attn
     if not hasattr(attention, "cache_class"):
         attention = _within(attention, "cache_class")
@@ -386,9 +386,9 @@ def attention_call(
     from torch import Tensor
 
     if not isinstance(hidden_states, Tensor):
-        refuse("hidden_states", hidden_states, "a tensor", WrongTypeError)
+        reject("hidden_states", hidden_states, "a tensor", WrongTypeError)
     if hidden_states.ndim != 3:
-        refuse("hidden_states", hidden_states, "(batch, seq, hidden)")
+        reject("hidden_states", hidden_states, "(batch, seq, hidden)")
     weight = getattr(attention.o_proj, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         weight = first_weight(*attention.children())
@@ -396,7 +396,7 @@ def attention_call(
     kernel = attention.implementation
     if output_attentions and kernel != "eager":
         wanted = f"False: _attn_implementation={kernel!r} never holds the weights, 'eager' does"
-        refuse("output_attentions", output_attentions, wanted)
+        reject("output_attentions", output_attentions, wanted)
     batch, seq, _ = hidden_states.shape
     kv_seq = seq
     if past_key_value is not None:
@@ -408,7 +408,7 @@ def attention_call(
         _mask(attention_mask, batch, attention.num_heads, seq, kv_seq, hidden_states.device)
     form = attention.form if attention.config.use_mla else "expanded"
     if form not in MLA_FORMS:
-        refuse("form", form, "expanded, absorbed or auto")
+        reject("form", form, "expanded, absorbed or auto")
     if form == "absorbed":
         from dsv2_ref.mla import offers_matrices
 
@@ -443,13 +443,13 @@ def _flash_input(
 def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor | None") -> None:
     kind, device = attention.cache_class, hidden_states.device
     if type(cache) is not kind or cache.layer_idx != attention.layer_idx:
-        refuse("past_key_value", cache, f"the {kind.__name__} that layer {attention.layer_idx} returned")
+        reject("past_key_value", cache, f"the {kind.__name__} that layer {attention.layer_idx} returned")
     shape = (len(hidden_states), *attention.cache_features)
     held = cache._storage.buffer  # not its tokens: see `LayerCache.append`
     dtype = held.dtype if weight is None else weight.dtype
     fits = (*held.shape[:1], *held.shape[2:]) == shape and held.device == device
     if not fits or (held.dtype != dtype and not _autocast(device)):
-        refuse("past_key_value", cache, f"one that fits the new tokens, {shape} {dtype} on {device}")
+        reject("past_key_value", cache, f"one that fits the new tokens, {shape} {dtype} on {device}")
 
 
 def appended(cache: Any, new: "Tensor") -> None:
@@ -468,7 +468,7 @@ def _positions(position_ids: "Tensor", hidden_states: "Tensor") -> None:
     dtype, device, (batch, seq, _) = position_ids.dtype, hidden_states.device, hidden_states.shape
     integers = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     if not (integers and position_ids.shape in ((batch, seq), (1, seq)) and position_ids.device == device):
-        refuse("position_ids", position_ids, f"integers ({batch} or 1, {seq}) on {device}")
+        reject("position_ids", position_ids, f"integers ({batch} or 1, {seq}) on {device}")
     require_values((position_ids >= 0).all(), "position_ids", "negative somewhere", "positions from 0 on")
 
 
@@ -480,18 +480,18 @@ def _mask(attention_mask: "Tensor", batch: int, heads: int, seq: int, kv_seq: in
     require_tensor(attention_mask, name)
     shape, dtype = tuple(attention_mask.shape), attention_mask.dtype
     if attention_mask.device != device:
-        refuse(name, attention_mask, f"a mask on {device}")
+        reject(name, attention_mask, f"a mask on {device}")
     if attention_mask.ndim == 2:
         if shape != (batch, kv_seq):
             each = f"({batch}, 1, {seq}, {kv_seq}): add [None, None]"
-            refuse(name, attention_mask, f"shape {(batch, kv_seq)}, cache included; or, for each query, {each}")
+            reject(name, attention_mask, f"shape {(batch, kv_seq)}, cache included; or, for each query, {each}")
         integers = not (dtype.is_floating_point or dtype.is_complex)
         require(integers, name, attention_mask, "bool or integers in a (batch, kv_seq) mask")
         return
     fits = len(shape) == 4 and shape[2:] == (seq, kv_seq)
     if not fits or shape[0] not in (1, batch) or shape[1] not in (1, heads):
         each = f"({batch} or 1, {heads} or 1, {seq}, {kv_seq})"
-        refuse(name, attention_mask, f"shape {(batch, kv_seq)} or, for each query, {each}")
+        reject(name, attention_mask, f"shape {(batch, kv_seq)} or, for each query, {each}")
     if dtype == torch.bool:
         return
     wanted = "bool (True keeps) or floating point (added to the scores)"
@@ -529,12 +529,12 @@ def model_call(
     device = input_ids.device if weight is None else weight.device
     fits = input_ids.ndim == 2 and input_ids.numel() > 0 and input_ids.device == device
     if not fits or input_ids.dtype not in (torch.int32, torch.int64):
-        refuse("input_ids", input_ids, f"integers (batch, seq) on {device}, with at least one token")
+        reject("input_ids", input_ids, f"integers (batch, seq) on {device}, with at least one token")
     inside = ((input_ids >= 0) & (input_ids < vocab)).all()
     wanted = f"tokens from 0 to {vocab - 1}: vocab_size is {vocab}"
     require_values(inside, "input_ids", "outside of the vocabulary somewhere", wanted)
     if past_key_values is not None and len(past_key_values) != len(layers):
-        refuse("past_key_values", past_key_values, f"a cache for each of {len(layers)} layers, or None")
+        reject("past_key_values", past_key_values, f"a cache for each of {len(layers)} layers, or None")
     # What the layers will get, as far as a check looks at it: a shape, a dtype, a device.
     dtype = torch.get_default_dtype() if weight is None else weight.dtype
     hidden_states = torch.empty(1, dtype=dtype, device=device).expand(*input_ids.shape, model.config.hidden_size)

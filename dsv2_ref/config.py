@@ -1,5 +1,5 @@
 """The configuration of a DeepSeek-V2 layer: its fields, the presets, and how a
-published ``config.json`` is read. What is refused stands in `dsv2_ref.checks`."""
+published ``config.json`` is read. `dsv2_ref.checks` says what is rejected."""
 
 import warnings
 from collections.abc import Mapping
@@ -41,17 +41,17 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekV2Config:
-    """Hyperparameters under their published names; the defaults are the book's worked
-    example.
+    """Hyperparameters under their published names; the defaults are those of the
+    data sheet that the book checks (`card`).
 
     ``num_key_value_heads=None`` means one per attention head. ``q_lora_rank=None``
     drops query compression, ``n_routed_experts=None`` makes every layer dense,
     ``n_shared_experts=None`` drops the shared experts. ``_attn_implementation`` is
     ``eager``, ``sdpa`` or ``flash_attention_2``; ``mla_form`` is ``expanded``,
     ``absorbed`` or ``auto`` (the one with fewer operations for the call at hand).
-    ``device_aux_loss_alpha`` and ``communication_aux_loss_alpha`` weigh the paper's two
-    losses that no published code has, over ``n_group`` devices. `dataclasses.replace`
-    derives a variant.
+    ``device_aux_loss_alpha`` and ``communication_aux_loss_alpha`` weight the two losses
+    of the paper that no published code has, over ``n_group`` devices.
+    `dataclasses.replace` derives a variant.
 
     Raises:
         ValueError: for a value no layer can be built from, naming the field, the value
@@ -132,7 +132,7 @@ class DeepseekV2Config:
         in an object of its own, ``language_config`` or ``text_config``.
 
         Raises:
-            ValueError: for what is no JSON object in UTF-8, for a model of another
+            ValueError: for what is not a JSON object in UTF-8, for a model of another
                 kind, and for a key whose value would change the layer; it names the
                 file and the key.
 
@@ -161,7 +161,7 @@ class DeepseekV2Config:
 
     @classmethod
     def card(cls) -> Self:
-        """The worked example of the book: all defaults."""
+        """The layer of the data sheet that the book checks: all defaults."""
         return cls()
 
     @classmethod

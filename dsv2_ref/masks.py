@@ -12,8 +12,9 @@ from torch import Tensor
 class Visibility:
     """The keys that each query of a call may see, handed out per block of queries.
 
-    Query i is the token at place ``kv_seq - seq + i``, so it sees the first ``kv_seq -
-    seq + i + 1`` keys (bottom-right alignment), unless a mask per query decides alone.
+    Query i is the token at position ``kv_seq - seq + i``, so it sees the first
+    ``kv_seq - seq + i + 1`` keys (bottom-right alignment), unless a mask per query
+    decides alone.
 
     Attributes:
         seq: number of queries S.

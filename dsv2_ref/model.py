@@ -144,7 +144,7 @@ class DeepseekV2ForCausalLM(nn.Module):
 
         Raises:
             ValueError: for a negative number of tokens, and for tokens that
-                `DeepseekV2Model.forward` refuses.
+                `DeepseekV2Model.forward` rejects.
         """
         fits = checks.is_int(max_new_tokens, 0)
         checks.require(fits, "max_new_tokens", max_new_tokens, "0 or more tokens")

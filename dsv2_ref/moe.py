@@ -62,8 +62,8 @@ class MoEGate(nn.Module):
     the best k of the ``topk_group`` best groups (the experts of a group share a
     device). ``group_limited_greedy`` judges a group by its best expert, ``noaux_tc`` by
     the sum of its two best; and it compares scores plus ``e_score_correction_bias``,
-    which chooses and never weighs. A chosen expert counts with its score, which
-    ``norm_topk_prob`` divides by the sum of all k (not for k = 1), times
+    which chooses but does not weigh. The weight of a chosen expert is its
+    score, which ``norm_topk_prob`` divides by the sum of all k (not for k = 1), times
     ``routed_scaling_factor``. All of it runs in at least float32, under autocast too:
     in bfloat16 some tokens would go to other experts.
 
@@ -105,8 +105,8 @@ class MoEGate(nn.Module):
         """Route every token.
 
         Returns:
-            ``(topk_idx, topk_weight, aux_loss)``: the chosen experts, best first; what
-            each counts, float32 (float64 for float64); and in training the sum of the
+            ``(topk_idx, topk_weight, aux_loss)``: the chosen experts, best first; their
+            weights, float32 (float64 for float64); and in training the sum of the
             balance losses whose α is not 0 (else None).
         """
         B, S, _ = hidden_states.shape

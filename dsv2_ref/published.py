@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv2_ref.checks import refuse, require, require_object
+from dsv2_ref.checks import reject, require, require_object
 
 if TYPE_CHECKING:
     from dsv2_ref.config import DeepseekV2Config
@@ -65,7 +65,7 @@ def read(source: object, names: Collection[str]) -> tuple[Mapping[str, Any], dic
     only = known()["only"] | known()["kinds"][kind].get("only", {})
     unknown = []
     for where in (decoder, outer):
-        _refuse_others(where, only)
+        _reject_others(where, only)
         beside = known()["beside"] if where is outer else ()
         unknown += [key for key in where if not _is_known(key, names, only, beside)]
     given = {key: value for key, value in decoder.items() if key in names}
@@ -101,7 +101,7 @@ def _decoder_of(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, M
         key, inner_kind = nested[kind]["key"], nested[kind]["kind"]
     elif kind is not None:
         why = f": {kind} has {known()['others'][kind]}" if kind in known()["others"] else ""
-        refuse("model_type", kind, f"one of {', '.join([*kinds, *nested])}{why}")
+        reject("model_type", kind, f"one of {', '.join([*kinds, *nested])}{why}")
     if key is None:
         return {}, _kind_by_keys(published), published
     inside = published.get(key)
@@ -158,7 +158,7 @@ def _kind_by_keys(published: Mapping[str, Any]) -> str:
     routed = published.get("n_routed_experts") is not None
     if not told or (routed and not published.keys() >= {*ROUTING_KEYS}):
         wanted = f"one of {', '.join([*known()['kinds'], *known()['nested']])}: the keys leave open which model this is"
-        refuse("model_type", None, wanted)
+        reject("model_type", None, wanted)
     return "deepseek_v2"
 
 
@@ -166,11 +166,11 @@ def _same(value: object, other: object) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
-def _refuse_others(given: Mapping[str, Any], only: Mapping[str, list[Any]], where: str = "") -> None:
+def _reject_others(given: Mapping[str, Any], only: Mapping[str, list[Any]], where: str = "") -> None:
     for key in given.keys() & only:
         if not any(_same(given[key], value) for value in only[key]):
             allowed = " or ".join("no such key" if value is None else repr(value) for value in only[key])
-            refuse(f"{where}{key}", given[key], f"{allowed}: the layer would be another")
+            reject(f"{where}{key}", given[key], f"{allowed}: the layer would be another")
 
 
 def _is_known(key: str, names: Collection[str], only: Iterable[str], beside: Iterable[str]) -> bool:
@@ -183,7 +183,7 @@ def rope_scaling(scaling: Mapping[str, Any], key: str = "rope_scaling") -> dict[
     """The fields of a `RopeScaling` that this object gives, which the file has under ``key``; None for the type
     ``default``, and for an object without one that gives rope_theta alone."""
     table = known()["rope"]
-    _refuse_others(scaling, table["only"], f"{key}.")
+    _reject_others(scaling, table["only"], f"{key}.")
     given = {name: value for name, value in scaling.items() if value is not None and name not in table["only"]}
     given.pop("rope_theta", None)
     kinds = [given.pop(name) for name in ("type", "rope_type") if name in given]
@@ -215,7 +215,7 @@ def _rope_of(decoder: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_agreement(decoder: Mapping[str, Any], config: "DeepseekV2Config") -> None:
-    """Refuse keys that say again, and otherwise, what follows from the fields."""
+    """Reject keys that say again, and otherwise, what follows from the fields."""
     rotating, plain = config.qk_rope_head_dim, config.hidden_size // config.num_attention_heads
     query = config.qk_nope_head_dim + rotating
     heads = {"head_dim": [rotating, query], "qk_head_dim": [query]} if config.use_mla else {"head_dim": [plain]}

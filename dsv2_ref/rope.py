@@ -1,4 +1,4 @@
-"""Rotary positions: by which angle a position turns a pair, and what is a pair."""
+"""Rotary positions: by which angle a position rotates a pair, and what a pair is."""
 
 import math
 from typing import Any
@@ -40,9 +40,9 @@ def inverse_frequencies(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "pairs"]:
-    """The angle, in radians, by which one position turns each of the ``dim / 2`` pairs.
+    """The radians by which one position rotates each of the ``dim / 2`` pairs.
 
-    Without scaling, pair i turns by ``theta ** (-2i / dim)``. Linear scaling divides
+    Without scaling, this is ``theta ** (-2i / dim)`` for pair i. Linear scaling divides
     all angles by the factor s. Dynamic NTK raises theta once ``kv_length`` exceeds
     ``max_position_embeddings``; it depends on the context of this call alone, so keys
     cached under a shorter context keep theirs, as published. YaRN: `yarn_frequencies`.
@@ -115,25 +115,25 @@ def rotary_tables(
 
 Vectors = Float[Tensor, "*batch dim"]
 Table = Float[Tensor, "*table pairs"]
-"""Cosines or sines, which broadcast against the pairs of what they turn."""
+"""Cosines or sines, which broadcast against the pairs of what they rotate."""
 
 
 def rotate_interleaved(x: Vectors, cos: Table, sin: Table) -> Vectors:
-    """Turn the pairs (0, 1), (2, 3), …: the layout of MLA's checkpoints.
+    """Rotate the pairs (0, 1), (2, 3), …: the layout of MLA's checkpoints.
 
     Computed in the tables' dtype. The published code permutes the features to (0, 2, …,
-    1, 3, …) and turns (i, i + dim / 2): the same scores, and a cache permuted alike.
+    1, 3, …) and rotates (i, i + dim / 2): the same scores, and a cache permuted alike.
     """
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # (..., dim / 2) each
-    turned = even * cos - odd * sin, even * sin + odd * cos
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+    rotated = even * cos - odd * sin, even * sin + odd * cos
+    return torch.stack(rotated, dim=-1).flatten(-2).to(x.dtype)
 
 
 def rotate_half_split(x: Vectors, cos: Table, sin: Table) -> Vectors:
-    """Turn the pairs (i, i + dim / 2): the layout of plain multi-head attention."""
+    """Rotate the pairs (i, i + dim / 2): the layout of plain multi-head attention."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)  # (..., dim / 2) each
-    turned = first * cos - second * sin, first * sin + second * cos
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    rotated = first * cos - second * sin, first * sin + second * cos
+    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 @ops.defines()
@@ -143,6 +143,6 @@ def apply_rotary(
     cos: Float[Tensor, "#batch seq pairs"],
     sin: Float[Tensor, "#batch seq pairs"],
 ) -> tuple[Float[Tensor, "batch heads seq rope"], Float[Tensor, "batch seq rope"]]:
-    """Turn MLA's queries, and the key that all heads share (equations 14 and 15)."""
-    turned = rotate_interleaved(q_pe, cos[:, None], sin[:, None])
-    return turned, rotate_interleaved(k_pe, cos, sin)
+    """Rotate MLA's queries, and the key that all heads share (equations 14 and 15)."""
+    rotated = rotate_interleaved(q_pe, cos[:, None], sin[:, None])
+    return rotated, rotate_interleaved(k_pe, cos, sin)

@@ -48,7 +48,7 @@ def test_an_arrow_leads_from_a_query_s_shares_to_its_output() -> None:
     assert tail == 0
     assert head > 1000
     assert height == head_height
-    assert 16 < height < 32  # within one block of queries
+    assert 16 < height < 32  # within one group of queries
     assert "4 pairs" in axes.texts[-1].get_text()
     assert axes.get_xlabel()
     assert axes.get_ylabel()

@@ -30,7 +30,7 @@ def read(published: Any) -> DeepseekV2Config:
         return DeepseekV2Config.from_published(published)
 
 
-def refused(published: Any, message: str) -> None:
+def rejected(published: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         DeepseekV2Config.from_published(published)
     assert "\n" not in str(caught.value)
@@ -61,8 +61,8 @@ def test_the_model_itself_has_as_many(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_models_are_refused_by_their_model_type(name: str) -> None:
-    refused(configs()[name], rf"^model_type is '{OTHERS[name]}'; wanted one of deepseek_v2, .*: {OTHERS[name]} has")
+def test_other_models_are_rejected_by_their_model_type(name: str) -> None:
+    rejected(configs()[name], rf"^model_type is '{OTHERS[name]}'; wanted one of deepseek_v2, .*: {OTHERS[name]} has")
 
 
 @pytest.mark.parametrize(
@@ -122,19 +122,19 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
 
 def test_a_name_of_an_architecture_tells_the_kind_too() -> None:
     assert read({"architectures": ["DeepseekV3ForCausalLM"]}) == read({"model_type": "deepseek_v3"})
-    refused({"architectures": ["LlamaForCausalLM"], "hidden_size": 64}, "^architectures is 'Llama'; wanted an arch")
-    refused(BARE | {"architectures": ["DeepseekV32ForCausalLM"]}, "^architectures is 'DeepseekV32'; wanted an arch")
-    refused(BARE | {"architectures": "DeepseekV2"}, "^architectures is 'DeepseekV2'; wanted a list of names")
-    refused({"model_type": ["deepseek_v2"]}, "^model_type is a list of 1; wanted a name")
+    rejected({"architectures": ["LlamaForCausalLM"], "hidden_size": 64}, "^architectures is 'Llama'; wanted an arch")
+    rejected(BARE | {"architectures": ["DeepseekV32ForCausalLM"]}, "^architectures is 'DeepseekV32'; wanted an arch")
+    rejected(BARE | {"architectures": "DeepseekV2"}, "^architectures is 'DeepseekV2'; wanted a list of names")
+    rejected({"model_type": ["deepseek_v2"]}, "^model_type is a list of 1; wanted a name")
 
 
 def test_without_a_name_the_keys_must_leave_no_doubt() -> None:
     whole = {key: value for key, value in configs()["v2_lite"].items() if key not in ("model_type", "architectures")}
     assert read(whole) == read(configs()["v2_lite"])
     for key in ("kv_lora_rank", "hidden_size", "num_attention_heads", "scoring_func", "topk_method"):
-        refused({name: value for name, value in whole.items() if name != key}, "^model_type is None; wanted one of")
+        rejected({name: value for name, value in whole.items() if name != key}, "^model_type is None; wanted one of")
     for nothing in ({}, {"hidden_size": 64, "num_hidden_layers": 2}):
-        refused(nothing, "^model_type is None; wanted one of .*the keys leave open which model this is")
+        rejected(nothing, "^model_type is None; wanted one of .*the keys leave open which model this is")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_without_a_name_the_keys_must_leave_no_doubt() -> None:
     ],
 )
 def test_what_is_no_models_configuration_is_called_what_it_is(given: dict[str, Any], what: str) -> None:
-    refused(given, f"^the configuration is {what}.*; wanted a model's config.json")
+    rejected(given, f"^the configuration is {what}.*; wanted a model's config.json")
 
 
 def test_a_model_with_vision_keeps_its_decoder_inside() -> None:
@@ -164,16 +164,16 @@ def test_a_model_with_vision_keeps_its_decoder_inside() -> None:
     moonlight = configs()["moonlight"]
     for inner in (moonlight, {key: value for key, value in moonlight.items() if key != "model_type"}):
         assert read({"model_type": "kimi_vl", "text_config": inner}) == read(moonlight)
-    refused({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_linear"}}, "model_type is 'kimi_linear'")
-    refused({"model_type": "deepseek_vl_v2", "language_config": [2]}, "language_config is a?.*; wanted a JSON object")
+    rejected({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_linear"}}, "model_type is 'kimi_linear'")
+    rejected({"model_type": "deepseek_vl_v2", "language_config": [2]}, "language_config is a?.*; wanted a JSON object")
     twice = {"language_config": lite, "text_config": lite}
-    refused(twice, "language_config and text_config is .given.; wanted one")
+    rejected(twice, "language_config and text_config is .given.; wanted one")
 
 
 def test_what_stands_outside_and_inside_must_agree() -> None:
     inner, outer = BARE | {"hidden_size": 2048}, {"model_type": "deepseek_vl_v2"}
     assert read({**outer, "hidden_size": 2048, "language_config": inner}).hidden_size == 2048
-    refused({**outer, "hidden_size": 1, "language_config": inner}, "hidden_size is 1; wanted .* nested .* 2048")
+    rejected({**outer, "hidden_size": 1, "language_config": inner}, "hidden_size is 1; wanted .* nested .* 2048")
     assert read({**outer, "tie_word_embeddings": True, "language_config": inner}).tie_word_embeddings
     with pytest.warns(UserWarning, match="not known, and so not read from the configuration: vocab_size$"):
         DeepseekV2Config.from_published({**outer, "vocab_size": 7, "language_config": inner})
@@ -189,16 +189,16 @@ def test_a_key_that_is_not_known_is_named() -> None:
 
 
 @pytest.mark.parametrize("key", known()["only"])
-def test_keys_that_would_make_another_layer_are_refused_by_name(key: str) -> None:
+def test_keys_that_would_make_another_layer_are_rejected_by_name(key: str) -> None:
     for allowed in known()["only"][key]:
         assert read(BARE | {key: allowed}) == read(BARE)
     for other in (7, 0.5, ["x"], not known()["only"][key][0]):
         if other not in known()["only"][key]:
-            refused(BARE | {key: other}, f"^{key} is .*; wanted .*: the layer would be another$")
+            rejected(BARE | {key: other}, f"^{key} is .*; wanted .*: the layer would be another$")
 
 
 def test_true_is_not_one() -> None:
-    refused(BARE | {"partial_rotary_factor": True}, "^partial_rotary_factor is True; wanted 1 or no such key")
+    rejected(BARE | {"partial_rotary_factor": True}, "^partial_rotary_factor is True; wanted 1 or no such key")
 
 
 @pytest.mark.parametrize(
@@ -209,14 +209,14 @@ def test_true_is_not_one() -> None:
     ],
 )
 def test_v3_has_one_gate(changes: dict[str, Any], message: str) -> None:
-    refused(configs()["v3"] | changes, message)
+    rejected(configs()["v3"] | changes, message)
 
 
 def test_the_first_moe_has_plain_attention() -> None:
     moe = configs()["deepseek_moe_16b"]
     assert not read(moe).use_mla
-    refused(moe | {"kv_lora_rank": 512}, "^kv_lora_rank is 512; wanted no such key")
-    refused(moe | {"use_mla": True}, "^use_mla is True; wanted False")
+    rejected(moe | {"kv_lora_rank": 512}, "^kv_lora_rank is 512; wanted no such key")
+    rejected(moe | {"use_mla": True}, "^use_mla is True; wanted False")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_the_first_moe_has_plain_attention() -> None:
 def test_what_is_said_twice_must_agree(key: str, right: list[Any], wrong: Any) -> None:
     for value in right:
         assert read(MOE | {key: value}) == read(MOE)
-    refused(MOE | {key: wrong}, f"^{key}")
+    rejected(MOE | {key: wrong}, f"^{key}")
 
 
 def test_another_name_is_read_where_it_stands_alone() -> None:
@@ -262,17 +262,17 @@ def test_both_keys_may_say_the_same() -> None:
     both = {"rope_scaling": yarn, "rope_parameters": yarn | {"rope_type": "yarn", "rope_theta": 10000}}
     assert read(BARE | both) == read(BARE | {"rope_scaling": yarn})
     for other in ({"factor": 8}, {"mscale": 0.5}):
-        refused(BARE | both | {"rope_scaling": yarn | other}, "^rope_scaling is .*; wanted what rope_parameters says")
+        rejected(BARE | both | {"rope_scaling": yarn | other}, "^rope_scaling is .*; wanted what rope_parameters says")
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_errors_name_the_key_that_the_file_has(key: str) -> None:
-    refused(BARE | {key: {"type": "longrope", "factor": 2}}, f"^{key} type is 'longrope'; wanted linear, dynamic or")
-    refused(BARE | {key: {"rope_type": "yarn"}}, f"^{key} is .*; wanted a factor")
-    refused(BARE | {key: "yarn"}, f"^{key} is 'yarn'; wanted a JSON object")
-    refused(BARE | {key: {"type": "yarn", "factor": 2, "truncate": False}}, f"^{key}.truncate is False; wanted True")
-    refused(BARE | {key: {"main": {"type": "default"}}}, f"^{key} is")
-    refused(BARE | {key: {"type": "default", "partial_rotary_factor": 0.5}}, f"^{key}.partial_rotary_factor is 0.5")
+    rejected(BARE | {key: {"type": "longrope", "factor": 2}}, f"^{key} type is 'longrope'; wanted linear, dynamic or")
+    rejected(BARE | {key: {"rope_type": "yarn"}}, f"^{key} is .*; wanted a factor")
+    rejected(BARE | {key: "yarn"}, f"^{key} is 'yarn'; wanted a JSON object")
+    rejected(BARE | {key: {"type": "yarn", "factor": 2, "truncate": False}}, f"^{key}.truncate is False; wanted True")
+    rejected(BARE | {key: {"main": {"type": "default"}}}, f"^{key} is")
+    rejected(BARE | {key: {"type": "default", "partial_rotary_factor": 0.5}}, f"^{key}.partial_rotary_factor is 0.5")
 
 
 def test_equal_betas_of_yarn_compute_what_transformers_computes() -> None:

@@ -187,7 +187,7 @@ def tolerance(printed: str, about: bool) -> float:
     """By how much a printed number may miss: half a unit of its last digit.
 
     One that is given as "about" may miss by half a unit of its last digit
-    that is not a closing zero, or by 1 % if that is more, but never by more
+    that is not a trailing zero, or by 1 % if that is more, but never by more
     than 10 %.
     """
     if "." in printed:

@@ -77,13 +77,18 @@ def compact(png: str) -> str:
 
 
 def vectors(svg: str) -> str:
-    """The same drawing without the time at which it was made and without needless characters, its points in tenths."""
+    """The same drawing without the time at which it was made and without needless characters, its points in tenths.
+
+    Matplotlib names clipping paths by where they lay in memory: here they are counted.
+    """
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r">\s+<", "><", re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL))
 
     def shorter(points: re.Match[str]) -> str:
         return re.sub(r"(\.\d)\d+", r"\1", " ".join(points[0].split())).replace(".0 ", " ")
 
+    for number, name in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', svg))):
+        svg = svg.replace(f'"{name}"', f'"clip{number}"').replace(f"(#{name})", f"(#clip{number})")
     return re.sub(r'(?<= d=")[^"]*', shorter, svg).strip()
 
 

@@ -82,11 +82,16 @@ function filterClaims() {
   choice.className = "claims-filter";
   choice.innerHTML = "<legend>Show claims whose verdict is</legend>";
   const wanted = new Set(["off"]);
+  // A table, and the heading above it, which is no section's where a cell printed both.
+  const headed = (table) => {
+    const box = table.closest(".pst-scrollable-table-container") ?? table;
+    return [box, box.previousElementSibling].filter((part) => part === box || part?.matches("h2, h3, h4, .rubric"));
+  };
   const show = () => {
     for (const row of rows) row.hidden = !wanted.has(verdict(row));
     for (const table of tables) {
       const none = [...table.querySelectorAll("tbody tr")].every((row) => row.hidden);
-      (table.closest("section") ?? table).hidden = none;
+      for (const part of headed(table)) part.hidden = none;
     }
   };
   for (const name of new Set(rows.map(verdict))) {
@@ -100,9 +105,8 @@ function filterClaims() {
     label.append(box, ` ${name} (${rows.filter((row) => verdict(row) === name).length})`);
     choice.append(label);
   }
-  const first = tables[0].closest("section") ?? tables[0];
-  first.before(choice);
-  window.addEventListener("beforeprint", () => rows.concat(tables.map((table) => table.closest("section") ?? table)).forEach((part) => { part.hidden = false; }));
+  headed(tables[0]).at(-1).before(choice);
+  window.addEventListener("beforeprint", () => [...rows, ...tables.flatMap(headed)].forEach((part) => { part.hidden = false; }));
   window.addEventListener("afterprint", show);
   show();
 }

@@ -42,7 +42,7 @@
   const CALL = [
     ["batch", "batch: sequences", 1n],
     ["seq", "seq: new tokens of each", 1n],
-    ["kv", "kv: tokens attended to, new ones included", 8192n],
+    ["kv", "kv: tokens attended to", 8192n],
   ];
   const MOST = 10n ** 15n;
   const BYTES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n, int8: 1n };
@@ -184,7 +184,7 @@
     return read * BYTES[call.dtype];
   }
 
-  // Numbers a layer remembers of a token: its own cache, and keys and values of all heads.
+  // Elements a layer caches per token: its own cache, and keys and values of all heads.
   function remembered(config) {
     const { num_attention_heads: H, kv_lora_rank: C } = config;
     const { qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
@@ -348,12 +348,12 @@
     output.replaceChildren(
       table("In short", ["of the model", "amount"], [
         ["parameters", inWords(all)],
-        ["active for a token", `${inWords(used)} (${inPercent(used, all)})`],
+        ["active per token", `${inWords(used)} (${inPercent(used, all)})`],
         ["weights", inBytes(found.bytes.weights)],
         [`cache of ${inTokens(call.batch * call.kv)} tokens`, inBytes(found.bytes.kv_cache)],
         ...(found.bytes.kv_cache_expanded === found.bytes.kv_cache ? []
           : [["cache, expanded", inBytes(found.bytes.kv_cache_expanded)]]),
-        ["cache, a token", `${withCommas(found.bytes.a_token)} B`],
+        ["cache per token", `${withCommas(found.bytes.a_token)} B`],
         [`products of the call${formText}`, inFlops(found.flops.products)],
       ]),
       plot(config, call, found, output.clientWidth),
@@ -379,7 +379,7 @@
         checkbox("attention_bias", "attention_bias")),
       group("Feed-forward networks", ...fields(OF_NETWORKS), choice("topk_method", "topk_method", METHODS), ...fields(OF_GROUPS)),
       group("Call", ...CALL.map(([name, label, value]) => field(name, label, value)),
-        choice("dtype", "numbers are", Object.fromEntries(Object.keys(BYTES).map((name) => [name, name]))),
+        choice("dtype", "dtype", Object.fromEntries(Object.keys(BYTES).map((name) => [name, name]))),
         choice("form", "form of MLA", FORMS), checkbox("causal", "count causal pairs only"),
         choice("machine", "machine", Object.fromEntries(MACHINES.map(({ name }) => [name, name])))));
     const status = element("p", { role: "status" });

@@ -132,7 +132,7 @@ def all_experts(
     topk_idx: Int[Tensor, "tokens top_k"],
     topk_weight: Float[Tensor, "tokens top_k"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """Every expert for every token, counted with 0 where it was not chosen."""
+    """Every expert for every token, weighted by 0 where it was not chosen."""
     out = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
     for expert in range(len(experts.down_proj)):
         weight = topk_weight.where(topk_idx == expert, 0).sum(dim=-1, keepdim=True)

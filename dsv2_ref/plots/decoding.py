@@ -138,7 +138,7 @@ def crossover(borders: Points, limit: float) -> Axes:
     Args:
         borders: two counts of what a call costs, each with the most queries for which absorbing costs no more, by
             context length. Between the two the counts disagree.
-        limit: where the first border ends up for long contexts.
+        limit: where the first break-even point ends up for long contexts.
     """
     axes = new_axes("tokens attended to, K", "queries in the call, S", height=3.8)
     contexts = list(next(iter(borders.values())))

@@ -68,9 +68,9 @@ def _step(largest: float) -> float:
 
 def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> Axes:
     """Which program attends which queries (``rows`` of all heads, ``rows_at_once`` of a program) to which keys
-    (``kv_seq``, ``split_size`` of a program): a grid of shares of the keys and blocks of rows, one outlined.
+    (``kv_seq``, ``split_size`` of a program): a grid of shares of the keys and groups of rows, one outlined.
 
-    An arrow along one query, through all its shares, says what a program of the second kernel adds.
+    An arrow along one query, through all its shares, says what a program of the second kernel merges.
     """
     axes = new_axes("key", "query of a head", height=3.4)
     firsts, starts = range(0, rows, rows_at_once), range(0, kv_seq, split_size)
@@ -83,10 +83,10 @@ def decode_plan(rows: int, rows_at_once: int, kv_seq: int, split_size: int) -> A
     outline = Rectangle((0, 0), keys, queries, facecolor="none", edgecolor=orange, linewidth=2.5, clip_on=False)
     axes.add_patch(outline)
     axes.text(0, -0.03 * rows, f"one program: {queries} queries, {keys:,} keys", color=orange, va="bottom")
-    blocks, shares = len(firsts), len(starts)
-    said = f"{blocks} blocks of queries × {shares} shares of the keys = {blocks * shares} programs"
+    groups, shares = len(firsts), len(starts)
+    said = f"{groups} groups of queries × {shares} shares of the keys = {groups * shares} programs"
     axes.figure.suptitle(said, **SMALL)
-    query = min((blocks // 2 + 0.5) * rows_at_once, rows - 0.5)
+    query = min((groups // 2 + 0.5) * rows_at_once, rows - 0.5)
     line = {"arrowstyle": "-|>", "color": green, "linewidth": 2, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (1.1 * kv_seq, query), (0, query), arrowprops=line, annotation_clip=False)
     said = f"one query:\n{shares} pairs\n$(o_j, \\lambda_j)$\n→ one output"

@@ -285,8 +285,8 @@ def test_the_tables_show_the_accounting_of_every_preset(page: Page, preset: str)
     assert exact("FLOPs of the call", 0) == found["parts of products"] | {"total": found["products"]}
     short = shown["In short"]
     share = 100 * int(found["active"]) / int(found["total"])
-    assert short["active for a token"][0].endswith(f"({share:.1f} %)")
-    assert short["cache, a token"] == [f"{int(found['a token']):,} B"]
+    assert short["active per token"][0].endswith(f"({share:.1f} %)")
+    assert short["cache per token"] == [f"{int(found['a token']):,} B"]
 
 
 def test_groups_bound_the_choice_of_experts(page: Page) -> None:
@@ -429,7 +429,7 @@ def test_one_line_is_read_out_when_a_number_changes(page: Page) -> None:
     live = page.locator("#cost-calculator :is([role=status], [role=alert], [aria-live])")
     expect(live).to_have_text("Parameters 236 billion, 20.9 billion active; weights 471 GB, cache of 8,192 tokens 566 MB; "
         "the call takes 179 GFLOP.")  # fmt: skip
-    page.get_by_label("numbers are").select_option("int8")
+    page.get_by_label("dtype").select_option("int8")
     expect(live).to_contain_text("weights 236 GB, cache of 8,192 tokens 283 MB")
 
 
@@ -462,17 +462,17 @@ def test_numbers_beyond_all_units_are_powers_of_ten(page: Page) -> None:
     [(1, "34.6 kB"), (28, "968 kB"), (29, "1.00 MB"), (10**12, "34.6 PB"), (10**15, "34.6 EB")],
 )
 def test_units_go_on_where_three_digits_end(page: Page, tokens: int, shown: str) -> None:
-    page.get_by_label("numbers are").select_option("int8")
+    page.get_by_label("dtype").select_option("int8")
     page.get_by_label("tokens attended to").fill(str(tokens))
     expect(page.get_by_role("row", name="cache of").get_by_role("cell")).to_have_text(shown)
 
 
 def test_every_dtype_of_the_accounting_can_be_chosen(page: Page) -> None:
-    options = page.get_by_label("numbers are").locator("option").evaluate_all("found => found.map(each => each.value)")
+    options = page.get_by_label("dtype").locator("option").evaluate_all("found => found.map(each => each.value)")
     assert options == list(acc.DTYPE_BYTES)
     results = page.locator("#cost-calculator .results")
     expect(results).to_contain_text("69,120 B")
-    page.get_by_label("numbers are").select_option("int8")
+    page.get_by_label("dtype").select_option("int8")
     expect(results).to_contain_text("34,560 B")
 
 

@@ -15,7 +15,7 @@ DATA = Path(__file__).resolve().parents[2] / "book" / "_static" / "figures" / "d
 MODELS = {"V2-Lite": DeepseekV2Config.deepseek_v2_lite(), "V2": DeepseekV2Config.deepseek_v2()}
 STATES = [("V2-Lite", "H100 (SXM)", 1, 8192, 16, 16), ("V2-Lite", "H100 (SXM)", 64, 8192, 16, 16)]
 STATES += [("V2-Lite", "H100 (SXM)", 64, 8192, 4, 16), ("V2-Lite", "laptop CPU", 1, 8192, 4, 16)]
-STATES += [("V2", "H200 (SXM)", 64, 8192, 4, 16)]
+STATES += [("V2", "H200 (SXM)", 32, 8192, 4, 16)]
 
 
 def machines() -> dict[str, dict[str, Any]]:

@@ -122,7 +122,7 @@ def add_rms_norm(
 def rotate(
     x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*table pairs"], sin: Float[Tensor, "*table pairs"]
 ) -> Float[Tensor, "*batch dim"]:
-    """Turn the pairs (0, 1), (2, 3), … of at most four axes; differentiable by ``x``, not by the tables.
+    """Rotate the pairs (0, 1), (2, 3), … of at most four axes; differentiable by ``x``, not by the tables.
 
     Raises:
         RuntimeError: when the tables' gradients are asked for.

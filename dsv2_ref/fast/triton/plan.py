@@ -27,7 +27,9 @@ class Gpu(NamedTuple):
     """The multiprocessors of a GPU, and the bytes of shared memory that each of them has."""
 
     processors: int
+    """Multiprocessors."""
     shared: int
+    """Bytes of shared memory of each."""
 
 
 H100 = Gpu(132, 228 * 1024)

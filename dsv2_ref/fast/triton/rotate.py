@@ -1,7 +1,7 @@
 """Rotary positions on interleaved pairs in one pass: every element is read once and written once.
 
 In PyTorch the four products, the two sums, the stacking and two changes of dtype each pass over memory. The gradient is
-the rotation back, by the same kernel with the sine's sign turned.
+the rotation back, by the same kernel with the sign of the sine flipped.
 
 Source: Su et al. (2021), equation 15; the layout of MLA's checkpoints (`dsv2_ref.rope.rotate_interleaved`).
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
-BLOCK_ROWS = 16  # that one program turns, each a token of a head
+BLOCK_ROWS = 16  # that one program rotates, each a token of a head
 
 
 @jit
@@ -56,7 +56,7 @@ def rotate_launch(
     sin: Float[Tensor, "*table pairs"],
     backward: bool = False,
 ) -> Float[Tensor, "*batch dim"]:
-    """`rotate_interleaved` in the kernel for up to four axes of any strides; ``backward`` turns the other way."""
+    """`rotate_interleaved` in the kernel for up to four axes of any strides; ``backward`` rotates the other way."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     table = (*x.shape[:-1], x.shape[-1] // 2)
     four, c, s = _four(x), _four(cos.expand(table)), _four(sin.expand(table))
