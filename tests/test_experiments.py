@@ -61,7 +61,8 @@ def texts_of_the_log() -> Mapping[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_the_stored_log_of_the_router_begins_as_the_script_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("run", ["all", "bias"])
+def test_the_stored_log_of_the_router_begins_as_the_script_does(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two entries of the log, fifty steps of all three losses.
 
     Other vector instructions round otherwise. They moved a ten-thousandth of the choices by then, and no third digit of
@@ -69,8 +70,8 @@ def test_the_stored_log_of_the_router_begins_as_the_script_does(monkeypatch: pyt
     """
     texts, rate_at = texts_of_the_log(), router.rate_at
     monkeypatch.setattr(router, "rate_at", lambda step, steps: rate_at(step, router.STEPS))
-    _, found = router.train("all", 2 * router.EVERY, texts)
-    stored = json.loads((router.DATA / "router_log.json").read_text())["all"]
+    _, found = router.train(run, 2 * router.EVERY, texts)
+    stored = json.loads((router.DATA / "router_log.json").read_text())[run]
     assert found["step"] == stored["step"][:2]
     assert found["bits"] == pytest.approx(stored["bits"][:2], abs=0.005)
     counts, wanted = torch.tensor(found["counts"]), torch.tensor(stored["counts"][:2])
