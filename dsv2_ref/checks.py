@@ -542,3 +542,31 @@ def model_call(
         if (layer := _within(wrapped, "self_attn")) is not None:
             layer_call(layer, hidden_states, attention_mask, position_ids, cache)
             attention_mask = position_ids = None  # looked at once
+
+
+def generation(
+    config: "DeepseekV2Config",
+    input_ids: "Tensor",
+    max_new_tokens: int,
+    attention_mask: "Tensor | None",
+    ends: list[int],
+    temperature: float,
+    top_p: float,
+) -> None:
+    """Check of `DeepseekV2ForCausalLM.stream`; the model checks the tokens themselves."""
+    require(is_int(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "0 or more tokens")
+    last = config.vocab_size - 1
+    for token in ends:
+        require(is_int(token, 0, last), "eos_token_id", token, "tokens from 0 to {}", last)
+    require(_is_number(temperature) and temperature >= 0, "temperature", temperature, "0, or more to draw")
+    require(_is_number(top_p) and 0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
+    if attention_mask is None:
+        return
+    require_tensor(input_ids, "input_ids")
+    require_tensor(attention_mask, "attention_mask")
+    same = attention_mask.shape == input_ids.shape and attention_mask.device == input_ids.device
+    wanted = "the shape and device of input_ids, {} on {}"
+    require(same, "attention_mask", attention_mask, wanted, tuple(input_ids.shape), input_ids.device)
+    keeps = attention_mask.bool()
+    on_the_left = bool((keeps[:, 1:] >= keeps[:, :-1]).all() and keeps[:, -1].all())
+    require(on_the_left, "attention_mask", attention_mask, "padding on the left only, and a token last")

@@ -11,6 +11,7 @@ from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.mha import MultiHeadAttention, MultiHeadFlashAttention2
 from dsv2_ref.mla import DeepseekV2Attention, DeepseekV2FlashAttention2
 from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE
+from dsv2_ref.pretrained import PretrainedLayer
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 
 ATTENTION_CLASSES: dict[str, type[DeepseekV2Attention] | type[MultiHeadAttention]] = {
@@ -24,7 +25,7 @@ ATTENTION_CLASSES: dict[str, type[DeepseekV2Attention] | type[MultiHeadAttention
 """The class for ``"mla_"`` or ``"mha_"`` + ``config._attn_implementation``."""
 
 
-class DeepseekV2DecoderLayer(nn.Module):
+class DeepseekV2DecoderLayer(PretrainedLayer, nn.Module):
     """``h = x + attention(norm(x))``, then ``h + feed_forward(norm(h))``.
 
     Attention is MLA or, with ``use_mla=False``, multi-head attention. The feed-forward

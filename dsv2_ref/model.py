@@ -1,6 +1,7 @@
 """The stack: embedding, layers, final norm and head, with a cache for every layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -12,6 +13,7 @@ from dsv2_ref.checkpoint import tie_head
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.linear import linear
+from dsv2_ref.pretrained import PretrainedModel
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 
 Caches = tuple[LayerCache, ...]
@@ -88,7 +90,7 @@ class DeepseekV2Model(nn.Module):
         return self.norm(hidden_states), tuple(present) if use_cache else None
 
 
-class DeepseekV2ForCausalLM(nn.Module):
+class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
     """A `DeepseekV2Model` and the head that scores every token of the vocabulary as the
     next one.
 
@@ -132,25 +134,117 @@ class DeepseekV2ForCausalLM(nn.Module):
         logits = self.lm_head(hidden_states)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), present
 
-    @torch.no_grad()
     def generate(
-        self, input_ids: Int[Tensor, "batch seq"], max_new_tokens: int
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        max_new_tokens: int,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+        *,
+        eos_token_id: int | Sequence[int] = (),
+        pad_token_id: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> Int[Tensor, "batch seq_and_new_tokens"]:
-        """Continue each sequence by its most probable token, ``max_new_tokens`` times
-        (greedy decoding).
+        """Continue each sequence by up to ``max_new_tokens`` tokens: the prompts with
+        the tokens that `stream` gives."""
+        settings: dict[str, Any] = {
+            "eos_token_id": eos_token_id, "pad_token_id": pad_token_id,
+            "temperature": temperature, "top_p": top_p, "generator": generator,
+        }  # fmt: skip
+        new = self.stream(input_ids, max_new_tokens, attention_mask, **settings)
+        return torch.cat([input_ids, *(tokens[:, None] for tokens in new)], dim=1)
+
+    def stream(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        max_new_tokens: int,
+        attention_mask: Shaped[Tensor, "batch seq"] | None = None,
+        *,
+        eos_token_id: int | Sequence[int] = (),
+        pad_token_id: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Int[Tensor, "batch"]]:
+        """The next token of each sequence, as soon as it is known, up to
+        ``max_new_tokens`` times.
 
         The prompt passes through once; after it, each step passes one token and reads
         the rest from the caches.
 
+        Args:
+            input_ids: the prompts; shorter ones are padded on the left.
+            max_new_tokens: after so many it ends.
+            attention_mask: True, or 1, for tokens of a prompt, False for padding;
+                positions count the tokens. None: there is no padding.
+            eos_token_id: tokens that end a sequence. It ends when all have ended.
+            pad_token_id: what follows the end of a sequence while others go on; None is
+                the first of ``eos_token_id``.
+            temperature: 0 takes the most probable token; else logits are divided by it
+                and a token is drawn.
+            top_p: drawn from the fewest tokens whose probabilities reach this sum.
+            generator: draws the tokens; None is torch's own.
+
         Raises:
-            ValueError: for a negative number of tokens, and for tokens that
-                `DeepseekV2Model.forward` rejects.
+            ValueError: for settings out of range, padding that is not on the left, and
+                tokens that `DeepseekV2Model.forward` rejects.
         """
-        fits = checks.is_int(max_new_tokens, 0)
-        checks.require(fits, "max_new_tokens", max_new_tokens, "0 or more tokens")
-        new, present, tokens = input_ids, None, [input_ids]
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        checks.generation(
+            self.config, input_ids, max_new_tokens, attention_mask, ends, temperature,
+            top_p,
+        )  # fmt: skip
+        pad = (ends[0] if ends else 0) if pad_token_id is None else pad_token_id
+        return self._stream(
+            input_ids, max_new_tokens, attention_mask, ends, pad,
+            lambda logits: choose(logits, temperature, top_p, generator),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        new: Tensor,
+        max_new_tokens: int,
+        mask: Tensor | None,
+        ends: list[int],
+        pad: int,
+        choose_from: Callable[[Tensor], Tensor],
+    ) -> Iterator[Tensor]:
+        present = positions = None
+        if mask is not None:
+            mask = mask.bool()
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        ended = torch.zeros(len(new), dtype=torch.bool, device=new.device)
+        stops = torch.tensor(ends, dtype=new.dtype, device=new.device)
         for _ in range(max_new_tokens):
-            logits, present = self(new, past_key_values=present, use_cache=True)
-            new = logits[:, -1:].argmax(dim=-1)
-            tokens.append(new)
-        return torch.cat(tokens, dim=1)
+            logits, present = self(new, mask, positions, present, use_cache=True)
+            tokens = choose_from(logits[:, -1]).to(new.dtype).masked_fill(ended, pad)
+            yield tokens
+            if ends:
+                ended = ended | torch.isin(tokens, stops)
+                if ended.all():
+                    return
+            new = tokens[:, None]
+            if mask is not None and positions is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+                positions = positions[:, -1:] + 1
+
+
+def choose(
+    logits: Float[Tensor, "batch vocab"],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "batch"]:
+    """One token for each row: the most probable at temperature 0, else drawn from the
+    fewest tokens whose probabilities reach ``top_p`` (Holtzman et al., 2020)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    if top_p < 1:
+        best, order = probabilities.sort(dim=-1, descending=True)  # (B, vocab)
+        beyond = best.cumsum(dim=-1) - best >= top_p  # the first is always kept
+        kept = best.masked_fill(beyond, 0)
+        probabilities = torch.zeros_like(kept).scatter(-1, order, kept)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

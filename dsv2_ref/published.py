@@ -36,13 +36,21 @@ def known() -> Mapping[str, Any]:
 def load(path: str | Path) -> Any:
     """The JSON in a file; ValueError, naming the file, for what is none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
-    except RecursionError:
-        raise ValueError(f"{path} is not JSON that can be read: nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+        return decode(Path(path).read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} {error}") from error
+
+
+def decode(text: bytes) -> Any:
+    """The JSON in these bytes; ValueError, which begins with "is not", for what is none."""
+    try:
+        return json.loads(text.decode("utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("is not JSON that can be read: nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not text in UTF-8: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
 
 
 def _no_number(constant: str) -> None:
@@ -84,6 +92,23 @@ def read(source: object, names: Collection[str]) -> tuple[Mapping[str, Any], dic
         warnings.warn(message, stacklevel=4)
     given |= _rope_of(decoder)
     return decoder, known()["kinds"][kind]["defaults"] | given
+
+
+def decoder_of(source: object) -> Mapping[str, Any]:
+    """All keys that a published file has for its decoder, those around it included."""
+    outer, _, decoder = _decoder_of(require_object(source, "the configuration"))
+    return {**outer, **decoder}
+
+
+def encode(config: "DeepseekV2Config") -> dict[str, Any]:
+    """A ``config.json`` that this package and, where it has the model, transformers read as this configuration."""
+    v3 = config.scoring_func == "sigmoid" and config.topk_method == "noaux_tc" and config.n_routed_experts is not None
+    name = "DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"
+    own = ("_attn_implementation", "mla_form", "device_aux_loss_alpha", "communication_aux_loss_alpha")
+    fields = {key: value for key, value in config.to_dict().items() if key not in own}
+    if config.num_key_value_heads is None:
+        fields["num_key_value_heads"] = config.num_attention_heads
+    return {"architectures": [name], "model_type": "deepseek_v3" if v3 else "deepseek_v2"} | fields
 
 
 def _decoder_of(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:

@@ -1,0 +1,614 @@
+"""Layers and models from checkpoints: what is loaded is what was saved, from a folder and from afar, or nothing is."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, files
+from dsv2_ref.published import encode
+from dsv2_ref.tensors import dequantize
+from tests.peers import SMALL, V3_GATE, YARN, native_config, native_of, native_weights, randomised
+
+CONFIGS = {
+    "v2": SMALL,
+    "v2_groups": replace(SMALL, topk_method="group_limited_greedy", n_group=4, topk_group=2, num_experts_per_tok=4),
+    "v3": V3_GATE,
+    "v3_yarn": replace(V3_GATE, rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, q_lora_rank=None),
+    "tied": replace(SMALL, tie_word_embeddings=True),
+}
+IDS = torch.arange(9)[None] * 5
+
+
+def saved(folder: Path, config: DeepseekV2Config = SMALL, shard: int = 30_000) -> DeepseekV2ForCausalLM:
+    model = randomised(DeepseekV2ForCausalLM(config), torch.float32)
+    model.save_pretrained(folder, shard)
+    return model
+
+
+def same(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
+    expected = theirs.state_dict()
+    return all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
+
+
+# What is loaded
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_in_shards_comes_back(name: str, tmp_path: Path) -> None:
+    model = saved(tmp_path, CONFIGS[name])
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    loaded = DeepseekV2ForCausalLM.from_pretrained(tmp_path)
+    assert same(loaded, model)
+    assert not loaded.training
+    assert loaded.config == replace(model.config, num_key_value_heads=model.config.num_attention_heads)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (name == "tied")
+    for index, expected in enumerate(model.model.layers):
+        assert same(DeepseekV2DecoderLayer.from_pretrained(tmp_path, index), expected)
+
+
+def test_saving_again_leaves_no_shard_behind(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model = saved(tmp_path, shard=10**9)
+    assert (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    assert same(DeepseekV2ForCausalLM.from_pretrained(str(tmp_path)), model)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_transformers_writes_gives_the_same_logits_and_layers(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    kind = native_of(config).causal_lm
+    torch.manual_seed(3)
+    settings = native_config(config)
+    settings.tie_word_embeddings = config.tie_word_embeddings
+    theirs = kind(settings).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    ours = DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS)[0], theirs(IDS).logits, rtol=1e-5, atol=1e-6)
+    layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1, dtype=torch.float32)
+    expected = theirs.model.layers[1].state_dict()
+    for part, weight in native_weights(layer.state_dict()).items():
+        assert torch.equal(weight, expected[part]), part
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours = saved(tmp_path, CONFIGS[name])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert type(theirs) is native_of(CONFIGS[name]).causal_lm
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS)[0], theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_every_preset_can_be_written_and_read_as_a_configuration() -> None:
+    for name in ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr", "deepseek_v3", "moonlight"):
+        config = getattr(DeepseekV2Config, name)()
+        read = DeepseekV2Config.from_published(json.loads(json.dumps(encode(config))))
+        assert read == replace(config, num_key_value_heads=config.num_attention_heads)
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    model = saved(tmp_path, V3_GATE)
+    for dtype in (torch.bfloat16, torch.float64):
+        layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1, dtype=dtype)
+        assert {p.dtype for p in layer.parameters()} == {dtype}
+        assert torch.equal(layer.mlp.gate.weight, model.model.layers[1].mlp.gate.weight.to(dtype))
+        # What chooses keeps its bits.
+        assert layer.mlp.gate.e_score_correction_bias.dtype == torch.promote_types(dtype, torch.float32)
+    assert DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1).mlp.gate.weight.dtype == torch.float32
+    change_config(tmp_path, torch_dtype="bfloat16")
+    assert DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1).mlp.gate.weight.dtype == torch.bfloat16
+    change_config(tmp_path, torch_dtype=None)
+    assert DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1).mlp.gate.weight.dtype == torch.float32
+
+
+def test_settings_that_no_checkpoint_has(tmp_path: Path) -> None:
+    saved(tmp_path)
+    layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0, attn_implementation="eager", mla_form="absorbed")
+    assert (layer.self_attn.config._attn_implementation, layer.self_attn.config.mla_form) == ("eager", "absorbed")
+    meta = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0, device="meta")
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+# Eight bits
+
+
+def quantised(weight: Tensor, block: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
+    """By the loop over blocks that the definition is."""
+    rows, columns = weight.shape
+    scales = torch.zeros(-(-rows // block[0]), -(-columns // block[1]))
+    stored = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            place = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            scales[i, j] = weight[place].abs().max() / 448
+            stored[place] = (weight[place] / scales[i, j]).to(torch.float8_e4m3fn)
+    return stored, scales
+
+
+@pytest.mark.parametrize("shape", [(256, 128), (300, 130), (1, 1), (128, 129), (5, 700)])
+def test_blocks_of_eight_bits_edges_included(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    stored, scales = quantised(weight)
+    out = torch.empty(shape, dtype=torch.float64)
+    dequantize(stored, scales, (128, 128), out)
+    spread = scales.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
+    torch.testing.assert_close(out, (stored.float() * spread).double(), rtol=0, atol=0)
+    assert float((out - weight).norm() / weight.norm()) < 2**-4  # three bits after the leading one
+
+
+def eight_bits(folder: Path, model: DeepseekV2ForCausalLM, block: list[int]) -> dict[str, Tensor]:
+    """Rewrite a checkpoint with its matrices of layers in float8, as DeepSeek-V3 is published; what they then are."""
+    weights, expected = {}, {}
+    for name, weight in model.state_dict().items():
+        weights[name] = expected[name] = weight.detach().clone()
+        if weight.ndim == 2 and "layers" in name and "mlp.gate." not in name:
+            weights[name], weights[f"{name}_scale_inv"] = quantised(weight.detach(), (block[0], block[1]))
+            expected[name] = torch.empty_like(weight)
+            dequantize(weights[name], weights[f"{name}_scale_inv"], (block[0], block[1]), expected[name])
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(weights, folder / "model.safetensors")
+    change_config(folder, quantization_config={"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block})
+    return expected
+
+
+def test_a_checkpoint_in_eight_bits(tmp_path: Path) -> None:
+    model = saved(tmp_path, V3_GATE)
+    expected = eight_bits(tmp_path, model, [16, 16])
+    loaded = DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+    change_config(tmp_path, torch_dtype=None)
+    layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0)
+    assert layer.self_attn.o_proj.weight.dtype in (torch.bfloat16, torch.float32)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(
+        layer.self_attn.o_proj.weight.float(), expected[name].to(layer.self_attn.o_proj.weight.dtype).float()
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4},
+            "quantization_config.quant_method is 'gptq'; wanted fp8, or weights that",
+        ),
+        ({"quant_method": "fp8"}, "quantization_config.weight_block_size is a list of 0; wanted rows and columns"),
+        ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [1, 1]}, "quantization_config.fmt is 'e5m2'"),
+        ("fp8", "quantization_config is 'fp8'; wanted a JSON object"),
+    ],
+)
+def test_other_quantisations_are_rejected_by_name(told: Any, message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    change_config(tmp_path, quantization_config=told)
+    rejected(tmp_path, message)
+
+
+def test_eight_bits_without_their_scales(tmp_path: Path) -> None:
+    model = saved(tmp_path, V3_GATE)
+    eight_bits(tmp_path, model, [16, 16])
+    change_config(tmp_path, quantization_config=None)
+    rejected(
+        tmp_path, r"model.safetensors: tensor model.layers.1.\S+ is 'F8_E4M3'; wanted floating point, or F8_E4M3 with"
+    )
+    eight_bits(tmp_path, model, [16, 16])
+    change_weights(tmp_path, lambda weights: weights.pop("model.layers.1.self_attn.o_proj.weight_scale_inv"))
+    rejected(tmp_path, r"tensor model.layers.1.self_attn.o_proj.weight_scale_inv is missing; wanted \(3, 3\), a scale")
+
+
+# What is wrong
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    (path,) = folder.glob("*.safetensors")
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def rejected(source: Any, message: str, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=message) as caught:
+        DeepseekV2DecoderLayer.from_pretrained(source, 1)
+    assert "\n" not in str(caught.value)
+
+
+NAME = "model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(NAME), f"no tensor {NAME}; wanted every weight"),
+        (
+            lambda w: [w.pop(n) for n in list(w) if ".1.mlp." in n],
+            "no tensor model.layers.1.mlp.gate.weight and 39 more",
+        ),
+        (
+            lambda w: w.update({NAME: w[NAME].T.contiguous()}),
+            rf"model.safetensors: tensor {NAME} is \(40, 48\); wanted",
+        ),
+        (
+            lambda w: w.update({f"{NAME}x": w[NAME].clone()}),
+            f"model.safetensors: tensor {NAME}x has no place; wanted only",
+        ),
+        (
+            lambda w: w.update({NAME: w[NAME].int()}),
+            f"model.safetensors: tensor {NAME} is 'I32'; wanted floating point",
+        ),
+    ],
+)
+def test_tensors_that_are_not_the_layers(change: Any, message: str, tmp_path: Path) -> None:
+    saved(tmp_path, shard=10**9)
+    change_weights(tmp_path, change)
+    rejected(tmp_path, message)
+
+
+def test_tensors_of_other_parts_and_of_further_prediction_do_not_matter(tmp_path: Path) -> None:
+    model = saved(tmp_path, V3_GATE, shard=10**9)
+    change_config(tmp_path, num_nextn_predict_layers=1)
+    extra = {
+        "model.layers.2.eh_proj.weight": torch.ones(2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    change_weights(tmp_path, lambda weights: weights.update(extra | {"model.vision.x": torch.ones(1)}))
+    assert same(DeepseekV2ForCausalLM.from_pretrained(tmp_path), model)
+    change_config(tmp_path, num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match=r"tensor model.layers.2.eh_proj.weight has no place"):
+        DeepseekV2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_decoder_inside_a_model_with_vision(tmp_path: Path) -> None:
+    model = saved(tmp_path, shard=10**9)
+    inner = json.loads((tmp_path / "config.json").read_text())
+    outer = {"model_type": "deepseek_vl_v2", "vision_config": {}, "language_config": inner}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+
+    def nest(weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            weights[f"language.{name}"] = weights.pop(name)
+        weights["vision.blocks.0.weight"] = torch.ones(3)
+
+    change_weights(tmp_path, nest)
+    assert same(DeepseekV2ForCausalLM.from_pretrained(tmp_path), model)
+    assert same(DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1), model.model.layers[1])
+
+
+def test_tied_weights_that_differ(tmp_path: Path) -> None:
+    saved(tmp_path, CONFIGS["tied"], shard=10**9)
+    head = {"lm_head.weight": load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()}
+    change_weights(tmp_path, lambda weights: weights.update(head))
+    DeepseekV2ForCausalLM.from_pretrained(tmp_path)
+    head["lm_head.weight"][3, 3] += 1
+    change_weights(tmp_path, lambda weights: weights.update(head))
+    with pytest.raises(ValueError, match=r"tensor lm_head.weight is 'another matrix'; wanted the embedding"):
+        DeepseekV2ForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:-1], "can be read: it has [0-9]+ bytes, and its tensors end at"),
+        (lambda b: b + b"\0", "can be read: it has [0-9]+ bytes, and its tensors end at"),
+        (lambda b: b[:100], "can be read: its header would have"),
+        (lambda b: b[:7], "can be read: it has 7 bytes"),
+        (lambda b: b"\xff" * 8 + b[8:], "can be read: its header would have"),
+        (lambda b: b[:8] + b"[" + b[9:], "can be read: its header is not a JSON object"),
+        (lambda b: b.replace(b'"F32"', b'"F16"', 1), r"can be read: tensor \S+ has [0-9]+ bytes for"),
+        (lambda b: b.replace(b'"shape"', b'"shapo"', 1), r"can be read: tensor \S+ has no dtype, shape and place"),
+        (lambda b: b"<html>" + b[6:], "can be read: its header would have"),
+    ],
+)
+def test_damaged_files(damage: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
+    saved(tmp_path, shard=10**9)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    rejected(tmp_path, f"model.safetensors is not a safetensors file that {message}")
+
+
+def test_shards_that_are_missing_cut_or_strange(tmp_path: Path) -> None:
+    saved(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    shard = tmp_path / told["weight_map"][NAME]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-4])
+    rejected(tmp_path, f"{shard.name} is not a safetensors file that can be read: it has")
+    shard.unlink()
+    rejected(tmp_path, f"{shard.name} does not exist; model.safetensors.index.json names it", FileNotFoundError)
+    shard.write_bytes(whole)
+    for other, message in {"../x": "is '../x'; wanted names of files beside it"}.items():
+        index.write_text(json.dumps({"weight_map": told["weight_map"] | {NAME: other}}))
+        rejected(tmp_path, message)
+    index.write_text(json.dumps({"weight_map": {**told["weight_map"], "model.layers.1.lost": shard.name}}))
+    rejected(tmp_path, f"{shard.name} is 'without model.layers.1.lost'; wanted the tensors that")
+    index.write_text("{}")
+    rejected(tmp_path, "model.safetensors.index.json is not the index of a checkpoint: weight_map is None")
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    rejected(
+        tmp_path / "nowhere", r"source is .*nowhere'; wanted a folder, an http or https address", FileNotFoundError
+    )
+    rejected(tmp_path, "config.json does not exist", FileNotFoundError)
+    (tmp_path / "config.json").write_text("{")
+    rejected(tmp_path, "config.json: is not JSON")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    rejected(tmp_path, "config.json: model_type is 'llama'; wanted")
+    (tmp_path / "config.json").write_text(json.dumps(encode(SMALL)))
+    rejected(tmp_path, "model.safetensors does not exist", FileNotFoundError)
+    saved(tmp_path, V3_GATE)
+    (tmp_path / "config.json").write_text(json.dumps(encode(SMALL)))
+    rejected(tmp_path, "tensor model.layers.1.mlp.gate.e_score_correction_bias has no place")
+    with pytest.raises(ValueError, match=r"layer_idx is 7; wanted"):
+        DeepseekV2DecoderLayer.from_pretrained(tmp_path, 7)
+
+
+# Memory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process its peak")
+def test_the_peak_is_the_layer_and_its_largest_tensor(tmp_path: Path) -> None:
+    """In a process of its own. Layer 0 is dense and small."""
+    config = replace(
+        SMALL, hidden_size=1024, moe_intermediate_size=512, n_routed_experts=32, num_attention_heads=8,
+        intermediate_size=2048, vocab_size=128, num_hidden_layers=2, n_shared_experts=1,
+    )  # fmt: skip
+    model = DeepseekV2ForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path)
+    size = sum(weight.nbytes for weight in model.model.layers[1].state_dict().values())
+    largest = max(weight.nbytes for weight in model.model.layers[1].state_dict().values())
+    code = """
+import re, sys, torch
+from pathlib import Path
+from dsv2_ref import DeepseekV2DecoderLayer
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+DeepseekV2DecoderLayer.from_pretrained(sys.argv[1], 0)  # what is imported on the way, and what the allocator keeps
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = peak()
+layer = DeepseekV2DecoderLayer.from_pretrained(sys.argv[1], 1)
+print(peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    taken = int(run.stdout)
+    slack = 12_000_000  # what layer 0 left to be used again; a second copy of the layer would be 100 MB
+    assert size < taken + slack
+    assert taken <= size + largest + slack, f"{taken:,} for {size:,}"
+
+
+# From afar
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """A server without ranges."""
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@dataclass
+class Behaviour:
+    """What a server does, and what it was asked."""
+
+    break_after: int = 0  # bytes of a body, of every other request
+    lie: int = 0  # added to lengths
+    status: int = 0  # of files in safetensors
+    asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    sent: int = 0
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """A server with ranges, which misbehaves as it is told."""
+
+    def __init__(self, folder: Path, behaviour: Behaviour, *args: Any) -> None:
+        self.folder, self.behaviour = folder, behaviour
+        super().__init__(*args)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        told = self.behaviour
+        told.asked.append((self.path, self.headers["Range"], self.headers["Authorization"]))
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.end_headers()
+            return
+        path = self.folder / self.path.lstrip("/")
+        if told.status and path.suffix == ".safetensors":
+            self.send_error(told.status)
+            return
+        if not path.is_file():
+            self.send_error(404)
+            return
+        body = path.read_bytes()
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])  # type: ignore[index]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body) + told.lie}")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        part = body[start:]
+        if told.break_after and len(told.asked) % 2:
+            part = part[: told.break_after]
+        try:
+            for at in range(0, len(part), 4096):
+                self.wfile.write(part[at : at + 4096])
+                told.sent += min(4096, len(part) - at)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Any], str]]:
+    servers = []
+
+    def start(handler: Any) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_layer_from_afar_reads_its_own_bytes(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SKIPPED", 0)  # ask anew for whatever lies farther on
+    config = replace(SMALL, num_hidden_layers=4, vocab_size=4096)
+    model, told = saved(tmp_path, config, shard=10**9), Behaviour()
+    address = serve(partial(Ranges, tmp_path, told))
+    layer = DeepseekV2DecoderLayer.from_pretrained(address, 2)
+    assert same(layer, model.model.layers[2])
+    whole = (tmp_path / "model.safetensors").stat().st_size
+    own = sum(weight.nbytes for weight in layer.state_dict().values())
+    ranges = [asked for path, asked, _ in told.asked if path == "/model.safetensors"]
+    assert len(ranges) < 12, ranges
+    assert own < whole / 8
+
+
+@pytest.mark.parametrize("shard", [30_000, 10**9])
+def test_a_model_from_afar(shard: int, tmp_path: Path, serve: Any) -> None:
+    model = saved(tmp_path, V3_GATE, shard)
+    for handler in (partial(Ranges, tmp_path, Behaviour()), partial(Quiet, directory=tmp_path)):
+        address = serve(handler)
+        assert same(DeepseekV2ForCausalLM.from_pretrained(address + "/"), model)
+        assert same(DeepseekV2DecoderLayer.from_pretrained(address, 1), model.model.layers[1])
+
+
+def test_a_server_without_ranges_is_read_once(tmp_path: Path, serve: Any) -> None:
+    class Counting(Quiet):
+        asked: ClassVar[list[str]] = []
+
+        def do_GET(self) -> None:
+            self.asked.append(self.path)
+            super().do_GET()
+
+    saved(tmp_path, shard=10**9)
+    DeepseekV2DecoderLayer.from_pretrained(serve(partial(Counting, directory=tmp_path)), 1)
+    assert Counting.asked.count("/model.safetensors") <= 2
+
+
+def test_redirects_do_not_tell_the_token_to_other_hosts(tmp_path: Path, serve: Any) -> None:
+    model, told, elsewhere = saved(tmp_path), Behaviour(), Behaviour()
+    own = serve(partial(Ranges, tmp_path, told))
+    layer = DeepseekV2DecoderLayer.from_pretrained(f"{own}/moved", 1, token="secret")
+    assert same(layer, model.model.layers[1])
+    assert {token for _, _, token in told.asked} == {"Bearer secret"}
+
+    other = serve(partial(Ranges, tmp_path, elsewhere))
+
+    class Away(Quiet):
+        def do_GET(self) -> None:
+            self.send_response(307)
+            self.send_header("Location", other + self.path)
+            self.end_headers()
+
+    assert same(DeepseekV2DecoderLayer.from_pretrained(serve(Away), 1, token="secret"), model.model.layers[1])
+    assert {token for _, _, token in elsewhere.asked} == {None}
+
+
+def test_a_connection_that_breaks_is_resumed(tmp_path: Path, serve: Any) -> None:
+    model, told = saved(tmp_path, shard=10**9), Behaviour(break_after=60_000)
+    address = serve(partial(Ranges, tmp_path, told))
+    assert same(DeepseekV2ForCausalLM.from_pretrained(address), model)
+    starts = [int(re.findall(r"\d+", asked or "0")[0]) for path, asked, _ in told.asked if path == "/model.safetensors"]
+    assert len(starts) > 1
+    assert starts == sorted(starts)  # nothing is read twice
+
+
+def test_a_connection_that_always_breaks_is_given_up(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    saved(tmp_path, shard=10**9)
+
+    class Dead(Ranges):
+        def do_GET(self) -> None:
+            if self.path.endswith(".safetensors"):
+                self.send_response(206)
+                self.send_header("Content-Range", "bytes 0-999999/1000000")
+                self.send_header("Content-Length", "1000000")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+    rejected(
+        serve(partial(Dead, tmp_path, Behaviour())), r"model.safetensors cannot be read: \S.*connection ended", OSError
+    )
+
+
+def test_a_length_that_is_wrong(tmp_path: Path, serve: Any) -> None:
+    saved(tmp_path, shard=10**9)
+    address = serve(partial(Ranges, tmp_path, Behaviour(lie=8)))
+    rejected(address, r"config.json cannot be read: the connection ended", OSError)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
+def test_a_server_that_says_no(status: int, tmp_path: Path, serve: Any) -> None:
+    saved(tmp_path, shard=10**9)
+    address = serve(partial(Ranges, tmp_path, Behaviour(status=status)))
+    rejected(address, rf"{address}/model.safetensors .*the server says {status}", OSError)
+
+
+def test_no_server(tmp_path: Path) -> None:
+    rejected("http://127.0.0.1:9", "http://127.0.0.1:9/config.json cannot be read: .*refused", OSError)
+
+
+# Names on the Hub
+
+
+def test_a_name_on_the_hub(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a double of the Hub's client: whole models go through its cache, layers are read where they lie."""
+    import huggingface_hub as hub
+
+    model, told = saved(tmp_path / "repository"), Behaviour()
+    address = serve(partial(Ranges, tmp_path / "repository", told))
+    asked = []
+
+    def snapshot_download(name: str, local_files_only: bool = False, **settings: Any) -> str:
+        asked.append((name, local_files_only, settings["revision"]))
+        if local_files_only:
+            raise hub.errors.LocalEntryNotFoundError("not here")
+        return str(tmp_path / "repository")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(hub, "hf_hub_url", lambda name, file, revision: f"{address}/{file}")
+    monkeypatch.setattr(hub, "get_token", lambda: "mine")
+    assert same(DeepseekV2ForCausalLM.from_pretrained("owner/model", revision="v1"), model)
+    assert not told.asked
+    assert same(DeepseekV2DecoderLayer.from_pretrained("owner/model", 1), model.model.layers[1])
+    assert {token for _, _, token in told.asked} == {"Bearer mine"}
+    assert asked == [("owner/model", False, "v1"), ("owner/model", True, None)]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        ImportError, match="source is 'owner/model', which looks like a name on the Hub; wanted pip install"
+    ):
+        DeepseekV2DecoderLayer.from_pretrained("owner/model", 1)
