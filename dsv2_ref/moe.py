@@ -55,7 +55,7 @@ class DeepseekV2MLP(nn.Module):
 
 
 class MoEGate(nn.Module):
-    """Choose k = ``num_experts_per_tok`` of E experts for every token, and their weights.
+    """Choose k = ``num_experts_per_tok`` of E experts for each token, and weigh them.
 
     Scores are the softmax over all experts of the token's product with a vector of each
     (V2), or each product's sigmoid (V3). ``greedy`` takes the best k, the other methods

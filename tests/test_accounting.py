@@ -525,9 +525,11 @@ def test_the_command_refuses_in_one_line(
     (tmp_path / "LIST").write_text("[1]")
     (tmp_path / "DEEP").write_text("[" * 200_000)
     (tmp_path / "LATIN").write_bytes(b"\xe9")
-    (tmp_path / "HUGE").write_text(f'{{"hidden_size": {10**400}}}')
-    (tmp_path / "ROPE").write_text(f'{{"rope_theta": {10**400}}}')
-    (tmp_path / "WRONG").write_text('{"n_routed_experts": 4, "num_experts_per_tok": 9, "hidden_size": 64}')
+    (tmp_path / "HUGE").write_text(f'{{"model_type": "deepseek_v2", "hidden_size": {10**400}}}')
+    (tmp_path / "ROPE").write_text(f'{{"model_type": "deepseek_v2", "rope_theta": {10**400}}}')
+    (tmp_path / "WRONG").write_text(
+        '{"model_type": "deepseek_v2", "n_routed_experts": 4, "num_experts_per_tok": 9, "hidden_size": 64}'
+    )
     if arguments[0] == "--config":
         arguments = ["--config", str(tmp_path / arguments[1])]
     assert main(["account", *arguments]) == 2

@@ -132,7 +132,7 @@ def test_the_gate_adds_up_the_losses_that_are_weighted(seq_aux: bool) -> None:
 
 def test_losses_over_devices_want_groups() -> None:
     for name in ("device_aux_loss_alpha", "communication_aux_loss_alpha"):
-        with pytest.raises(ValueError, match=f"{name} is 0.1; wanted 0 without group_limited_greedy"):
+        with pytest.raises(ValueError, match=f"{name} is 0.1; wanted 0 with greedy, which has no groups"):
             replace(DeepseekV2Config.tiny(), **{name: 0.1})
         with pytest.raises(ValueError, match=f"{name} is -1"):
             replace(GROUPED, **{name: -1})

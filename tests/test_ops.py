@@ -281,7 +281,7 @@ def test_threads_do_not_meet(counted: tuple[list[str], Any, Any]) -> None:
     [
         (DeepseekV2DecoderLayer.forward, "hidden_states = residual + self.mlp(hidden_states)"),
         (DeepseekV2Attention.forward, 'if form == "expanded":'),
-        (MoEGate.forward, "scores = logits.softmax(dim=-1)"),
+        (MoEGate.forward, "topk_weight = scores.gather(-1, topk_idx)"),
         (attend, "out = weights"),
     ],
 )
