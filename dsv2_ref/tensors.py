@@ -8,7 +8,6 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,11 +104,11 @@ def read_headers(place: files.Place, prefixes: tuple[str, ...]) -> dict[str, Ent
 
 def read_tensor(entry: Entry) -> Tensor:
     """A tensor, as it is stored."""
-    stored = torch.empty(entry.shape, dtype=entry.dtype)
-    if stored.numel():
-        in_bytes: Any = stored.flatten().view(torch.uint8).numpy()
-        entry.file.read_into(entry.start, memoryview(in_bytes))
-    return stored
+    held = bytearray(entry.end - entry.start)
+    if not held:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    entry.file.read_into(entry.start, memoryview(held))
+    return torch.frombuffer(held, dtype=entry.dtype).view(entry.shape)
 
 
 def dequantize(stored: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor) -> None:
