@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from dsv2_ref import files
@@ -102,7 +103,7 @@ def read_headers(place: files.Place, prefixes: tuple[str, ...]) -> dict[str, Ent
     return entries
 
 
-def read_tensor(entry: Entry) -> Tensor:
+def read_tensor(entry: Entry) -> Shaped[Tensor, "..."]:
     """A tensor, as it is stored."""
     held = bytearray(entry.end - entry.start)
     if not held:
@@ -111,7 +112,12 @@ def read_tensor(entry: Entry) -> Tensor:
     return torch.frombuffer(held, dtype=entry.dtype).view(entry.shape)
 
 
-def dequantize(stored: Tensor, scales: Tensor, block: tuple[int, int], out: Tensor) -> None:
+def dequantize(
+    stored: Shaped[Tensor, "rows columns"],
+    scales: Float[Tensor, "row_blocks column_blocks"],
+    block: tuple[int, int],
+    out: Float[Tensor, "rows columns"],
+) -> None:
     """Write float8 values times the scale of their block into ``out``. Blocks at the edges may be cut.
 
     Source: ``weight_dequant`` of DeepSeek-V3's published inference code.

@@ -50,13 +50,16 @@ OPTIONAL = {
     "IPython": {"plots"},
     "flash_attn": {"checks"},
     "triton": {"triton"},
+    "huggingface_hub": {"files"},
+    "safetensors": {"pretrained"},
+    "tqdm": {"pretrained"},
 }
 """Where what the package does not require may be imported: the names of modules or their folders."""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=MODULES)
 def test_modules_import_only_what_the_package_requires(path: Path) -> None:
-    """torch and jaxtyping; plots also NumPy and matplotlib; flash-attn where it is asked for; kernels also Triton."""
+    """torch and jaxtyping; the rest only where it is asked for."""
     others = {name for name in imports_of(path) if not name.startswith("dsv2_ref")} - sys.stdlib_module_names
     here = {path.stem, path.parent.name}
     assert others <= {"torch", "jaxtyping"} | {name for name, places in OPTIONAL.items() if places & here}
@@ -178,7 +181,9 @@ def test_what_runs_here_is_what_is_pinned() -> None:
 
 def test_the_package_requires_torch_and_jaxtyping_alone() -> None:
     assert {Requirement(line).name for line in PROJECT["dependencies"]} == {"torch", "jaxtyping"}
-    assert set(PROJECT["optional-dependencies"]) == {"plots", "notebooks", "book", "test", "test-cuda", "gpu"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        *("plots", "pretrained", "notebooks", "book", "test", "test-cuda", "gpu")
+    }
     assert {Requirement(line).name for line in PROJECT["optional-dependencies"]["gpu"]} == {
         "flash-attn",
         "torch",
