@@ -72,3 +72,24 @@ def test_three_counts_box_and_count_the_same_dots_three_ways() -> None:
     for axes, counted in zip(panels, ("each expert", "each device", "sent to each device"), strict=True):
         assert axes.get_title(loc="left").endswith(counted)
     assert [text.get_text() for text in panels[-1].texts[-4:]] == [f"expert {expert}" for expert in range(4)]
+
+
+def test_load_over_steps_takes_four_runs_and_says_so_of_a_fifth() -> None:
+    curves = {f"run {number}": {0: 2.0, 25: 1.0} for number in range(5)}
+    four = dict(list(curves.items())[:4])
+    above, _ = plots.load_over_steps(four, four)
+    assert len({(line.get_color(), line.get_linestyle()) for line in above.get_lines()}) == len(four) + 1
+    with pytest.raises(ValueError, match="5 curves; wanted at most 4"):
+        plots.load_over_steps(curves, curves)
+
+
+def test_load_maps_compare_kinds_with_all_of_them_together() -> None:
+    rows = {"code": [2.0, 0.0], "sums": [0.0, 2.0], "together": [1.0, 1.0]}
+    maps = plots.load_maps({"expert loss": rows, "bias": rows})
+    for axes in maps:
+        (image,) = axes.get_images()
+        code, _, together = image.cmap(image.norm(image.get_array()))
+        assert together[0].tolist() == together[1].tolist()
+        assert together[0].tolist() == pytest.approx([1, 1, 1, 1], abs=0.05), "an even share is white"
+        assert code[0][0] > code[0][2], "above it is red"
+        assert code[1][2] > code[1][0], "below it is blue"

@@ -9,6 +9,7 @@ from dsv2_ref.plots.counting import shares, weights_to_scale
 from dsv2_ref.plots.decoding import crossover, moved_bracket, queries_by_distance, three_ways
 from dsv2_ref.plots.experts import narrow_networks, routing_map, sorted_choices
 from dsv2_ref.plots.kernels import bytes_moved, decode_plan, memory_passes, waves
+from dsv2_ref.plots.lineage import cached_per_token, layer_changes
 from dsv2_ref.plots.mla import cached_elements, latent_flow, low_rank, truncation_errors, up_maps
 from dsv2_ref.plots.overview import attention_by_hand, layer_kinds, stored_and_used, two_layers, what_heads_read
 from dsv2_ref.plots.prenorm import by_layer, ends_by_rate, norm_places, stream_spiral, training_curves
@@ -19,9 +20,10 @@ from dsv2_ref.plots.source import show
 from dsv2_ref.plots.style import add_curves, new_axes
 
 __all__ = [
-    "add_curves", "attention_by_hand", "bits_by_length", "by_layer", "bytes_moved", "cached_elements", "circle_of_tokens",
+    "add_curves", "attention_by_hand", "bits_by_length", "by_layer", "bytes_moved", "cached_elements", "cached_per_token",
+    "circle_of_tokens",
     "claimed_over_computed", "clocks", "crossover", "decode_plan", "ends_by_rate", "expert_loads",
-    "growth_through_layers", "latent_flow", "layer_kinds", "load_maps", "load_over_steps", "low_rank", "memory_passes",
+    "growth_through_layers", "latent_flow", "layer_changes", "layer_kinds", "load_maps", "load_over_steps", "low_rank", "memory_passes",
     "moved_bracket", "narrow_networks", "new_axes", "norm_places", "quarter_turns", "queries_by_distance", "roofline",
     "routing_map", "running_sums", "scores_by_distance", "shares", "show", "sorted_choices", "step_times",
     "stored_and_used", "stream_spiral", "stretch_by_pair", "three_counts", "three_ways", "training_curves",
