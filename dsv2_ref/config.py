@@ -42,7 +42,7 @@ class RopeScaling:
 @dataclass(frozen=True, kw_only=True)
 class DeepseekV2Config:
     """Hyperparameters under their published names; the defaults are those of the
-    data sheet that the book checks (`card`).
+    data sheet that the book checks (``card``).
 
     ``num_key_value_heads=None`` means one per attention head. ``q_lora_rank=None``
     drops query compression, ``n_routed_experts=None`` makes every layer dense,
