@@ -5,6 +5,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -52,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config(args: argparse.Namespace) -> DeepseekV2Config:
     if args.config is not None:
-        config = DeepseekV2Config.from_published(args.config)
+        with warnings.catch_warnings(record=True, action="always") as told:
+            config = DeepseekV2Config.from_published(args.config)
+        for warning in told:
+            print(f"warning: {warning.message}", file=sys.stderr)
     else:
         name = "card" if args.preset is None else args.preset
         require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")

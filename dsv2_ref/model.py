@@ -139,19 +139,10 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         max_new_tokens: int,
         attention_mask: Shaped[Tensor, "batch seq"] | None = None,
-        *,
-        eos_token_id: int | Sequence[int] = (),
-        pad_token_id: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        **settings: Any,
     ) -> Int[Tensor, "batch seq_and_new_tokens"]:
-        """Continue each sequence by up to ``max_new_tokens`` tokens: the prompts with
-        the tokens that `stream` gives."""
-        settings: dict[str, Any] = {
-            "eos_token_id": eos_token_id, "pad_token_id": pad_token_id,
-            "temperature": temperature, "top_p": top_p, "generator": generator,
-        }  # fmt: skip
+        """The prompts, each continued by the tokens that `stream` gives, which also
+        takes the ``settings``: where a sequence ends, and how tokens are chosen."""
         new = self.stream(input_ids, max_new_tokens, attention_mask, **settings)
         return torch.cat([input_ids, *(tokens[:, None] for tokens in new)], dim=1)
 

@@ -484,6 +484,12 @@ def test_the_command_reads_a_published_file_and_prints_a_table(
     assert max(map(len, table.splitlines())) < 100
 
 
+def test_the_command_names_keys_that_it_does_not_know(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v2", "zebra": 1}')
+    assert main(["account", "--config", str(tmp_path / "config.json")]) == 0
+    assert capsys.readouterr().err == "warning: not known, and so not read from the configuration: zebra\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
