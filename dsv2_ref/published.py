@@ -81,7 +81,7 @@ def read(source: object, names: Collection[str]) -> tuple[Mapping[str, Any], dic
         if other in decoder:
             given.setdefault(name, decoder[other])
             require(_same(decoder[other], given[name]), other, decoder[other], f"{name}'s {given[name]!r}")
-    for name in outer.keys() & names:
+    for name in (name for name in outer if name in names):
         inside = given.setdefault(name, outer[name]) if name == "tie_word_embeddings" else given.get(name, outer[name])
         require(_same(outer[name], inside), name, outer[name], f"what the nested configuration says, {inside!r}")
         if name not in given:
@@ -90,7 +90,7 @@ def read(source: object, names: Collection[str]) -> tuple[Mapping[str, Any], dic
         keys = ", ".join(dict.fromkeys(unknown))
         message = f"not known, and so not read from the configuration: {keys}"
         warnings.warn(message, stacklevel=4)
-    given |= _rope_of(decoder)
+    given |= {"rope_scaling": None} | _rope_of(decoder)
     return decoder, known()["kinds"][kind]["defaults"] | given
 
 
@@ -139,8 +139,10 @@ def _decoder_of(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, M
     inner: Mapping[str, Any] = require_object(inside, key)
     if inner_kind is not None and inner.get("model_type") is None:
         inner = {**inner, "model_type": inner_kind}
+    wanted = "a decoder's configuration, which holds no other"
+    require(_nested_key(inner) is None, key, inner, wanted)
     beside, kind, decoder = _decoder_of(inner)
-    require(not beside, key, inner, "a decoder's configuration, which holds no other")
+    require(not beside, key, inner, wanted)
     return outer, kind, decoder
 
 
@@ -156,7 +158,7 @@ def _bases(published: Mapping[str, Any]) -> list[str]:
     names = published.get("architectures") or []
     fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
     require(fits, "architectures", names, "a list of names")
-    return [re.sub(r"(For[A-Z]\w*|Model)$", "", name) for name in names]
+    return [re.sub(r"(For[A-Z][A-Za-z0-9]*|Model)\Z", "", name) for name in names]
 
 
 def _require_architecture(published: Mapping[str, Any], kind: str, own: list[str]) -> None:
@@ -192,10 +194,10 @@ def _same(value: object, other: object) -> bool:
 
 
 def _reject_others(given: Mapping[str, Any], only: Mapping[str, list[Any]], where: str = "") -> None:
-    for key in given.keys() & only:
-        if not any(_same(given[key], value) for value in only[key]):
+    for key, found in given.items():
+        if key in only and not any(_same(found, value) for value in only[key]):
             allowed = " or ".join("no such key" if value is None else repr(value) for value in only[key])
-            reject(f"{where}{key}", given[key], f"{allowed}: the layer would be another")
+            reject(f"{where}{key}", found, f"{allowed}: the layer would be another")
 
 
 def _is_known(key: str, names: Collection[str], only: Iterable[str], beside: Iterable[str]) -> bool:
@@ -241,9 +243,11 @@ def _rope_of(decoder: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_agreement(decoder: Mapping[str, Any], config: "DeepseekV2Config") -> None:
     """Reject keys that say again, and otherwise, what follows from the fields."""
-    rotating, plain = config.qk_rope_head_dim, config.hidden_size // config.num_attention_heads
-    query = config.qk_nope_head_dim + rotating
-    heads = {"head_dim": [rotating, query], "qk_head_dim": [query]} if config.use_mla else {"head_dim": [plain]}
+    if config.use_mla:
+        rotating, query = config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
+        heads = {"head_dim": [rotating, query], "qk_head_dim": [query]}
+    else:  # the widths of latent attention may be anything
+        heads = {"head_dim": [config.hidden_size // config.num_attention_heads]}
     for key, allowed in heads.items():
         value = decoder.get(key)
         fits = value is None or any(_same(value, one) for one in allowed)

@@ -13,10 +13,13 @@ from typing import Any
 
 
 @cache
+def _text() -> str:
+    return (Path(__file__).parent / "data" / "published_configs.json").read_text(encoding="utf-8")
+
+
 def configs() -> dict[str, dict[str, Any]]:
-    """The files, by name."""
-    path = Path(__file__).parent / "data" / "published_configs.json"
-    read: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    """The files, by name: new objects at each call, as transformers writes into those that it is given."""
+    read: dict[str, dict[str, Any]] = json.loads(_text())
     return read
 
 

@@ -125,6 +125,7 @@ def test_a_name_of_an_architecture_tells_the_kind_too() -> None:
     rejected({"architectures": ["LlamaForCausalLM"], "hidden_size": 64}, "^architectures is 'Llama'; wanted an arch")
     rejected(BARE | {"architectures": ["DeepseekV32ForCausalLM"]}, "^architectures is 'DeepseekV32'; wanted an arch")
     rejected(BARE | {"architectures": "DeepseekV2"}, "^architectures is 'DeepseekV2'; wanted a list of names")
+    rejected(BARE | {"architectures": ["DeepseekV2ForCausalLMé"]}, "^architectures is 'DeepseekV2ForCausalLMé'")
     rejected({"model_type": ["deepseek_v2"]}, "^model_type is a list of 1; wanted a name")
 
 
@@ -168,6 +169,10 @@ def test_a_model_with_vision_keeps_its_decoder_inside() -> None:
     rejected({"model_type": "deepseek_vl_v2", "language_config": [2]}, "language_config is a?.*; wanted a JSON object")
     twice = {"language_config": lite, "text_config": lite}
     rejected(twice, "language_config and text_config is .given.; wanted one")
+    for between in ({}, {"model_type": "kimi_vl"}):
+        rejected(
+            {"text_config": between | {"text_config": BARE}}, "^text_config is {.*; wanted .* which holds no other$"
+        )
 
 
 def test_what_stands_outside_and_inside_must_agree() -> None:
@@ -197,6 +202,20 @@ def test_keys_that_would_make_another_layer_are_rejected_by_name(key: str) -> No
             rejected(BARE | {key: other}, f"^{key} is .*; wanted .*: the layer would be another$")
 
 
+def test_the_first_such_key_of_the_file_is_named() -> None:
+    wrong = ["index_topk", "sliding_window", "scale_depth", "o_groups", "mlp_bias"]
+    for first in wrong:
+        keys = [first, *(key for key in wrong if key != first)]
+        rejected(BARE | dict.fromkeys(keys, 7), f"^{first} is 7")
+
+
+def test_keys_around_a_decoder_are_named_in_the_order_of_the_file() -> None:
+    outer = {"model_type": "kimi_vl", "text_config": {"model_type": "deepseek_v3"}}
+    for keys in (["vocab_size", "hidden_size", "rope_theta"], ["rope_theta", "hidden_size", "vocab_size"]):
+        with pytest.warns(UserWarning, match=f": {', '.join(keys)}$"):
+            DeepseekV2Config.from_published(outer | dict.fromkeys(keys, 7))
+
+
 def test_true_is_not_one() -> None:
     rejected(BARE | {"partial_rotary_factor": True}, "^partial_rotary_factor is True; wanted 1 or no such key")
 
@@ -217,6 +236,12 @@ def test_the_first_moe_has_plain_attention() -> None:
     assert not read(moe).use_mla
     rejected(moe | {"kv_lora_rank": 512}, "^kv_lora_rank is 512; wanted no such key")
     rejected(moe | {"use_mla": True}, "^use_mla is True; wanted False")
+    assert not read(moe | {"qk_nope_head_dim": None, "qk_rope_head_dim": None, "head_dim": 128}).use_mla
+
+
+def test_youtu_has_no_experts_under_any_name() -> None:
+    for key in ("n_routed_experts", "num_experts", "num_local_experts"):
+        rejected(configs()["native_youtu"] | {key: 8}, f"^{key} is 8; wanted no such key")
 
 
 @pytest.mark.parametrize(
@@ -255,6 +280,14 @@ def test_theta_is_read_wherever_it_stands_and_the_inner_wins(key: str) -> None:
     assert read(BARE | {key: {"rope_theta": 5e4}}) == read(BARE | {"rope_theta": 5e4})
     theirs = AutoConfig.for_model("deepseek_v2", rope_theta=1e6, **{key: {"rope_type": "default", "rope_theta": 5e4}})
     assert theirs.rope_parameters["rope_theta"] == 5e4
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_an_empty_object_says_nothing(key: str) -> None:
+    assert read(BARE | {key: {}}) == read(BARE)
+    yarn = configs()["v3"]["rope_scaling"]
+    other = {"rope_parameters": "rope_scaling", "rope_scaling": "rope_parameters"}[key]
+    assert read(BARE | {key: {}, other: yarn}) == read(BARE | {"rope_scaling": yarn})
 
 
 def test_both_keys_may_say_the_same() -> None:

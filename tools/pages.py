@@ -2,7 +2,8 @@
 
 A page is described by the line in italics below its title (a chapter's question), else by its first sentence. Two
 directives keep the first page current: ``stored-figure`` shows a figure as a notebook stores it, ``chapters`` lists the
-chapters of a part of the table of contents with their questions.
+chapters of a part of the table of contents with their questions. The calculator gets a script with all that the package
+knows of published configurations, so that both read the same files.
 """
 
 import base64
@@ -11,6 +12,7 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+from dsv2_ref import checks, published
+from dsv2_ref.config import DeepseekV2Config, RopeScaling
 from experiments.cast import SYMBOLS, sizes_of
 from tools.budget import budget_of, chapters
 
@@ -152,6 +156,34 @@ def _above(node: nodes.Node) -> Iterator[nodes.Node]:
         yield node
 
 
+def known_configurations() -> str:
+    """A script that gives published-reader.js what `dsv2_ref.published` and `dsv2_ref.checks` know, as the text of JSON:
+    read there as any file, it keeps 1 and 1.0 apart."""
+    defaults = {field.name: field.default for field in fields(RopeScaling) if field.name not in ("type", "factor")}
+    known = {
+        **published.known(),
+        "fields": asdict(DeepseekV2Config()),
+        "stretch": defaults,
+        "keys of a latent": published.LATENT_KEYS,
+        "keys of a size": published.SIZE_KEYS,
+        "keys of routing": published.ROUTING_KEYS,
+        "largest size": checks.LARGEST_SIZE,
+        "smallest eps": checks.SMALLEST_EPS,
+        "implementations": checks.IMPLEMENTATIONS,
+        "forms": checks.MLA_FORMS,
+        "scores": checks.SCORES,
+        "methods": checks.TOPK_METHODS,
+    }
+    text = json.dumps(json.dumps(known, separators=(",", ":")))
+    return f"// Written by tools/pages.py when the book is built.\nconst PUBLISHED = {text};\n"
+
+
+def write_known_configurations(app: Sphinx, exception: Exception | None) -> None:
+    """Put `known_configurations` beside the book's own scripts, where only the calculator's page loads it."""
+    if exception is None and app.builder.format == "html":
+        (Path(app.outdir) / "_static" / "published.js").write_text(known_configurations(), encoding="utf-8")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("stored-figure", StoredFigure)
@@ -160,6 +192,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-read", size_symbols)
     app.connect("html-page-context", describe, priority=400)
     app.connect("html-page-context", withdraw, priority=600)
+    app.connect("build-finished", write_known_configurations)
     # MathJax comes with the first page, with formulas or without, so that no later one has to wait for it.
     app.set_html_assets_policy("always")
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,5 +1,5 @@
 // Parameters, cache and FLOPs of a DeepSeek-V2 model, by the rules of dsv2_ref.accounting. Integers are exact (BigInt).
-// Models and machines are those of figures/data.js.
+// Models and machines are those of figures/data.js; published-reader.js reads the reader's own config.json.
 "use strict";
 
 (() => {
@@ -8,7 +8,7 @@
   const always = () => true;
   const latent = (config) => config.use_mla;
   const mixed = (config) => config.n_routed_experts !== null;
-  const grouped = (config) => mixed(config) && config.topk_method === "group_limited_greedy";
+  const grouped = (config) => mixed(config) && config.topk_method !== "greedy";
   const OF_THE_MODEL = [
     ["hidden_size", 1n, null, always],
     ["num_hidden_layers", 1n, null, always],
@@ -38,13 +38,14 @@
   ];
   const DIMENSIONS = [...OF_THE_MODEL, ...OF_ATTENTION, ...OF_NETWORKS, ...OF_GROUPS];
   const SWITCHES = ["use_mla", "attention_bias", "tie_word_embeddings"];
-  const METHODS = { greedy: "greedy", group_limited_greedy: "group_limited_greedy" };
+  const METHODS = { greedy: "greedy", group_limited_greedy: "group_limited_greedy", noaux_tc: "noaux_tc" };
   const CALL = [
     ["batch", "batch: sequences", 1n],
     ["seq", "seq: new tokens of each", 1n],
     ["kv", "kv: tokens attended to", 8192n],
   ];
   const MOST = 10n ** 15n;
+  const LARGEST_FILE = 1e6;
   const BYTES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n, int8: 1n };
   const FORMS = { auto: "the cheaper one", absorbed: "absorbed", expanded: "expanded" };
 
@@ -74,6 +75,8 @@
           wanted = `at most ${allowed}, the experts in topk_group=${kept} of n_group=${groups} groups`;
         }
         if (kept > groups) refuse("topk_group", kept, `at most n_group=${groups}`);
+        if (config.topk_method === "noaux_tc" && kept < groups && 2n * groups > experts && experts % groups === 0n)
+          refuse("n_group", groups, "two experts in a group, whose two best judge it");
       }
       if (known(chosen) && chosen > allowed) refuse("num_experts_per_tok", chosen, wanted);
     }
@@ -252,6 +255,24 @@
     return element("div", { "data-field": name }, element("label", { for: input.id }, label), input, refusal);
   }
 
+  // A box for the text of a config.json, and a way to choose a file; `read` tells below the box what was read.
+  function source() {
+    const box = element("textarea", {
+      id: "calculator-config", name: "config", rows: 3, spellcheck: "false", autocomplete: "off",
+      "aria-describedby": "calculator-config-refusal calculator-config-read",
+    });
+    const refusal = element("span", { id: "calculator-config-refusal", class: "refusal" });
+    const read = element("span", { id: "calculator-config-read", class: "read" });
+    const file = element("input", { id: "calculator-file", name: "file", type: "file", accept: ".json,application/json" });
+    return [
+      element("div", { "data-field": "config" }, element("label", { for: box.id }, "text of the file"), box, refusal, read),
+      element("div", { "data-field": "file" }, element("label", { for: file.id }, "or the file itself"), file),
+    ];
+  }
+
+  // A sentence of which the middle is left out where it is long, as the values in a file may be.
+  const inBrief = (sentence) => (sentence.length > 400 ? `${sentence.slice(0, 200)} … ${sentence.slice(-190)}` : sentence);
+
   function choice(name, label, options) {
     const made = Object.entries(options).map(([value, text]) => element("option", { value }, text));
     const select = element("select", { id: `calculator-${name}`, name }, ...made);
@@ -373,6 +394,7 @@
   function start(root, asked = new URLSearchParams()) {
     const fields = (dimensions) => dimensions.map(([name, , empty]) => field(name, name, "", empty));
     const form = element("form", { novalidate: "" },
+      group("A config.json", ...source()),
       group("Model", choice("preset", "start from", { ...MODEL_NAMES, own: "my own" }), ...fields(OF_THE_MODEL),
         checkbox("tie_word_embeddings", "tie_word_embeddings")),
       group("Attention", checkbox("use_mla", "use_mla (latent attention)"), ...fields(OF_ATTENTION),
@@ -384,7 +406,8 @@
         choice("machine", "machine", Object.fromEntries(MACHINES.map(({ name }) => [name, name])))));
     const status = element("p", { role: "status" });
     const output = element("div", { class: "results" });
-    root.replaceChildren(form, status, output);
+    const all = element("div", {}, form, status, output);
+    root.replaceChildren(all);
     const control = (name) => form.elements.namedItem(name);
     const fieldOf = (name) => form.querySelector(`[data-field="${name}"]`);
 
@@ -415,7 +438,7 @@
     function restore() {
       if (Object.hasOwn(MODELS, asked.get("preset"))) from = asked.get("preset");
       control("preset").value = from;
-      fill(MODELS[from]);
+      startFrom(MODELS[from]);
       for (const name of calls) usual[name] = valueOf(name);
       for (const [name, value] of asked) {
         if (!Object.hasOwn(usual, name)) continue;
@@ -436,14 +459,67 @@
       history.replaceState(null, "", address);
     }
 
-    function fill(preset) {
-      for (const name of SWITCHES) control(name).checked = preset[name];
-      control("topk_method").value = preset.topk_method;
-      for (const [name, least] of DIMENSIONS) control(name).value = preset[name] === null || preset[name] < least ? "" : preset[name];
+    // What a model has no use for, its file may give in any way: such a field stays empty.
+    function fill(model) {
+      for (const name of SWITCHES) control(name).checked = model[name];
+      control("topk_method").value = Object.hasOwn(METHODS, model.topk_method) ? model.topk_method : "greedy";
+      for (const [name, least] of DIMENSIONS)
+        control(name).value = typeof model[name] === "bigint" && model[name] >= least && model[name] <= MOST ? model[name] : "";
+    }
+
+    function startFrom(preset) {
+      fill(preset);
       for (const name of sizes) usual[name] = valueOf(name);
     }
 
-    function update() {
+    const tell = (sentence) => (fieldOf("config").querySelector(".read").textContent = sentence);
+
+    // Fill the fields from the text of a config.json, unless it is rejected.
+    function readText(text) {
+      tell("");
+      refuse("config", "");
+      if (text.trim() === "") return update();
+      try {
+        const { kind, config, said } = publishedReader.read(text);
+        fill(config);
+        control("preset").value = "own";
+        tell(inBrief([`Read as ${kind}`, ...said].join("; ")) + ".");
+      } catch (error) {
+        if (!(error instanceof publishedReader.Rejection)) throw error;
+        refuse("config", inBrief(error.message));
+      }
+      update(fieldOf("config").querySelector(".read").textContent);
+      storeSoon();
+    }
+
+    // The text of a file, or an Error that says why there is none.
+    async function textOf(file) {
+      const size = file.size ? `has ${inBytes(file.size)}` : "is empty";
+      if (!file.size || file.size > LARGEST_FILE) throw new Error(`${file.name} ${size}; wanted a config.json, which has a few kB`);
+      const bytes = await file.arrayBuffer().catch(() => null);
+      if (bytes === null) throw new Error(`${file.name} cannot be read; wanted a file`);
+      try {
+        return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+      } catch {
+        throw new Error(`${file.name} is not text in UTF-8`);
+      }
+    }
+
+    async function readFile(file) {
+      let text;
+      try {
+        text = await textOf(file);
+      } catch (error) {
+        tell("");
+        refuse("config", error.message);
+        return update();
+      }
+      control("config").value = text;
+      return readText(text);
+    }
+
+    // `said` of a file that was read is told before what the model comes to.
+    function update(said = "") {
       const config = Object.fromEntries(SWITCHES.map((name) => [name, control(name).checked]));
       const call = { dtype: control("dtype").value, form: control("form").value, causal: control("causal").checked };
       for (const name of [...DIMENSIONS, ...CALL].map(([each]) => each)) refuse(name, "");
@@ -466,7 +542,7 @@
       }
       const machine = MACHINES.find(({ name }) => name === control("machine").value);
       shown = [config, call, account(config, call)];
-      status.textContent = inShort(shown[2], call);
+      status.textContent = `${said} ${inShort(shown[2], call)}`.trim();
       show(output, config, call, machine, shown[2]);
     }
 
@@ -479,12 +555,40 @@
       if (shown) output.querySelector(".chart")?.replaceWith(plot(...shown, room));
     }).observe(output);
 
-    form.addEventListener("input", (event) => {
-      if (event.target.name === "preset" && event.target.value !== "own") fill(MODELS[from = event.target.value]);
-      else if (fieldOf(event.target.name).closest("fieldset") !== form.lastElementChild) control("preset").value = "own";
-      update();
+    function storeSoon() {
       clearTimeout(waiting);
       waiting = setTimeout(store, 300);
+    }
+
+    form.addEventListener("input", ({ target }) => {
+      if (target.name === "file") return target.files.length && readFile(target.files[0]);
+      control("file").value = "";
+      if (target.name === "config") return readText(target.value);
+      refuse("config", "");
+      if (fieldOf(target.name).closest("fieldset") !== form.lastElementChild) {
+        tell("");
+        if (target.name !== "preset") control("preset").value = "own";
+        else if (target.value !== "own") startFrom(MODELS[from = target.value]);
+      }
+      update();
+      storeSoon();
+    });
+    control("file").addEventListener("click", ({ target }) => (target.value = "")); // so that the same file, changed, can be chosen again
+    const hasFile = ({ dataTransfer }) => dataTransfer.types.includes("Files");
+    all.addEventListener("dragover", (event) => {
+      if (!hasFile(event)) return;
+      event.preventDefault();
+      all.classList.add("dropping");
+    });
+    all.addEventListener("dragleave", ({ relatedTarget }) => {
+      if (!all.contains(relatedTarget)) all.classList.remove("dropping");
+    });
+    all.addEventListener("drop", (event) => {
+      all.classList.remove("dropping");
+      if (!hasFile(event)) return;
+      event.preventDefault();
+      control("file").value = "";
+      readFile(event.dataTransfer.files[0]);
     });
     form.addEventListener("submit", (event) => event.preventDefault());
     control("dtype").value = "bfloat16";
@@ -493,7 +597,7 @@
     update();
   }
 
-  window.dsv2 = { PRESETS: MODELS, account, refusals, start };
+  window.dsv2 = { PRESETS: MODELS, account, read: publishedReader.read, refusals, start };
   document.addEventListener("DOMContentLoaded", () => {
     const root = document.getElementById("cost-calculator");
     if (root) start(root, new URLSearchParams(location.search));

@@ -13,6 +13,8 @@ from tools.figures.cache import WAYS, three_ways
 MODELS = {
     "DeepSeek-V2-Lite": "deepseek_v2_lite",
     "DeepSeek-V2": "deepseek_v2",
+    "DeepSeek-V3": "deepseek_v3",
+    "Moonlight-16B-A3B": "moonlight",
     "the worked example (the card)": "card",
     "tiny": "tiny",
 }

@@ -49,6 +49,15 @@ const MODELS = (() => {
       ...shared, hidden_size: 2048n, num_hidden_layers: 27n, intermediate_size: 10944n, num_attention_heads: 16n,
       q_lora_rank: null, n_routed_experts: 64n,
     },
+    deepseek_v3: {
+      ...shared, vocab_size: 129280n, hidden_size: 7168n, num_hidden_layers: 61n, intermediate_size: 18432n,
+      num_attention_heads: 128n, n_shared_experts: 1n, n_routed_experts: 256n, num_experts_per_tok: 8n,
+      moe_intermediate_size: 2048n, first_k_dense_replace: 3n, topk_method: "noaux_tc", n_group: 8n, topk_group: 4n,
+    },
+    moonlight: {
+      ...shared, vocab_size: 163840n, hidden_size: 2048n, num_hidden_layers: 27n, intermediate_size: 11264n,
+      num_attention_heads: 16n, q_lora_rank: null, n_routed_experts: 64n, topk_method: "noaux_tc",
+    },
     deepseek_ocr: {
       ...shared, use_mla: false, hidden_size: 1280n, num_hidden_layers: 12n, vocab_size: 129280n,
       intermediate_size: 6848n, num_attention_heads: 10n, q_lora_rank: null, kv_lora_rank: null, qk_nope_head_dim: 0n,
@@ -67,8 +76,8 @@ const MODELS = (() => {
 })();
 
 const MODEL_NAMES = {
-  deepseek_v2: "DeepSeek-V2", deepseek_v2_lite: "DeepSeek-V2-Lite", deepseek_ocr: "DeepSeek-OCR, decoder",
-  card: "the worked example (the card)", tiny: "tiny",
+  deepseek_v2: "DeepSeek-V2", deepseek_v2_lite: "DeepSeek-V2-Lite", deepseek_v3: "DeepSeek-V3", moonlight: "Moonlight-16B-A3B",
+  deepseek_ocr: "DeepSeek-OCR, decoder", card: "the worked example (the card)", tiny: "tiny",
 };
 
 // Three digits from nanoseconds on; whole seconds from a thousand.
