@@ -38,6 +38,7 @@ OTHERS = {
     "dynamic_ntk": replace(SMALL, rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=4),
     "bias": COMMON["bias"],
     "no_q_lora": COMMON["no_q_lora"],
+    "v3": COMMON["v3"],
     "normalised_weights": replace(SMALL, norm_topk_prob=True),
     "no_shared_experts": replace(SMALL, n_shared_experts=None),
     "dropout": replace(SMALL, attention_dropout=0.1),

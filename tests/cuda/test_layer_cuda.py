@@ -68,6 +68,9 @@ CONFIGS = {
         "mha_128": replace(MIDDLE, use_mla=False, num_attention_heads=2, num_key_value_heads=2),
         "gqa": replace(MIDDLE, use_mla=False, num_key_value_heads=2),
         "groups": replace(MIDDLE, topk_method="group_limited_greedy", n_group=4, topk_group=2),
+        "v3": replace(
+            MIDDLE, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True, n_group=4, topk_group=2
+        ),
     }.items()
 }
 every_config = pytest.mark.parametrize("name", CONFIGS)
