@@ -245,7 +245,7 @@ class PretrainedModel:
         revision: str | None = None,
         token: str | None = None,
     ) -> Self:
-        """A whole model, in evaluation mode; arguments and errors as for `DeepseekV2DecoderLayer.from_pretrained`.
+        """A whole model, in evaluation mode; arguments and errors as for `PretrainedLayer.from_pretrained`.
 
         A model from the Hub goes through the Hub's cache. Modules that predict further tokens are not loaded.
         """

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from dsv2_ref import DeepseekV2RMSNorm, plots
+from dsv2_ref import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2RMSNorm, plots
 from tools import notebooks
 
 IN_BOOK = notebooks.in_book()
@@ -222,6 +223,34 @@ def test_make_notebooks_brings_the_first_cell_up_to_date() -> None:
     assert new == f"import sys\n\n{notebooks.LOADER.replace(chr(34) * 2, address).strip()}\n\nimport torch"
     assert notebooks.with_loader(new) == new
     assert notebooks.with_loader("sys.path[:0] = roots()") == "sys.path[:0] = roots()"
+
+
+@pytest.mark.slow
+def test_the_chapter_on_weights_reads_the_model_that_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with DeepSeek-V2-Lite's weights: in bfloat16, stretched by YaRN, of other sizes."""
+    lite = DeepseekV2Config.deepseek_v2_lite()
+    config = replace(
+        lite, vocab_size=512, hidden_size=96, intermediate_size=80, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, kv_lora_rank=40, qk_rope_head_dim=16, qk_nope_head_dim=24, v_head_dim=20,
+    )  # fmt: skip
+    DeepseekV2ForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model", 200_000)
+    monkeypatch.setenv("DSV2_WEIGHTS", str(tmp_path / "model"))
+    path = tmp_path / "book" / "weights.ipynb"
+    path.parent.mkdir()
+    shutil.copy(notebooks.ROOT / "book" / path.name, path)
+    for package in ("dsv2_ref", "experiments", "tools"):
+        (tmp_path / package).symlink_to(notebooks.ROOT / package, target_is_directory=True)
+    notebooks.execute(path)
+    told = {
+        cell.id: cell.outputs[0].text
+        for cell in code_cells(nbformat.read(path, as_version=4))
+        if cell.outputs and "text" in cell.outputs[0]
+    }
+    assert told["weights-source"].startswith(f"read: {tmp_path / 'model'}\n")
+    assert told["weights-rows"] == "17 rows of 192 bytes\n"
+    assert told["weights-follow"].count("weight 0.") == config.num_experts_per_tok
 
 
 def test_running_twice_leaves_the_same_bytes(tmp_path: Path) -> None:
