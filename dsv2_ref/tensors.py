@@ -105,7 +105,7 @@ def read_headers(place: files.Place, prefixes: tuple[str, ...]) -> dict[str, Ent
 
 def read_tensor(entry: Entry) -> Shaped[Tensor, "..."]:
     """A tensor, as it is stored."""
-    held = bytearray(entry.end - entry.start)
+    held = bytearray(math.prod(entry.shape) * entry.dtype.itemsize)
     if not held:
         return torch.empty(entry.shape, dtype=entry.dtype)
     entry.file.read_into(entry.start, memoryview(held))
