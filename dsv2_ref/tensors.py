@@ -118,7 +118,9 @@ def dequantize(
     block: tuple[int, int],
     out: Float[Tensor, "rows columns"],
 ) -> None:
-    """Write float8 values times the scale of their block into ``out``. Blocks at the edges may be cut.
+    """Write float8 values times the scale of their block into ``out``.
+
+    Blocks at the edges may be cut.
 
     Source: ``weight_dequant`` of DeepSeek-V3's published inference code.
     """
