@@ -21,7 +21,7 @@ def layer_changes(models: Mapping[str, Sequence[str]], rows: Mapping[str, str]) 
 
     Args:
         models: for each name the texts of its boxes, from the top.
-        rows: for each row's label what it is a part of, a key of `CHANGED`.
+        rows: for each row's label what it is a part of, a key of ``CHANGED``.
     """
     heights = [0.62 + 0.34 * max(text.count("\n") for text in texts) for texts in zip(*models.values(), strict=True)]
     bottom = -sum(heights) - 0.62 * len(heights)
