@@ -198,19 +198,21 @@ def test_a_checkpoint_in_eight_bits(tmp_path: Path) -> None:
 def test_other_quantisations_are_rejected_by_name(told: Any, message: str, tmp_path: Path) -> None:
     saved(tmp_path)
     change_config(tmp_path, quantization_config=told)
-    rejected(tmp_path, message)
+    assert_rejected(tmp_path, message)
 
 
 def test_eight_bits_without_their_scales(tmp_path: Path) -> None:
     model = saved(tmp_path, V3_GATE)
     eight_bits(tmp_path, model, [16, 16])
     change_config(tmp_path, quantization_config=None)
-    rejected(
+    assert_rejected(
         tmp_path, r"model.safetensors: tensor model.layers.1.\S+ is 'F8_E4M3'; wanted floating point, or F8_E4M3 with"
     )
     eight_bits(tmp_path, model, [16, 16])
     change_weights(tmp_path, lambda weights: weights.pop("model.layers.1.self_attn.o_proj.weight_scale_inv"))
-    rejected(tmp_path, r"tensor model.layers.1.self_attn.o_proj.weight_scale_inv is missing; wanted \(3, 3\), a scale")
+    assert_rejected(
+        tmp_path, r"tensor model.layers.1.self_attn.o_proj.weight_scale_inv is missing; wanted \(3, 3\), a scale"
+    )
 
 
 # What is wrong
@@ -228,7 +230,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> 
     save_file(weights, path)
 
 
-def rejected(source: Any, message: str, error: type[Exception] = ValueError) -> None:
+def assert_rejected(source: Any, message: str, error: type[Exception] = ValueError) -> None:
     with pytest.raises(error, match=message) as caught:
         DeepseekV2DecoderLayer.from_pretrained(source, 1)
     assert "\n" not in str(caught.value)
@@ -262,7 +264,7 @@ NAME = "model.layers.1.self_attn.o_proj.weight"
 def test_tensors_that_are_not_the_layers(change: Any, message: str, tmp_path: Path) -> None:
     saved(tmp_path, shard=10**9)
     change_weights(tmp_path, change)
-    rejected(tmp_path, message)
+    assert_rejected(tmp_path, message)
 
 
 def test_tensors_of_other_parts_and_of_further_prediction_do_not_matter(tmp_path: Path) -> None:
@@ -324,7 +326,7 @@ def test_damaged_files(damage: Callable[[bytes], bytes], message: str, tmp_path:
     saved(tmp_path, shard=10**9)
     path = tmp_path / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    rejected(tmp_path, f"model.safetensors is not a safetensors file that {message}")
+    assert_rejected(tmp_path, f"model.safetensors is not a safetensors file that {message}")
 
 
 def test_shards_that_are_missing_cut_or_strange(tmp_path: Path) -> None:
@@ -334,33 +336,33 @@ def test_shards_that_are_missing_cut_or_strange(tmp_path: Path) -> None:
     shard = tmp_path / told["weight_map"][NAME]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-4])
-    rejected(tmp_path, f"{shard.name} is not a safetensors file that can be read: it has")
+    assert_rejected(tmp_path, f"{shard.name} is not a safetensors file that can be read: it has")
     shard.unlink()
-    rejected(tmp_path, f"{shard.name} does not exist; model.safetensors.index.json names it", FileNotFoundError)
+    assert_rejected(tmp_path, f"{shard.name} does not exist; model.safetensors.index.json names it", FileNotFoundError)
     shard.write_bytes(whole)
     for other, message in {"../x": "is '../x'; wanted names of files beside it"}.items():
         index.write_text(json.dumps({"weight_map": told["weight_map"] | {NAME: other}}))
-        rejected(tmp_path, message)
+        assert_rejected(tmp_path, message)
     index.write_text(json.dumps({"weight_map": {**told["weight_map"], "model.layers.1.lost": shard.name}}))
-    rejected(tmp_path, f"{shard.name} is 'without model.layers.1.lost'; wanted the tensors that")
+    assert_rejected(tmp_path, f"{shard.name} is 'without model.layers.1.lost'; wanted the tensors that")
     index.write_text("{}")
-    rejected(tmp_path, "model.safetensors.index.json is not the index of a checkpoint: weight_map is None")
+    assert_rejected(tmp_path, "model.safetensors.index.json is not the index of a checkpoint: weight_map is None")
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    rejected(
+    assert_rejected(
         tmp_path / "nowhere", r"source is .*nowhere'; wanted a folder, an http or https address", FileNotFoundError
     )
-    rejected(tmp_path, "config.json does not exist", FileNotFoundError)
+    assert_rejected(tmp_path, "config.json does not exist", FileNotFoundError)
     (tmp_path / "config.json").write_text("{")
-    rejected(tmp_path, "config.json: is not JSON")
+    assert_rejected(tmp_path, "config.json: is not JSON")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    rejected(tmp_path, "config.json: model_type is 'llama'; wanted")
+    assert_rejected(tmp_path, "config.json: model_type is 'llama'; wanted")
     (tmp_path / "config.json").write_text(json.dumps(encode(SMALL)))
-    rejected(tmp_path, "model.safetensors does not exist", FileNotFoundError)
+    assert_rejected(tmp_path, "model.safetensors does not exist", FileNotFoundError)
     saved(tmp_path, V3_GATE)
     (tmp_path / "config.json").write_text(json.dumps(encode(SMALL)))
-    rejected(tmp_path, "tensor model.layers.1.mlp.gate.e_score_correction_bias has no place")
+    assert_rejected(tmp_path, "tensor model.layers.1.mlp.gate.e_score_correction_bias has no place")
     with pytest.raises(ValueError, match=r"layer_idx is 7; wanted"):
         DeepseekV2DecoderLayer.from_pretrained(tmp_path, 7)
 
@@ -560,7 +562,7 @@ def test_a_connection_that_always_breaks_is_given_up(
             else:
                 super().do_GET()
 
-    rejected(
+    assert_rejected(
         serve(partial(Dead, tmp_path, Behaviour())), r"model.safetensors cannot be read: \S.*connection ended", OSError
     )
 
@@ -568,18 +570,18 @@ def test_a_connection_that_always_breaks_is_given_up(
 def test_a_length_that_is_wrong(tmp_path: Path, serve: Any) -> None:
     saved(tmp_path, shard=10**9)
     address = serve(partial(Ranges, tmp_path, Behaviour(lie=8)))
-    rejected(address, r"config.json cannot be read: the connection ended", OSError)
+    assert_rejected(address, r"config.json cannot be read: the connection ended", OSError)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
 def test_a_server_that_says_no(status: int, tmp_path: Path, serve: Any) -> None:
     saved(tmp_path, shard=10**9)
     address = serve(partial(Ranges, tmp_path, Behaviour(status=status)))
-    rejected(address, rf"{address}/model.safetensors .*the server says {status}", OSError)
+    assert_rejected(address, rf"{address}/model.safetensors .*the server says {status}", OSError)
 
 
 def test_no_server(tmp_path: Path) -> None:
-    rejected("http://127.0.0.1:9", "http://127.0.0.1:9/config.json cannot be read: .*refused", OSError)
+    assert_rejected("http://127.0.0.1:9", "http://127.0.0.1:9/config.json cannot be read: .*refused", OSError)
 
 
 # Names on the Hub

@@ -30,7 +30,7 @@ def read(published: Any) -> DeepseekV2Config:
         return DeepseekV2Config.from_published(published)
 
 
-def rejected(published: Any, message: str) -> None:
+def assert_rejected(published: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         DeepseekV2Config.from_published(published)
     assert "\n" not in str(caught.value)
@@ -74,7 +74,9 @@ def test_the_gates_biases_are_counted_beside_the_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_are_rejected_by_their_model_type(name: str) -> None:
-    rejected(configs()[name], rf"^model_type is '{OTHERS[name]}'; wanted one of deepseek_v2, .*: {OTHERS[name]} has")
+    assert_rejected(
+        configs()[name], rf"^model_type is '{OTHERS[name]}'; wanted one of deepseek_v2, .*: {OTHERS[name]} has"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,20 +136,26 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
 
 def test_a_name_of_an_architecture_tells_the_kind_too() -> None:
     assert read({"architectures": ["DeepseekV3ForCausalLM"]}) == read({"model_type": "deepseek_v3"})
-    rejected({"architectures": ["LlamaForCausalLM"], "hidden_size": 64}, "^architectures is 'Llama'; wanted an arch")
-    rejected(BARE | {"architectures": ["DeepseekV32ForCausalLM"]}, "^architectures is 'DeepseekV32'; wanted an arch")
-    rejected(BARE | {"architectures": "DeepseekV2"}, "^architectures is 'DeepseekV2'; wanted a list of names")
-    rejected(BARE | {"architectures": ["DeepseekV2ForCausalLMé"]}, "^architectures is 'DeepseekV2ForCausalLMé'")
-    rejected({"model_type": ["deepseek_v2"]}, "^model_type is a list of 1; wanted a name")
+    assert_rejected(
+        {"architectures": ["LlamaForCausalLM"], "hidden_size": 64}, "^architectures is 'Llama'; wanted an arch"
+    )
+    assert_rejected(
+        BARE | {"architectures": ["DeepseekV32ForCausalLM"]}, "^architectures is 'DeepseekV32'; wanted an arch"
+    )
+    assert_rejected(BARE | {"architectures": "DeepseekV2"}, "^architectures is 'DeepseekV2'; wanted a list of names")
+    assert_rejected(BARE | {"architectures": ["DeepseekV2ForCausalLMé"]}, "^architectures is 'DeepseekV2ForCausalLMé'")
+    assert_rejected({"model_type": ["deepseek_v2"]}, "^model_type is a list of 1; wanted a name")
 
 
 def test_without_a_name_the_keys_must_leave_no_doubt() -> None:
     whole = {key: value for key, value in configs()["v2_lite"].items() if key not in ("model_type", "architectures")}
     assert read(whole) == read(configs()["v2_lite"])
     for key in ("kv_lora_rank", "hidden_size", "num_attention_heads", "scoring_func", "topk_method"):
-        rejected({name: value for name, value in whole.items() if name != key}, "^model_type is None; wanted one of")
+        assert_rejected(
+            {name: value for name, value in whole.items() if name != key}, "^model_type is None; wanted one of"
+        )
     for nothing in ({}, {"hidden_size": 64, "num_hidden_layers": 2}):
-        rejected(nothing, "^model_type is None; wanted one of .*the keys leave open which model this is")
+        assert_rejected(nothing, "^model_type is None; wanted one of .*the keys leave open which model this is")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,7 @@ def test_without_a_name_the_keys_must_leave_no_doubt() -> None:
     ],
 )
 def test_what_is_no_models_configuration_is_called_what_it_is(given: dict[str, Any], what: str) -> None:
-    rejected(given, f"^the configuration is {what}.*; wanted a model's config.json")
+    assert_rejected(given, f"^the configuration is {what}.*; wanted a model's config.json")
 
 
 def test_a_model_with_vision_keeps_its_decoder_inside() -> None:
@@ -177,12 +185,16 @@ def test_a_model_with_vision_keeps_its_decoder_inside() -> None:
     moonlight = configs()["moonlight"]
     for inner in (moonlight, {key: value for key, value in moonlight.items() if key != "model_type"}):
         assert read({"model_type": "kimi_vl", "text_config": inner}) == read(moonlight)
-    rejected({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_linear"}}, "model_type is 'kimi_linear'")
-    rejected({"model_type": "deepseek_vl_v2", "language_config": [2]}, "language_config is a?.*; wanted a JSON object")
+    assert_rejected(
+        {"model_type": "kimi_k25", "text_config": {"model_type": "kimi_linear"}}, "model_type is 'kimi_linear'"
+    )
+    assert_rejected(
+        {"model_type": "deepseek_vl_v2", "language_config": [2]}, "language_config is a?.*; wanted a JSON object"
+    )
     twice = {"language_config": lite, "text_config": lite}
-    rejected(twice, "language_config and text_config is .given.; wanted one")
+    assert_rejected(twice, "language_config and text_config is .given.; wanted one")
     for between in ({}, {"model_type": "kimi_vl"}):
-        rejected(
+        assert_rejected(
             {"text_config": between | {"text_config": BARE}}, "^text_config is {.*; wanted .* which holds no other$"
         )
 
@@ -190,7 +202,7 @@ def test_a_model_with_vision_keeps_its_decoder_inside() -> None:
 def test_what_stands_outside_and_inside_must_agree() -> None:
     inner, outer = BARE | {"hidden_size": 2048}, {"model_type": "deepseek_vl_v2"}
     assert read({**outer, "hidden_size": 2048, "language_config": inner}).hidden_size == 2048
-    rejected({**outer, "hidden_size": 1, "language_config": inner}, "hidden_size is 1; wanted .* nested .* 2048")
+    assert_rejected({**outer, "hidden_size": 1, "language_config": inner}, "hidden_size is 1; wanted .* nested .* 2048")
     assert read({**outer, "tie_word_embeddings": True, "language_config": inner}).tie_word_embeddings
     with pytest.warns(UserWarning, match="not known, and so not read from the configuration: vocab_size$"):
         DeepseekV2Config.from_published({**outer, "vocab_size": 7, "language_config": inner})
@@ -211,14 +223,14 @@ def test_keys_that_would_make_another_layer_are_rejected_by_name(key: str) -> No
         assert read(BARE | {key: allowed}) == read(BARE)
     for other in (7, 0.5, ["x"], not known()["only"][key][0]):
         if other not in known()["only"][key]:
-            rejected(BARE | {key: other}, f"^{key} is .*; wanted .*: the layer would be another$")
+            assert_rejected(BARE | {key: other}, f"^{key} is .*; wanted .*: the layer would be another$")
 
 
 def test_the_first_such_key_of_the_file_is_named() -> None:
     wrong = ["index_topk", "sliding_window", "scale_depth", "o_groups", "mlp_bias"]
     for first in wrong:
         keys = [first, *(key for key in wrong if key != first)]
-        rejected(BARE | dict.fromkeys(keys, 7), f"^{first} is 7")
+        assert_rejected(BARE | dict.fromkeys(keys, 7), f"^{first} is 7")
 
 
 def test_keys_around_a_decoder_are_named_in_the_order_of_the_file() -> None:
@@ -229,7 +241,7 @@ def test_keys_around_a_decoder_are_named_in_the_order_of_the_file() -> None:
 
 
 def test_true_is_not_one() -> None:
-    rejected(BARE | {"partial_rotary_factor": True}, "^partial_rotary_factor is True; wanted 1 or no such key")
+    assert_rejected(BARE | {"partial_rotary_factor": True}, "^partial_rotary_factor is True; wanted 1 or no such key")
 
 
 @pytest.mark.parametrize(
@@ -240,20 +252,20 @@ def test_true_is_not_one() -> None:
     ],
 )
 def test_v3_has_one_gate(changes: dict[str, Any], message: str) -> None:
-    rejected(configs()["v3"] | changes, message)
+    assert_rejected(configs()["v3"] | changes, message)
 
 
 def test_the_first_moe_has_plain_attention() -> None:
     moe = configs()["deepseek_moe_16b"]
     assert not read(moe).use_mla
-    rejected(moe | {"kv_lora_rank": 512}, "^kv_lora_rank is 512; wanted no such key")
-    rejected(moe | {"use_mla": True}, "^use_mla is True; wanted False")
+    assert_rejected(moe | {"kv_lora_rank": 512}, "^kv_lora_rank is 512; wanted no such key")
+    assert_rejected(moe | {"use_mla": True}, "^use_mla is True; wanted False")
     assert not read(moe | {"qk_nope_head_dim": None, "qk_rope_head_dim": None, "head_dim": 128}).use_mla
 
 
 def test_youtu_has_no_experts_under_any_name() -> None:
     for key in ("n_routed_experts", "num_experts", "num_local_experts"):
-        rejected(configs()["native_youtu"] | {key: 8}, f"^{key} is 8; wanted no such key")
+        assert_rejected(configs()["native_youtu"] | {key: 8}, f"^{key} is 8; wanted no such key")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +284,7 @@ def test_youtu_has_no_experts_under_any_name() -> None:
 def test_what_is_said_twice_must_agree(key: str, right: list[Any], wrong: Any) -> None:
     for value in right:
         assert read(MOE | {key: value}) == read(MOE)
-    rejected(MOE | {key: wrong}, f"^{key}")
+    assert_rejected(MOE | {key: wrong}, f"^{key}")
 
 
 def test_another_name_is_read_where_it_stands_alone() -> None:
@@ -307,17 +319,25 @@ def test_both_keys_may_say_the_same() -> None:
     both = {"rope_scaling": yarn, "rope_parameters": yarn | {"rope_type": "yarn", "rope_theta": 10000}}
     assert read(BARE | both) == read(BARE | {"rope_scaling": yarn})
     for other in ({"factor": 8}, {"mscale": 0.5}):
-        rejected(BARE | both | {"rope_scaling": yarn | other}, "^rope_scaling is .*; wanted what rope_parameters says")
+        assert_rejected(
+            BARE | both | {"rope_scaling": yarn | other}, "^rope_scaling is .*; wanted what rope_parameters says"
+        )
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_errors_name_the_key_that_the_file_has(key: str) -> None:
-    rejected(BARE | {key: {"type": "longrope", "factor": 2}}, f"^{key} type is 'longrope'; wanted linear, dynamic or")
-    rejected(BARE | {key: {"rope_type": "yarn"}}, f"^{key} is .*; wanted a factor")
-    rejected(BARE | {key: "yarn"}, f"^{key} is 'yarn'; wanted a JSON object")
-    rejected(BARE | {key: {"type": "yarn", "factor": 2, "truncate": False}}, f"^{key}.truncate is False; wanted True")
-    rejected(BARE | {key: {"main": {"type": "default"}}}, f"^{key} is")
-    rejected(BARE | {key: {"type": "default", "partial_rotary_factor": 0.5}}, f"^{key}.partial_rotary_factor is 0.5")
+    assert_rejected(
+        BARE | {key: {"type": "longrope", "factor": 2}}, f"^{key} type is 'longrope'; wanted linear, dynamic or"
+    )
+    assert_rejected(BARE | {key: {"rope_type": "yarn"}}, f"^{key} is .*; wanted a factor")
+    assert_rejected(BARE | {key: "yarn"}, f"^{key} is 'yarn'; wanted a JSON object")
+    assert_rejected(
+        BARE | {key: {"type": "yarn", "factor": 2, "truncate": False}}, f"^{key}.truncate is False; wanted True"
+    )
+    assert_rejected(BARE | {key: {"main": {"type": "default"}}}, f"^{key} is")
+    assert_rejected(
+        BARE | {key: {"type": "default", "partial_rotary_factor": 0.5}}, f"^{key}.partial_rotary_factor is 0.5"
+    )
 
 
 def test_equal_betas_of_yarn_compute_what_transformers_computes() -> None:
