@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dsv2_ref import checks
@@ -30,9 +30,11 @@ class LayerCache:
 
     Attributes:
         layer_idx: index of the layer that the tokens belong to.
-        length: number of cached tokens of each sequence.
-        tokens: everything cached, ``(batch, length, *features)``; a view, only to be
-            read.
+        length: number of cached tokens of each sequence: rows in memory.
+        seen: number of tokens that have passed, those dropped since (`keep`) included:
+            the position of the next one.
+        stored: everything cached as it lies in memory, ``(batch, length, …)``; a view,
+            only to be read.
 
     Use `LatentCache` for multi-head latent attention and `KeyValueCache` for multi-head
     attention.
@@ -41,11 +43,13 @@ class LayerCache:
     def __init__(
         self,
         layer_idx: int,
-        tokens: Float[Tensor, "batch kv_seq *features"],
+        stored: Shaped[Tensor, "batch kv_seq *stored"],
         _storage: _Storage | None = None,
+        seen: int | None = None,
     ) -> None:
-        self.layer_idx, self.length, self.tokens = layer_idx, tokens.shape[1], tokens
-        self._storage = _storage or _Storage(tokens, self.length)
+        self.layer_idx, self.length, self.stored = layer_idx, stored.shape[1], stored
+        self.seen = self.length if seen is None else seen
+        self._storage = _storage or _Storage(stored, self.length)
 
     @classmethod
     def empty(
@@ -70,9 +74,11 @@ class LayerCache:
         return cls(layer_idx, buffer[:, :0], _Storage(buffer, 0))
 
     @classmethod
-    def of(cls, attention: Any, batch: int, capacity: int) -> Self:
+    def of(
+        cls, attention: Any, batch: int, capacity: int, format: str | None = None
+    ) -> Self:
         """An empty cache for an attention module, in the dtype and on the device of its
-        weights; see `empty`."""
+        weights; see `empty`. Only a `QuantizedLatentCache` has a ``format``."""
         like = checks.first_weight(attention.o_proj, *attention.children())
         like = torch.empty(0) if like is None else like
         place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
@@ -83,9 +89,24 @@ class LayerCache:
         return self.length
 
     @property
+    def tokens(self) -> Float[Tensor, "batch kv_seq *features"]:
+        """Everything cached, ``(batch, length, *features)``; only to be read."""
+        return self.stored
+
+    @property
+    def like(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+        """Batch and features, dtype and device of the tokens that can be appended."""
+        held = self._storage.buffer  # not `stored`: see `append`
+        return (*held.shape[:1], *held.shape[2:]), held.dtype, held.device
+
+    def _encoded(self, new: Tensor) -> Tensor:
+        """New tokens as they are stored."""
+        return new
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the cached tokens, batch · length · values per token · itemsize."""
-        return self.tokens.nbytes
+        """Bytes of the cached tokens, batch · length · bytes per token."""
+        return self.stored.nbytes
 
     @property
     def reserved_nbytes(self) -> int:
@@ -101,22 +122,20 @@ class LayerCache:
                 dtype or device. Nothing has changed then.
         """
         storage, past = self._storage, self.length
-        # Not from `tokens`: the compiler fails where two inputs share memory.
+        # Not from `stored`: the compiler fails where two inputs share memory.
         buffer, eager = storage.buffer, not torch.compiler.is_compiling()
-        alike = isinstance(new, Tensor) and new.dtype == buffer.dtype
-        alike = alike and new.device == buffer.device
-        alike = alike and new.shape[:1] == buffer.shape[:1]
-        if not alike or new.shape[2:] != buffer.shape[2:]:
-            checks.appended(self, new)  # raises
-        length = past + new.shape[1]
+        checks.appended(self, new)
+        length, seen = past + new.shape[1], self.seen + new.shape[1]
         derived = new.requires_grad or buffer.requires_grad
         derived = derived and torch.is_grad_enabled()
         if eager and not derived:
             # Tangents and batches of torch.func and of forward mode would be lost, too.
             derived = torch._C._functorch.is_functorch_wrapped_tensor(new)
             derived = derived or torch.autograd.forward_ad._current_level >= 0
+        new = self._encoded(new)
         if derived:
-            return type(self)(self.layer_idx, torch.cat((buffer[:, :past], new), dim=1))
+            longer = torch.cat((buffer[:, :past], new), dim=1)
+            return self._with(longer, None, seen)
         sealed = eager and buffer.is_inference()
         sealed = sealed and not torch.is_inference_mode_enabled()
         if past != storage.used or length > buffer.shape[1] or sealed:
@@ -127,15 +146,27 @@ class LayerCache:
         # No graph holds these places, so autograd need not hear of the write.
         storage.buffer.data[:, past:length] = new
         storage.used = length
-        return type(self)(self.layer_idx, storage.buffer[:, :length], storage)
+        return self._with(storage.buffer[:, :length], storage, seen)
+
+    def _with(self, stored: Tensor, storage: _Storage | None, seen: int) -> Self:
+        """A cache of this kind that holds something else."""
+        return type(self)(self.layer_idx, stored, storage, seen)
 
     def select(self, sequences: Int[Tensor, "chosen"]) -> Self:
         """A copy with the given sequences of the batch, in that order; repeats are
         allowed (beam search)."""
-        return type(self)(self.layer_idx, self.tokens[sequences])
+        return self._with(self.stored[sequences], None, self.seen)
+
+    def keep(self, rows: Int[Tensor, "#batch kept"]) -> Self:
+        """A copy with only these rows of each sequence, in that order. A row keeps the
+        position that its key was rotated to, and the next token its own (`seen`)."""
+        checks.kept_rows(self, rows)
+        rows = rows.expand(len(self.stored), -1)
+        each = torch.arange(len(rows), device=rows.device)[:, None]
+        return self._with(self.stored[each, rows], None, self.seen)
 
     def __repr__(self) -> str:
-        kind, held = type(self).__name__, checks.describe(self.tokens)
+        kind, held = type(self).__name__, checks.describe(self.stored)
         return f"{kind}(layer {self.layer_idx}, {held}, {self.nbytes} bytes)"
 
 
@@ -166,3 +197,8 @@ class KeyValueCache(LayerCache):
     def values(self) -> Float[Tensor, "batch kv_seq kv_heads head_dim"]:
         """View of the values."""
         return self.tokens[:, :, 1]
+
+
+def rows_and_seen(cache: LayerCache | None) -> tuple[int, int]:
+    """How many tokens a cache holds, and how many have passed."""
+    return (0, 0) if cache is None else (cache.length, cache.seen)

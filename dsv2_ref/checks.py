@@ -252,6 +252,37 @@ def number_of_experts(config: "DeepseekV2Config") -> int:
     return config.n_routed_experts
 
 
+def quantization(
+    weights: object, group: object, parts: Any, known_parts: tuple[str, ...], kinds: tuple[str, ...]
+) -> None:
+    """Check of `quantize`."""
+    require(weights in kinds, "weights", weights, ", ".join(kinds))
+    require(is_int(group, 2) and int(group) % 2 == 0, "group", group, "an even number")  # type: ignore[call-overload]
+    unknown = None if isinstance(parts, str) else [part for part in parts if part not in known_parts]
+    require(unknown == [] and len(parts) > 0, "parts", parts, f"some of {', '.join(known_parts)}")
+
+
+PLAIN_WEIGHTS = (
+    "a plain torch.nn.Linear or the package's own experts: quantise before packing, and before an adapter, a wrapper or a "
+    "hook is put on"
+)
+
+
+def quantizable(name: str, matrices: "list[Tensor]", kind: str, group: int) -> None:
+    """Reject weights that a group does not divide, that are no floating-point numbers, or not finite."""
+    for matrix in matrices:
+        require(matrix.is_floating_point(), f"the weight of {name}", matrix, "floating point")
+        width = matrix.shape[-1]
+        if kind == "int4" and width % group:
+            fitting = [size for size in (256, 128, 64, 32, 16, 8, 4, 2) if width % size == 0 and size < group]
+            wanted = f"a divisor of {width}, the inputs of {name}" + f", such as {fitting[0]}" * bool(fitting)
+            reject("group", group, wanted)
+        for part in matrix if matrix.ndim == 3 else (matrix,):
+            if not matrix.is_meta:
+                finite = part.isfinite().all()
+                require_values(finite, f"the weight of {name}", "infinite or NaN somewhere", "finite numbers")
+
+
 def cache_sizes(batch: int, capacity: int) -> None:
     """Reject a cache without sequences, or with a negative capacity."""
     require(batch >= 1, "batch", batch, "at least one sequence")
@@ -284,9 +315,10 @@ def first_weight(*modules: "nn.Module | None") -> "Tensor | None":
     from torch import Tensor
 
     for module in modules:
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point():
-            return weight
+        for name in ("weight", "like"):  # a `QuantizedWeight` has the second
+            weight = getattr(module, name, None)
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                return weight
     return None
 
 
@@ -442,23 +474,56 @@ def _flash_input(
 
 def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor | None") -> None:
     kind, device = attention.cache_class, hidden_states.device
-    if type(cache) is not kind or cache.layer_idx != attention.layer_idx:
+    if not isinstance(cache, kind) or cache.layer_idx != attention.layer_idx:
         reject("past_key_value", cache, f"the {kind.__name__} that layer {attention.layer_idx} returned")
     shape = (len(hidden_states), *attention.cache_features)
-    held = cache._storage.buffer  # not its tokens: see `LayerCache.append`
-    dtype = held.dtype if weight is None else weight.dtype
-    fits = (*held.shape[:1], *held.shape[2:]) == shape and held.device == device
-    if not fits or (held.dtype != dtype and not _autocast(device)):
+    sizes, held, place = cache.like
+    dtype = held if weight is None else weight.dtype
+    if sizes != shape or place != device or (held != dtype and not _autocast(device)):
         reject("past_key_value", cache, f"one that fits the new tokens, {shape} {dtype} on {device}")
 
 
 def appended(cache: Any, new: "Tensor") -> None:
     """Check of `LayerCache.append`: tokens like those that the cache holds."""
     require_tensor(new, "new")
-    held = cache.tokens
     alike = ((*new.shape[:1], *new.shape[2:]), new.dtype, new.device)
-    own = ((*held.shape[:1], *held.shape[2:]), held.dtype, held.device)
-    require(alike == own, "past_key_value", cache, "one that fits the new tokens, {} {} on {}", *alike)
+    if alike != cache.like:
+        require(False, "past_key_value", cache, "one that fits the new tokens, {} {} on {}", *alike)
+
+
+def without_derivatives(new: "Tensor", why: str) -> None:
+    """Reject tokens whose derivatives are wanted."""
+    import torch
+
+    derived = new.requires_grad and torch.is_grad_enabled()
+    if not torch.compiler.is_compiling():
+        derived = derived or torch._C._functorch.is_functorch_wrapped_tensor(new)
+        derived = derived or torch.autograd.forward_ad._current_level >= 0
+    require(not derived, "hidden_states", new, f"no derivatives: {why}, use torch.no_grad()")
+
+
+def cache_format(format: object, formats: tuple[str, ...], latent: int) -> None:
+    """Check of ``format`` of `DeepseekV2Attention.empty_cache`."""
+    require(format in formats, "format", format, f"None or one of {', '.join(formats)}")
+    wanted = "fp8 or int8: the latent of {} features cannot be halved"
+    require(format != "int4" or latent % 2 == 0, "format", format, wanted, latent)
+
+
+def budget(**rows: object) -> None:
+    """Check of numbers of rows that a policy keeps."""
+    for name, number in rows.items():
+        require(is_int(number, 0), name, number, "a number of rows, 0 or more")
+    require(any(rows.values()), " and ".join(rows), 0, "a row at least")
+
+
+def kept_rows(cache: Any, rows: "Tensor") -> None:
+    """Check of `LayerCache.keep`."""
+    require_tensor(rows, "rows")
+    batch, integers = len(cache.stored), not (rows.is_floating_point() or rows.dtype.itemsize == 1)
+    fits = integers and rows.ndim == 2 and len(rows) in (1, batch) and rows.device == cache.stored.device
+    require(fits, "rows", rows, "integers (1 or {}, kept) on {}", batch, cache.stored.device)
+    inside = ((rows >= 0) & (rows < cache.length)).all()
+    require_values(inside, "rows", "beyond the cached tokens somewhere", f"from 0 to {cache.length - 1}")
 
 
 def _positions(position_ids: "Tensor", hidden_states: "Tensor") -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dsv2_ref import checks, ops
 from dsv2_ref.attention import attend
-from dsv2_ref.cache import KeyValueCache
+from dsv2_ref.cache import KeyValueCache, rows_and_seen
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.linear import linear
 from dsv2_ref.masks import Visibility
@@ -61,16 +61,15 @@ class MultiHeadAttention(nn.Module):
         output_attentions: bool = False,
         use_cache: bool = False,
     ) -> tuple[Float[Tensor, "batch seq hidden"], Tensor | None, KeyValueCache | None]:
-        """Attend from every token to those before it; see
-        `DeepseekV2Attention.forward`."""
+        """See `DeepseekV2Attention.forward`."""
         config, (B, S, _) = self.config, hidden_states.shape
-        past = 0 if past_key_value is None else past_key_value.length
-        K, device, width = past + S, hidden_states.device, self.head_dim
+        rows, seen = rows_and_seen(past_key_value)
+        K, device, width = rows + S, hidden_states.device, self.head_dim
         if position_ids is None:
-            position_ids = torch.arange(past, K, device=device)[None]
+            position_ids = torch.arange(seen, seen + S, device=device)[None]
         theta, scaling = float(config.rope_theta), config.rope_scaling
         limits = {"max_position_embeddings": config.max_position_embeddings}
-        limits["kv_length"] = K  # limits matter to dynamic scaling only
+        limits["kv_length"] = seen + S  # limits matter to dynamic scaling only
         cos, sin = rotary_tables(
             position_ids, width, theta, scaling, dtype=hidden_states.dtype, **limits
         )  # (B, S, width / 2) each

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dsv2_ref import checks, ops
 from dsv2_ref.attention import attend
-from dsv2_ref.cache import LatentCache
+from dsv2_ref.cache import LatentCache, rows_and_seen
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.linear import linear
 from dsv2_ref.masks import Visibility
+from dsv2_ref.records import QuantizedLatentCache
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary, rotary_tables, softmax_temperature
 
@@ -36,8 +37,7 @@ class DeepseekV2Attention(nn.Module):
     many keys. The attribute ``form`` is ``expanded``, ``absorbed`` or ``auto``, which
     counts (`cheaper_form`). The absorbed form reads ``kv_b_proj.weight`` without
     calling the module; where that would leave out an adapter, a hook or a bias,
-    ``auto`` expands. ``torch.export`` takes a prompt of any length, but as ``absorbed``
-    of one only.
+    ``auto`` expands. ``torch.export`` as ``absorbed`` takes a prompt of one length.
 
     Args:
         config: hyperparameters; ``_attn_implementation`` chooses ``eager``, ``sdpa`` or
@@ -112,13 +112,13 @@ class DeepseekV2Attention(nn.Module):
         config, (B, S, _) = self.config, hidden_states.shape
         H, C, R = self.num_heads, self.kv_lora_rank, self.rotary_dim
         N, V = self.qk_nope_head_dim, self.v_head_dim
-        past = 0 if past_key_value is None else past_key_value.length
-        K, device = past + S, hidden_states.device
+        rows, seen = rows_and_seen(past_key_value)
+        K, device = rows + S, hidden_states.device
         if position_ids is None:
-            position_ids = torch.arange(past, K, device=device)[None]
+            position_ids = torch.arange(seen, seen + S, device=device)[None]
         theta, scaling = float(config.rope_theta), config.rope_scaling
         limits = {"max_position_embeddings": config.max_position_embeddings}
-        limits["kv_length"] = K  # limits matter to dynamic scaling only
+        limits["kv_length"] = seen + S  # limits matter to dynamic scaling only
         cos, sin = rotary_tables(
             position_ids, R, theta, scaling, dtype=hidden_states.dtype, **limits
         )  # (B, S, R / 2) each
@@ -202,9 +202,12 @@ class DeepseekV2Attention(nn.Module):
         w_uk, w_uv = weight.split((N, V), dim=1)
         return w_uk, w_uv
 
-    def empty_cache(self, batch: int, capacity: int = 0) -> LatentCache:
-        """A cache without tokens, with room for ``capacity`` of each sequence."""
-        return LatentCache.of(self, batch, capacity)
+    def empty_cache(
+        self, batch: int, capacity: int = 0, format: str | None = None
+    ) -> LatentCache:
+        """A cache with room for ``capacity`` tokens; for ``format`` see `Record`."""
+        kind = LatentCache if format is None else QuantizedLatentCache
+        return kind.of(self, batch, capacity, format)
 
 
 def by_head(

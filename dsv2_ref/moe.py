@@ -61,11 +61,10 @@ class MoEGate(nn.Module):
     (V2), or each product's sigmoid (V3). ``greedy`` takes the best k, the other methods
     the best k of the ``topk_group`` best groups (the experts of a group share a
     device). ``group_limited_greedy`` judges a group by its best expert, ``noaux_tc`` by
-    the sum of its two best; and it compares scores plus ``e_score_correction_bias``,
-    which chooses but does not weigh. The weight of a chosen expert is its
-    score, which ``norm_topk_prob`` divides by the sum of all k (not for k = 1), times
-    ``routed_scaling_factor``. All of it runs in at least float32, under autocast too:
-    in bfloat16 some tokens would go to other experts.
+    the sum of its two best, of scores plus ``e_score_correction_bias``, which chooses
+    but does not weigh. The weight of a chosen expert is its score, which
+    ``norm_topk_prob`` divides by the sum of all k (not for k = 1), times
+    ``routed_scaling_factor``. All of it runs in at least float32, under autocast too.
 
     Raises:
         ValueError: for a configuration without routed experts, and for an input that
@@ -140,9 +139,8 @@ class MoEGate(nn.Module):
 class RoutedExperts(StackedExperts):
     """The routed experts, stacked so that one product can read those it needs.
 
-    Parameters are ``gate_up_proj`` (E, 2I, D), gates above ups, and ``down_proj`` (E,
-    D, I); `state_dict` and `load_state_dict` use the published names,
-    ``{expert}.gate_proj.weight`` and so on (`StackedExperts`).
+    Parameters: ``gate_up_proj`` (E, 2I, D), gates above ups, and ``down_proj`` (E, D,
+    I); `state_dict` uses the published names (`StackedExperts`).
     """
 
     def __init__(self, config: DeepseekV2Config) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dsv2_ref import files, published, tensors
-from dsv2_ref.checks import require, require_object
+from dsv2_ref.checks import require, require_object, require_values
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.tensors import DTYPES, Entry, dequantize, read_headers, read_tensor
+from dsv2_ref.quantize import FP8_BLOCK, parts_of, quantize, quantized_places
+from dsv2_ref.tensors import WEIGHTS, Entry, dequantize, read_headers, read_tensor
 
 LONG = 1 << 28  # bytes from which on a progress bar is shown
 NOT_LOADED = r"rotary_emb\.inv_freq$"  # tables that older checkpoints store, and everybody computes
@@ -26,9 +27,21 @@ SCALE = "_scale_inv"
 ROOTS = ("", "language.", "language_model.")  # models with vision keep their decoder under one of these names
 
 
+OWN_METHOD = "dsv2_ref"
+"""``quant_method`` of the checkpoints of quantised models that `PretrainedModel.save_pretrained` writes."""
+
+
+def _own_codes(told: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments of `quantize` for a checkpoint that holds codes of ours."""
+    how = told.get("quantization_config")
+    if not isinstance(how, Mapping) or how.get("quant_method") != OWN_METHOD:
+        return None
+    return {name: how[name] for name in ("weights", "group", "parts") if name in how}
+
+
 def _block_of(told: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, if the checkpoint is quantised."""
-    if told.get("quantization_config") is None:
+    """Rows and columns that share a scale, if the checkpoint is quantised in float8."""
+    if told.get("quantization_config") is None or _own_codes(told) is not None:
         return None
     how = require_object(told["quantization_config"], "quantization_config")
     method, block = how.get("quant_method"), how.get("weight_block_size", [])
@@ -62,7 +75,12 @@ def _match(
         entry, shape = entries[name], tuple(target.shape)
         if entry.shape != shape:
             raise ValueError(f"{entry.file.name}: tensor {name} is {entry.shape}; wanted {shape}")
-        fits = entry.code in DTYPES and (entry.code != "F8_E4M3" or block is not None)
+        if not target.is_floating_point() or (target.dtype.itemsize == 1 and block is None):
+            require(
+                entry.dtype == target.dtype, f"{entry.file.name}: tensor {name}", entry.code, f"{target.dtype} codes"
+            )
+            continue
+        fits = entry.code in WEIGHTS and (entry.code != "F8_E4M3" or block is not None)
         wanted_code = "floating point, or F8_E4M3 with the weight_block_size of its scales in config.json"
         require(fits, f"{entry.file.name}: tensor {name}", entry.code, wanted_code)
         if block is not None and entry.code == "F8_E4M3":
@@ -90,16 +108,31 @@ def _progress(total: int) -> Any:
 def _fill(
     module: nn.Module, matched: list[tuple[str, Entry]], entries: Mapping[str, Entry], root: str, block: Any
 ) -> None:
-    targets, tied = module.state_dict(), _is_tied(module)
+    targets, tied, codes = module.state_dict(), _is_tied(module), quantized_places(module)
     with torch.no_grad(), _progress(sum(entry.end - entry.start for _, entry in matched)) as bar:
         for name, entry in matched:
-            target = targets[name.removeprefix(root)]
+            own = name.removeprefix(root)
             if tied and name.endswith("lm_head.weight"):
                 continue  # its place has the embedding
+            stored: Tensor | None = read_tensor(entry)
+            assert stored is not None
             if block is not None and entry.code == "F8_E4M3":
-                dequantize(read_tensor(entry), read_tensor(entries[name + SCALE]), block, target)
-            else:
-                target.copy_(read_tensor(entry))
+                scales = read_tensor(entries[name + SCALE])
+                if own in codes and codes[own][0].kind == "fp8" and block == (FP8_BLOCK, FP8_BLOCK):
+                    codes[own][0].take(stored, scales, codes[own][1])
+                    stored = None
+                else:
+                    wide = torch.empty(stored.shape, dtype=torch.float32) if own in codes else targets[own]
+                    dequantize(stored, scales, block, wide)
+                    stored = wide if own in codes else None
+            if stored is not None and own in codes:
+                finite = stored.isfinite().all()
+                require_values(
+                    finite, f"{entry.file.name}: tensor {name}", "infinite or NaN somewhere", "finite numbers"
+                )
+                codes[own][0].fill(stored.to(codes[own][0].like), codes[own][1])
+            elif stored is not None:
+                targets[own].copy_(stored)
             if bar is not None:
                 bar.update(entry.end - entry.start)
         head, embedding = entries.get(root + "lm_head.weight"), targets.get("model.embed_tokens.weight")
@@ -132,6 +165,10 @@ def _load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: st
     config = replace(config, _attn_implementation=how.attn_implementation, mla_form=how.mla_form)
     with torch.device("meta"):
         module = build(config)
+    own = _own_codes(told)
+    if own is not None:
+        require(how.weights is None, "weights", how.weights, f"None: the checkpoint holds {own.get('weights')} codes")
+        module = quantize(module, **own)
     targets = module.state_dict()
     entries = read_headers(place, tuple(root + part for root in ROOTS))
     first = next(iter(targets))
@@ -150,6 +187,9 @@ def _load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: st
             wanted = f"only weights of a {type(module).__name__} of this config.json"
             raise ValueError(f"{entry.file.name}: tensor {name} has no place; wanted {wanted}")
     dtype = _dtype_of(told, matched) if how.dtype is None else how.dtype
+    module = module.to(dtype)
+    if how.weights is not None:
+        module = quantize(module, how.weights, how.group)
     module = _allocated(module, dtype, how.device)
     _fill(module, matched, entries, root + part, block)
     return module.eval()
@@ -157,7 +197,6 @@ def _load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: st
 
 def _allocated(module: Any, dtype: torch.dtype, device: torch.device | str | None) -> Any:
     """The module with memory, which holds nothing yet. What chooses experts keeps its bits, as published."""
-    module = module.to(dtype)
     for gate in module.modules():
         if getattr(gate, "e_score_correction_bias", None) is not None:
             bias = gate.e_score_correction_bias
@@ -166,6 +205,34 @@ def _allocated(module: Any, dtype: torch.dtype, device: torch.device | str | Non
     if _is_tied(module):
         module.lm_head.weight = module.model.embed_tokens.weight
     return module
+
+
+def _random(
+    build: Callable[[], Any],
+    std: float,
+    weights: str | None,
+    group: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Any:
+    """A module with random weights that never existed in more bits, in evaluation mode."""
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    with torch.device("meta"):
+        module = build().to(dtype)
+    if weights is not None:
+        module = quantize(module, weights, group)
+    module = _allocated(module, dtype, device)
+    with torch.no_grad():
+        for name, weight in module.state_dict().items():
+            if name.endswith("norm.weight"):
+                weight.fill_(1)
+            elif name.endswith((".bias", "_bias")):
+                weight.zero_()
+            elif weight.is_floating_point() and weight.itemsize > 1:
+                weight.normal_(std=std)
+        for weight, _ in quantized_places(module).values():
+            weight.random_(std)
+    return module.eval()
 
 
 @dataclass(frozen=True)
@@ -178,6 +245,8 @@ class _How:
     mla_form: str
     revision: str | None
     token: str | None
+    weights: str | None
+    group: int
 
 
 class PretrainedLayer:
@@ -195,6 +264,8 @@ class PretrainedLayer:
         mla_form: str = "auto",
         revision: str | None = None,
         token: str | None = None,
+        weights: str | None = None,
+        group: int = 64,
     ) -> Self:
         """One layer of a checkpoint, in evaluation mode. Only its own tensors are read, from afar too.
 
@@ -209,6 +280,9 @@ class PretrainedLayer:
             mla_form: as ``mla_form`` of `DeepseekV2Config`.
             revision: a branch, tag or commit on the Hub.
             token: for what is not public: on the Hub, or sent with the requests to an address.
+            weights: quantise each tensor as it is read, as `quantize` does: ``int8``, ``int4`` or ``fp8``; a float8
+                checkpoint keeps its codes and scales in the last. None does not.
+            group: weights of a row that share a scale, for ``int4``.
 
         Raises:
             ValueError: for a configuration that is rejected, files that are cut or damaged, and a tensor that is missing,
@@ -217,7 +291,7 @@ class PretrainedLayer:
             OSError: for a server that fails.
             ImportError: for a name on the Hub without huggingface_hub.
 
-        Memory: the layer, and its largest tensor once more.
+        Memory: the layer, and its largest tensor once more; that in float32, where it is quantised.
 
         Source: the safetensors format; float8 blocks as in DeepSeek-V3's published ``inference/fp8_cast_bf16.py``.
         """
@@ -225,8 +299,23 @@ class PretrainedLayer:
         def build(config: DeepseekV2Config) -> Any:
             return cls(config, layer_idx)  # type: ignore[call-arg]
 
-        how = _How(dtype, device, attn_implementation, mla_form, revision, token)
+        how = _How(dtype, device, attn_implementation, mla_form, revision, token, weights, group)
         layer: Self = _load(build, source, f"model.layers.{layer_idx}.", how)
+        return layer
+
+    @classmethod
+    def random(
+        cls,
+        config: DeepseekV2Config,
+        layer_idx: int,
+        weights: str | None = None,
+        group: int = 64,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A layer with random weights; see `PretrainedModel.random`."""
+        std = config.initializer_range
+        layer: Self = _random(lambda: cls(config, layer_idx), std, weights, group, dtype, device)  # type: ignore[call-arg]
         return layer
 
 
@@ -244,13 +333,37 @@ class PretrainedModel:
         mla_form: str = "auto",
         revision: str | None = None,
         token: str | None = None,
+        weights: str | None = None,
+        group: int = 64,
     ) -> Self:
         """A whole model, in evaluation mode; arguments and errors as for `PretrainedLayer.from_pretrained`.
 
         A model from the Hub goes through the Hub's cache. Modules that predict further tokens are not loaded.
         """
-        how = _How(dtype, device, attn_implementation, mla_form, revision, token)
+        how = _How(dtype, device, attn_implementation, mla_form, revision, token, weights, group)
         model: Self = _load(cls, source, "", how)
+        return model
+
+    @classmethod
+    def random(
+        cls,
+        config: DeepseekV2Config,
+        weights: str | None = None,
+        group: int = 64,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A model with random weights, in evaluation mode, to time one without a checkpoint. Quantised ones are drawn as
+        codes, so that memory never holds more: V2-Lite in ``int4`` takes 9 GB.
+
+        Args:
+            config: hyperparameters.
+            weights: ``int8``, ``int4`` or ``fp8``, as `quantize` makes them; None for weights of ``dtype``.
+            group: weights of a row that share a scale, for ``int4``.
+            dtype: None is torch's default.
+            device: None is the CPU.
+        """
+        model: Self = _random(lambda: cls(config), config.initializer_range, weights, group, dtype, device)  # type: ignore[call-arg]
         return model
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int = 5_000_000_000) -> None:
@@ -265,9 +378,8 @@ class PretrainedModel:
         weights = model.state_dict()
         if _is_tied(model):
             del weights["lm_head.weight"]
-        told = published.encode(model.config) | {
-            "torch_dtype": str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        }
+        dtype = model.model.embed_tokens.weight.dtype
+        told = published.encode(model.config) | {"torch_dtype": str(dtype).removeprefix("torch.")} | _codes_in(model)
         (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         shards = list(_in_shards(weights, max_shard_size))
         names = (
@@ -288,6 +400,17 @@ class PretrainedModel:
             size = sum(weight.nbytes for weight in weights.values())
             index = {"metadata": {"total_size": size}, "weight_map": where}
             (folder / tensors.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _codes_in(model: nn.Module) -> dict[str, Any]:
+    """What ``config.json`` says of a quantised model, so that it is read back."""
+    found = {weight.kind: weight.group for weight, _ in quantized_places(model).values()}
+    if not found:
+        return {}
+    one = len(found) == 1
+    require(one, "the weights", ", ".join(found), "codes of one kind, to be saved as one checkpoint")
+    how = {"weights": next(iter(found)), "group": found.get("int4", 64), "parts": parts_of(model)}
+    return {"quantization_config": {"quant_method": OWN_METHOD} | how}
 
 
 def _in_shards(weights: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:

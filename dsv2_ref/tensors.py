@@ -16,10 +16,11 @@ from torch import Tensor
 from dsv2_ref import files
 from dsv2_ref.checks import require, require_object
 
-DTYPES = {
+WEIGHTS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
+DTYPES = WEIGHTS | {"I8": torch.int8, "U8": torch.uint8}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LONGEST_HEADER = 100_000_000
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dsv2_ref.checks import require
 from dsv2_ref.fast.cpu import has_bfloat16
 from dsv2_ref.fast.products import combine, sort_by_expert
-from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear, offers_matrices
+from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
 from dsv2_ref.moe import RoutedExperts
+from dsv2_ref.quantize import is_plain
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def pack_weights(module: Module) -> Module:
         RuntimeError: for bfloat16 where the processor has no instructions for it that oneDNN can use.
     """
     children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
-    places = [(parent, name, child) for parent, name, child in children if _is_plain(child)]
+    places = [(parent, name, child) for parent, name, child in children if is_plain(child)]
     for _, name, child in places:
         for weight in child.parameters():
             fits = weight.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu"
@@ -168,10 +169,3 @@ def pack_weights(module: Module) -> Module:
             packed = PackedLinear(child)
         setattr(parent, name, packed)
     return module
-
-
-def _is_plain(module: nn.Module) -> bool:
-    if isinstance(module, RoutedExperts):
-        hooks = module._forward_hooks or module._forward_pre_hooks
-        return type(module) is RoutedExperts and not hooks and "forward" not in module.__dict__
-    return is_plain_linear(module) and "weight" in module._parameters

@@ -1,0 +1,349 @@
+"""Weights in fewer bits: whole numbers, or eight-bit floating-point numbers, times a
+scale that a group of weights shares.
+
+Letters: E routed experts, G groups of a row. A *code* is what is stored of a weight.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from dsv2_ref import checks, ops
+from dsv2_ref.codes import (
+    from_codes,
+    largest_code,
+    pack_nibbles,
+    to_codes,
+    unpack_nibbles,
+)
+from dsv2_ref.mha import MultiHeadAttention
+from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear
+from dsv2_ref.moe import DeepseekV2MLP, RoutedExperts
+
+KINDS = ("int8", "int4", "fp8")
+"""What a weight can become: a whole number from -127 to 127, with a scale per row; from
+-7 to 7, with a scale per group; or a float8 (e4m3), with a scale per 128 x 128 block,
+as in DeepSeek-V3's checkpoints."""
+
+PARTS = ("attention", "experts", "mlp")
+"""Where weights are quantised: projections of attention, routed experts, and dense and
+shared networks. Gates, norms, embeddings and the head keep their bits."""
+
+FP8_BLOCK = 128
+
+
+class QuantizedWeight(nn.Module):
+    """A matrix, or a stack of matrices, as codes and scales.
+
+    Buffers, which `state_dict` has under these names: ``codes``, (…, outputs, inputs)
+    int8 or float8_e4m3fn, for ``int4`` (…, outputs, inputs / 2) uint8 (`pack_nibbles`);
+    and ``scales``, (…, outputs, groups) in the dtype of the module (float32 for
+    float16, in which they could vanish), for ``fp8`` (…, row blocks, column blocks) in
+    float32.
+
+    Args:
+        kind: one of `KINDS`.
+        shape: (…, outputs, inputs).
+        group: neighbours in a row that share a scale (``int4`` alone).
+        dtype: of the matrix that it stands for. device: where it is.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        shape: tuple[int, ...],
+        group: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        *stack, outputs, inputs = shape
+        self.kind, self.shape = kind, (*stack, outputs, inputs)
+        self.group = {"int8": inputs, "int4": group, "fp8": FP8_BLOCK}[kind]
+        grid = [outputs, inputs // self.group]
+        code, half = torch.int8, torch.float16
+        scale = torch.float32 if dtype == half else dtype
+        if kind == "fp8":
+            code, scale = torch.float8_e4m3fn, torch.float32
+            grid = [-(-size // FP8_BLOCK) for size in (outputs, inputs)]
+        if kind == "int4":
+            code, inputs = torch.uint8, inputs // 2
+        codes = torch.empty(*stack, outputs, inputs, dtype=code, device=device)
+        scales = torch.empty(*stack, *grid, dtype=scale, device=device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.register_buffer("like", like, persistent=False)
+
+    codes: Tensor
+    scales: Tensor
+    like: Tensor  #: empty; its dtype is that of the matrix
+
+    @torch.no_grad()
+    def fill(self, weight: Float[Tensor, "..."], place: Any = ...) -> None:
+        """Quantise a weight into this one, or into a ``place`` of it: an expert, or an
+        expert and some of its rows."""
+        codes, scales = self.codes[place], self.scales[self._in_grid(place)]
+        if self.kind == "fp8":
+            padding = [0, -weight.shape[1] % FP8_BLOCK, 0, -weight.shape[0] % FP8_BLOCK]
+            blocks = in_blocks(F.pad(weight, padding))
+            found, scale = to_codes(blocks, "fp8", FP8_BLOCK**2)
+            found = from_blocks(found)[: weight.shape[0], : weight.shape[1]]
+            scale = scale[..., 0]
+        else:
+            found, scale = to_codes(weight, self.kind, self.group, scales.dtype)
+        codes.copy_(pack_nibbles(found) if self.kind == "int4" else found)
+        scales.copy_(scale)
+
+    @torch.no_grad()
+    def take(self, codes: Tensor, scales: Tensor, place: Any = ...) -> None:
+        """Hold these codes and scales, as they are."""
+        self.codes[place].copy_(codes)
+        self.scales[self._in_grid(place)].copy_(scales)
+
+    @torch.no_grad()
+    def random_(self, std: float) -> None:
+        """Draw codes, all equally often, and give them the scale with which their
+        standard deviation is ``std``."""
+        largest = int(largest_code(self.kind))
+        spread = (largest * (largest + 1) / 3) ** 0.5  # of whole numbers
+        if self.kind == "int4":  # both halves of a byte from 1 to 15
+            self.codes.random_(0, (2 * largest + 1) ** 2)
+            low = self.codes % (2 * largest + 1) + 1
+            self.codes.floor_divide_(2 * largest + 1).add_(1).bitwise_left_shift_(4)
+            self.codes.bitwise_or_(low)
+        elif self.kind == "int8":
+            self.codes.random_(-largest, largest + 1)
+        else:
+            for row in self.codes.flatten(0, -2):
+                row.copy_((torch.rand(row.shape, device=row.device) * 2 - 1) * largest)
+        self.scales.fill_(std / spread)
+
+    def _in_grid(self, place: Any) -> Any:
+        """The scales of a place: rows of blocks, where a block shares one."""
+        if self.kind != "fp8" or not isinstance(place, tuple):
+            return place
+        expert, rows = place
+        return expert, slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
+
+    def dense(self, place: Any = ...) -> Float[Tensor, "... outputs inputs"]:
+        """The matrices that codes and scales stand for, or one of them."""
+        codes, scales, dtype = self.codes[place], self.scales[place], self.like.dtype
+        if self.kind == "fp8":
+            rows, columns = codes.shape[-2:]
+            scales = scales.repeat_interleave(FP8_BLOCK, dim=-2)[..., :rows, :]
+            scales = scales.repeat_interleave(FP8_BLOCK, dim=-1)[..., :columns]
+            return (codes.to(scales.dtype) * scales).to(dtype)
+        if self.kind == "int4":
+            codes = unpack_nibbles(codes)
+        return from_codes(codes, scales).to(dtype)
+
+    def __getitem__(self, expert: int) -> Float[Tensor, "outputs inputs"]:
+        return self.dense(expert)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def extra_repr(self) -> str:
+        """What it is, in a printed module."""
+        return f"{self.kind}, {self.shape}, a scale per {self.group} of a row"
+
+
+def in_blocks(
+    x: Float[Tensor, "rows columns"],
+) -> Float[Tensor, "row_blocks column_blocks elements"]:
+    """The blocks of a matrix, each as one row."""
+    blocks = x.unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, FP8_BLOCK))
+    return blocks.transpose(1, 2).flatten(2)
+
+
+def from_blocks(
+    blocks: Shaped[Tensor, "row_blocks column_blocks elements"],
+) -> Shaped[Tensor, "rows columns"]:
+    """The matrix that `in_blocks` split."""
+    split = blocks.unflatten(2, (FP8_BLOCK, FP8_BLOCK)).transpose(1, 2)
+    return split.flatten(2).flatten(0, 1)
+
+
+@ops.defines()
+def quantized_product(
+    rows: Float[Tensor, "*batch inputs"], weight: QuantizedWeight, place: Any = ...
+) -> Float[Tensor, "*batch outputs"]:
+    """``rows @ weight.T``, for one expert of a stack where ``place`` is its index."""
+    return F.linear(rows, weight.dense(place))
+
+
+class QuantizedLinear(QuantizedWeight):
+    """A linear map over quantised weights. Its input gets gradients, they do not."""
+
+    def __init__(self, linear: nn.Linear, kind: str, group: int) -> None:
+        weight = linear.weight
+        shape = tuple(weight.shape)
+        super().__init__(kind, shape, group, weight.dtype, weight.device)
+        self.out_features, self.in_features = shape
+        self.bias = linear.bias
+
+    def forward(
+        self, hidden_states: Float[Tensor, "*batch inputs"]
+    ) -> Float[Tensor, "*batch outputs"]:
+        """``hidden_states @ weight.T + bias``."""
+        out = quantized_product(hidden_states, self)
+        return out if self.bias is None else out + self.bias
+
+
+class QuantizedUpProjection(QuantizedLinear):
+    """``kv_b_proj`` of latent attention, whose absorbed form reads it as W_UK and W_UV
+    of every head."""
+
+    def __init__(self, attention: DeepseekV2Attention, kind: str, group: int) -> None:
+        super().__init__(attention.kv_b_proj, kind, group)
+        self.heads, self.nope = attention.num_heads, attention.qk_nope_head_dim
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, N, C) and W_UV (H, V, C)."""
+        by_head = self.dense().view(self.heads, -1, self.in_features)
+        return by_head[:, : self.nope], by_head[:, self.nope :]
+
+
+class QuantizedExperts(nn.Module):
+    """The routed experts over quantised weights; `forward` is that of `RoutedExperts`.
+
+    Submodules: ``gate_up_proj`` (E, 2I, D), gates above ups, and ``down_proj`` (E, D,
+    I), each a `QuantizedWeight`.
+    """
+
+    def __init__(self, experts: RoutedExperts, kind: str, group: int) -> None:
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            stack = getattr(experts, name)
+            shape = tuple(stack.shape)
+            quantised = QuantizedWeight(kind, shape, group, stack.dtype, stack.device)
+            self.add_module(name, quantised)
+        self.expert_hidden = experts.expert_hidden
+
+    gate_up_proj: QuantizedWeight
+    down_proj: QuantizedWeight
+
+    forward = ops.defines()(RoutedExperts.forward.__wrapped__)
+
+    def places(self) -> Iterator[tuple[str, QuantizedWeight, Any]]:
+        """Every published name, and where its weight belongs."""
+        wide = self.expert_hidden
+        for expert in range(len(self.down_proj)):
+            gate, up = (expert, slice(0, wide)), (expert, slice(wide, 2 * wide))
+            yield f"{expert}.gate_proj.weight", self.gate_up_proj, gate
+            yield f"{expert}.up_proj.weight", self.gate_up_proj, up
+            yield f"{expert}.down_proj.weight", self.down_proj, expert
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def quantize(
+    module: Module,
+    weights: str = "int4",
+    group: int = 64,
+    parts: Collection[str] = PARTS,
+) -> Module:
+    """Quantise the weights of a layer, or of any module that holds some, in place.
+
+    Each matrix is rounded by itself, to the nearest (no calibration). What is computed
+    is ``forward`` of the same layer with rounded weights, in every form, with every
+    cache; on CPUs `dsv2_ref.pack_weights` afterwards makes it fast.
+
+    Args:
+        module: it is returned. On the meta device it becomes an empty quantised one.
+        weights: one of `KINDS`.
+        group: neighbours in a row that share a scale, for ``int4``: even, and a divisor
+            of every width. 64 divides V2-Lite's dense width of 10,944, 128 does not.
+        parts: which of `PARTS`.
+
+    Raises:
+        ValueError: for another kind, group or part, a weight that is not finite, and a
+            module without anything to quantise, with something quantised or packed
+            already, or with an adapter or a hook on a weight: it would be left out in
+            silence. Nothing has changed then.
+    """
+    checks.quantization(weights, group, parts, PARTS, KINDS)
+    places = list(_to_quantize(module, parts))
+    checks.require(bool(places), "module", module, "one that holds a layer's weights")
+    for _, name, child in places:
+        checks.require(is_plain(child), name, child, checks.PLAIN_WEIGHTS)
+        checks.quantizable(name, list(child.parameters())[:2], weights, group)
+        if weights == "fp8" and isinstance(child, RoutedExperts):
+            # Gates lie above ups, and no block may hold both.
+            wide = child.expert_hidden
+            wanted = (
+                f"int8 or int4: {FP8_BLOCK} does not divide the experts' width {wide}"
+            )
+            checks.require(wide % FP8_BLOCK == 0, "weights", weights, wanted)
+    for parent, name, child in places:
+        if isinstance(child, RoutedExperts):
+            quantised: Any = QuantizedExperts(child, weights, group)
+            pairs = zip(quantised.children(), child.parameters(), strict=True)
+            for weight, stack in pairs:
+                for expert, matrix in enumerate(stack.detach()):
+                    if not matrix.is_meta:
+                        weight.fill(matrix, expert)
+        elif isinstance(parent, DeepseekV2Attention) and name == "kv_b_proj":
+            quantised = QuantizedUpProjection(parent, weights, group)
+            quantised.fill(child.weight)
+        else:
+            quantised = QuantizedLinear(child, weights, group)
+            quantised.fill(child.weight)
+        setattr(parent, name, quantised.train(child.training))
+    return module
+
+
+def _to_quantize(
+    module: nn.Module, parts: Collection[str]
+) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Parent, name and child of every linear map and every stack of experts."""
+    for parent in module.modules():
+        attention = isinstance(parent, DeepseekV2Attention | MultiHeadAttention)
+        part = "attention" if attention else "mlp"
+        linears = attention or isinstance(parent, DeepseekV2MLP)
+        for name, child in parent.named_children():
+            stack = name == "experts" and hasattr(child, "down_proj")
+            linear = linears and name.endswith(("_proj", "_mqa"))
+            if (stack and "experts" in parts) or (linear and part in parts):
+                yield parent, name, child
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does no more than its weights say."""
+    if isinstance(module, RoutedExperts):
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        own = type(module) is not RoutedExperts or "forward" in module.__dict__
+        return not hooks and not own
+    return is_plain_linear(module) and "weight" in module._parameters
+
+
+def quantized_places(module: nn.Module) -> dict[str, tuple[QuantizedWeight, Any]]:
+    """Where each weight belongs that is stored as codes, by its published name."""
+    found: dict[str, tuple[QuantizedWeight, Any]] = {}
+    for path, child in module.named_modules():
+        prefix = path + "." if path else ""
+        if isinstance(child, QuantizedLinear):
+            found[prefix + "weight"] = child, ...
+        elif isinstance(child, QuantizedExperts):
+            found |= {prefix + name: (held, at) for name, held, at in child.places()}
+    return found
+
+
+def parts_of(module: nn.Module) -> list[str]:
+    """Which of `PARTS` are quantised."""
+    found = set()
+    for parent in module.modules():
+        for child in parent.children():
+            if isinstance(child, QuantizedExperts):
+                found.add("experts")
+            elif isinstance(child, QuantizedLinear):
+                attention = isinstance(parent, DeepseekV2Attention | MultiHeadAttention)
+                found.add("attention" if attention else "mlp")
+    return [part for part in PARTS if part in found]
