@@ -9,7 +9,8 @@ from bench.work import CONFIG
 from dsv2_ref import DeepseekV2Attention
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes that Linux tells of this process under a name, such as ``VmHWM``, the peak of its memory."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -22,10 +23,10 @@ def _peak(seq: int) -> tuple[int, int]:
     with torch.inference_mode():
         attention(torch.randn(1, 64, CONFIG.hidden_size, dtype=torch.bfloat16))
         x = torch.randn(1, seq, CONFIG.hidden_size, dtype=torch.bfloat16)
-        before = _status("VmRSS")
+        before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
         _, _, cache = attention(x, use_cache=True)
-        return _status("VmHWM") - before, cache.nbytes
+        return status("VmHWM") - before, cache.nbytes
 
 
 def attention_prefill_peak(seq: int) -> tuple[int, int]:

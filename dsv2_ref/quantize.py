@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from dsv2_ref import checks, ops
@@ -81,7 +81,9 @@ class QuantizedWeight(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    scales_and_zeros: Tensor
     like: Tensor  #: empty; its dtype is that of the matrix
+    block_rows = 0  #: of codes that `pack_weights` laid out for the CPU's kernel
 
     @torch.no_grad()
     def fill(self, weight: Float[Tensor, "..."], place: Any = ...) -> None:
@@ -107,21 +109,25 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def random_(self, std: float) -> None:
-        """Draw codes, all equally often, and give them the scale with which their
-        standard deviation is ``std``."""
+        """Draw codes at random, evenly over their range (of four bits only the odd
+        ones), and give them the scale with which their standard deviation is ``std``."""
         largest = int(largest_code(self.kind))
-        spread = (largest * (largest + 1) / 3) ** 0.5  # of whole numbers
-        if self.kind == "int4":  # both halves of a byte from 1 to 15
-            self.codes.random_(0, (2 * largest + 1) ** 2)
-            low = self.codes % (2 * largest + 1) + 1
-            self.codes.floor_divide_(2 * largest + 1).add_(1).bitwise_left_shift_(4)
-            self.codes.bitwise_or_(low)
-        elif self.kind == "int8":
-            self.codes.random_(-largest, largest + 1)
-        else:
+        variance = largest * (largest + 1) / 3  # of whole numbers, all equally often
+        if self.kind == "fp8":
             for row in self.codes.flatten(0, -2):
                 row.copy_((torch.rand(row.shape, device=row.device) * 2 - 1) * largest)
-        self.scales.fill_(std / spread)
+        else:
+            least = torch.iinfo(torch.int64).min
+            for codes in self.codes.view(-1, self.codes.shape[-2:].numel()):
+                words = codes.new_empty(-(-len(codes) // 8), dtype=torch.int64)
+                words.random_(least, None)  # 8 codes at once
+                codes.copy_(words.view(codes.dtype)[: len(codes)])
+            if self.kind == "int4":  # both halves odd, from 1 to 15: codes from -7 to 7
+                self.codes.bitwise_or_(0x11)
+                variance = 21
+            else:
+                self.codes.clamp_(min=-largest)
+        self.scales.fill_(std / variance**0.5)
 
     def _in_grid(self, place: Any) -> Any:
         """The scales of a place: rows of blocks, where a block shares one."""
@@ -131,16 +137,36 @@ class QuantizedWeight(nn.Module):
         return expert, slice(rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK))
 
     def dense(self, place: Any = ...) -> Float[Tensor, "... outputs inputs"]:
-        """The matrices that codes and scales stand for, or one of them."""
-        codes, scales, dtype = self.codes[place], self.scales[place], self.like.dtype
+        """The matrices that codes and scales stand for, or some of them: a ``place`` as
+        for `fill`."""
+        expert, rows = place if isinstance(place, tuple) else (place, ...)
+        codes, scales = self.codes[expert], self.scales[expert]
         if self.kind == "fp8":
-            rows, columns = codes.shape[-2:]
-            scales = scales.repeat_interleave(FP8_BLOCK, dim=-2)[..., :rows, :]
-            scales = scales.repeat_interleave(FP8_BLOCK, dim=-1)[..., :columns]
-            return (codes.to(scales.dtype) * scales).to(dtype)
-        if self.kind == "int4":
-            codes = unpack_nibbles(codes)
-        return from_codes(codes, scales).to(dtype)
+            height, width = codes.shape[-2:]
+            scales = scales.repeat_interleave(FP8_BLOCK, dim=-2)[..., :height, :]
+            scales = scales.repeat_interleave(FP8_BLOCK, dim=-1)[..., :width]
+            matrix = codes.to(scales.dtype) * scales
+        elif self.kind == "int4":
+            plain = in_rows(codes, self.block_rows)
+            matrix = from_codes(unpack_nibbles(plain), scales)
+        else:
+            matrix = from_codes(codes, scales)
+        return matrix[rows].to(self.like.dtype)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.block_rows:
+            destination[prefix + "codes"] = in_rows(self.codes, self.block_rows)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        if self.block_rows:
+            wanted = "wanted a layer to load into: load first, then pack"
+            raise RuntimeError(f"{prefix[:-1]} holds packed weights; {wanted}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getitem__(self, expert: int) -> Float[Tensor, "outputs inputs"]:
         return self.dense(expert)
@@ -151,6 +177,20 @@ class QuantizedWeight(nn.Module):
     def extra_repr(self) -> str:
         """What it is, in a printed module."""
         return f"{self.kind}, {self.shape}, a scale per {self.group} of a row"
+
+
+def in_rows(
+    codes: UInt8[Tensor, "... outputs half"], block_rows: int
+) -> UInt8[Tensor, "... outputs half"]:
+    """Codes as `pack_nibbles` packs them, of codes that were laid out in blocks of rows,
+    in which halves of a byte belong to two rows and not to two neighbours."""
+    if not block_rows:
+        return codes
+    blocks = codes.unflatten(-2, (-1, block_rows)).flatten(-2)
+    columns = blocks.unflatten(-1, (-1, block_rows // 2)).mT  # (…, rows / 2, inputs)
+    even, odd = columns.unflatten(-1, (-1, 2)).unbind(dim=-1)
+    halves = even & 15 | odd << 4, even >> 4 | odd & 240  # of the rows of a block
+    return torch.stack(halves, dim=-3).flatten(-4, -2)
 
 
 def in_blocks(
@@ -203,9 +243,13 @@ class QuantizedUpProjection(QuantizedLinear):
         super().__init__(attention.kv_b_proj, kind, group)
         self.heads, self.nope = attention.num_heads, attention.qk_nope_head_dim
 
+    kept: tuple[Tensor, Tensor] | None = None  #: by `pack_weights`
+
     @property
     def matrices(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, N, C) and W_UV (H, V, C)."""
+        if self.kept is not None:
+            return self.kept
         by_head = self.dense().view(self.heads, -1, self.in_features)
         return by_head[:, : self.nope], by_head[:, self.nope :]
 

@@ -2,6 +2,6 @@
 products, blocks and packed weights for CPUs, flash-attn, and Triton kernels. The core never imports this package by name
 of a way; the first call of a definition loads it."""
 
-from dsv2_ref.fast import cpu, flash, products, triton
+from dsv2_ref.fast import cpu, flash, products, quantized, triton
 
-__all__ = ["cpu", "flash", "products", "triton"]
+__all__ = ["cpu", "flash", "products", "quantized", "triton"]

@@ -7,16 +7,15 @@ tokens that hardly shows; with one it takes as long as the product. `pack_weight
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.checks import require
 from dsv2_ref.fast.cpu import has_bfloat16
-from dsv2_ref.fast.products import combine, sort_by_expert
+from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
 from dsv2_ref.moe import RoutedExperts
-from dsv2_ref.quantize import is_plain
+from dsv2_ref.quantize import QuantizedUpProjection, QuantizedWeight, is_plain
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -107,14 +106,11 @@ class PackedExperts(_Packed):
         topk_weight: Float[Tensor, "tokens top_k"],
     ) -> Float[Tensor, "tokens hidden"]:
         """Σ weight · expert(token) over each token's choices."""
-        order, group_ends, places = sort_by_expert(topk_idx, self.number)
-        rows = hidden_states[order // topk_idx.shape[1]]
-        ends, out = group_ends.tolist(), []
-        for gate_up, down, start, end in zip(self.gate_up_proj, self.down_proj, [0, *ends], ends, strict=False):
-            if end > start:
-                gate, up = _product(rows[start:end], gate_up).chunk(2, dim=-1)
-                out.append(_product(F.silu(gate) * up, down))
-        return combine(torch.cat(out), places, topk_weight).to(hidden_states.dtype)
+
+        def product(rows: Tensor, expert: int, down: bool) -> Tensor:
+            return _product(rows, (self.down_proj if down else self.gate_up_proj)[expert])
+
+        return chosen_experts(product, self.number, hidden_states, topk_idx, topk_weight)
 
     def _dense(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
@@ -141,7 +137,10 @@ def pack_weights(module: Module) -> Module:
     Everything else stays as it is: forms, kernels and caches of attention, and the names and values of `state_dict`.
     Weights take as much memory as before, ``kv_b_proj`` twice as much. There is no way to unpack but to build a layer
     and load the state dict. What is more than a plain linear map or the package's own experts (an adapter, a wrapper,
-    hooks, a parametrization, a quantised map) is left as it is and keeps its effect.
+    hooks, a parametrization, a map that others quantised) is left as it is and keeps its effect.
+
+    Weights that `quantize` made are packed, too, where torch has a kernel for their codes; then ``kv_b_proj`` keeps a copy
+    in the module's dtype for the absorbed form.
 
     Args:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
@@ -152,6 +151,9 @@ def pack_weights(module: Module) -> Module:
     """
     children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
     places = [(parent, name, child) for parent, name, child in children if is_plain(child)]
+    quantised = [child for child in module.modules() if isinstance(child, QuantizedWeight)]
+    if quantised and not has_bfloat16():  # the others stay as they are
+        places = [place for place in places if next(place[2].parameters()).dtype != torch.bfloat16]
     for _, name, child in places:
         for weight in child.parameters():
             fits = weight.dtype in (torch.bfloat16, torch.float32) and weight.device.type == "cpu"
@@ -159,6 +161,12 @@ def pack_weights(module: Module) -> Module:
             if weight.dtype == torch.bfloat16 and not has_bfloat16():
                 needed = "a processor with bfloat16 instructions that oneDNN can use (AVX-512)"
                 raise RuntimeError(f"pack_weights needs {needed}")
+    for held in quantised:
+        if isinstance(held, QuantizedUpProjection):
+            w_uk, w_uv = held.matrices
+            held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
+        if can_lay_out(held):
+            lay_out_codes(held)
     for parent, name, child in places:
         if isinstance(child, RoutedExperts):
             packed: nn.Module = PackedExperts(child)

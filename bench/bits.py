@@ -1,0 +1,180 @@
+"""``python -m bench.bits``: what fewer bits do to the time of V2-Lite's layer, of its cache, and of the whole model.
+
+Every row is timed in turn with the row that it is compared with. Weights are random: the time does not depend on them.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.machine import in_turn, median, read_bandwidth
+from bench.memory import status
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pack_weights
+from dsv2_ref.fast.cpu import has_bfloat16
+from dsv2_ref.quantize import KINDS
+
+CONFIG = DeepseekV2Config.deepseek_v2_lite()
+LAYERS = 4  # one after the other, as in a model: more weights than the processor caches
+SHORT, LONG, PREFILL = 64, 8192, 2048
+FORMATS = (None, "fp8", "int8", "int4")
+
+
+def _layers(weights: str | None, packed: bool, config: DeepseekV2Config) -> list[DeepseekV2DecoderLayer]:
+    layers = [DeepseekV2DecoderLayer.random(config, 1 + i, weights, dtype=torch.bfloat16) for i in range(LAYERS)]
+    return [pack_weights(layer) for layer in layers] if packed else layers
+
+
+def contestants(config: DeepseekV2Config) -> dict[str, tuple[str | None, bool]]:
+    """Weights, and whether they are packed, by name. Plain bfloat16 is packed where the processor multiplies it."""
+    found: dict[str, tuple[str | None, bool]] = {"bfloat16": (None, False)}
+    if has_bfloat16():
+        found["bfloat16 packed"] = None, True
+    for kind in KINDS:
+        if kind != "fp8" or config.moe_intermediate_size % 128 == 0:
+            found |= {kind: (kind, False)} | ({f"{kind} packed": (kind, True)} if kind != "fp8" else {})
+    return found
+
+
+def active_bytes(layer: DeepseekV2DecoderLayer, config: DeepseekV2Config) -> int:
+    """Bytes of the weights that one token passes through."""
+    shared = sum(x.nbytes for name, x in layer.state_dict().items() if ".experts." not in name)
+    routed = sum(x.nbytes for name, x in layer.state_dict().items() if ".experts." in name)
+    return shared + routed * config.num_experts_per_tok // (config.n_routed_experts or 1)
+
+
+def _steps(layers: list[DeepseekV2DecoderLayer], past: int, seq: int, format: str | None = None) -> Callable[[], Any]:
+    """One call of every layer, of another token each time, over ``past`` cached ones."""
+    config = layers[0].self_attn.config
+    tokens = torch.randn(8, 1, seq, config.hidden_size).to(torch.bfloat16)
+    caches = []
+    for layer in layers:
+        attention: Any = layer.self_attn
+        cache = attention.empty_cache(1, past + 64, format=format) if format else attention.empty_cache(1, past + 64)
+        features = torch.randn(1, past, *attention.cache_features).to(torch.bfloat16)
+        caches.append(cache.append(features) if past else cache)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        hidden_states = tokens[count % len(tokens)]
+        count += 1
+        for layer, cache in zip(layers, caches, strict=True):
+            cache._storage.used = len(cache)  # the next step writes where the last one did
+            hidden_states, *_ = layer(hidden_states, past_key_value=cache, use_cache=True)
+
+    return step
+
+
+def weights_table(config: DeepseekV2Config, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Milliseconds of a layer per token, decoding and in a prompt, by the bits of its weights."""
+    rows: list[dict[str, Any]] = []
+    for name, (kind, packed) in contestants(config).items():
+        layers = _layers(kind, packed, config)
+        nbytes = active_bytes(layers[0], config)
+        decode = median(in_turn({name: _steps(layers, SHORT, 1)}, rounds)[name]) / LAYERS
+        prompt = _steps(layers[:1], 0, PREFILL)
+        prompt()
+        start = time.perf_counter()
+        prompt()
+        prefill = (time.perf_counter() - start) / PREFILL
+        limit = nbytes / bandwidth
+        rows.append({"weights": name, "active_bytes": nbytes, "decode": decode, "limit": limit, "prefill": prefill})
+        del layers
+    return rows
+
+
+def cache_table(config: DeepseekV2Config, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of attention for one token over `LONG` cached ones, by the bits of the cache."""
+    layer = _layers(None, False, config)[:1]
+    steps = {format or "bfloat16": _steps(layer, LONG - 1, 1, format) for format in FORMATS}
+    seconds = in_turn(steps, rounds)
+    sizes = {format or "bfloat16": _record_bytes(layer[0], format) for format in FORMATS}
+    return [{"cache": name, "bytes": sizes[name], "decode": median(samples)} for name, samples in seconds.items()]
+
+
+def _record_bytes(layer: DeepseekV2DecoderLayer, format: str | None) -> int:
+    attention: Any = layer.self_attn
+    cache = attention.empty_cache(1, 1, format=format) if format else attention.empty_cache(1, 1)
+    return int(cache.reserved_nbytes)
+
+
+def _whole(weights: str, tokens: int, threads: int, config: DeepseekV2Config) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    start = time.perf_counter()
+    model = pack_weights(DeepseekV2ForCausalLM.random(config, weights, dtype=torch.bfloat16))
+    built = time.perf_counter() - start
+    prompt = torch.randint(config.vocab_size, (1, 16))
+    times = [time.perf_counter() for _ in model.stream(prompt, tokens)]
+    steps = [after - before for before, after in pairwise(times)]
+    blocks: Any = model.model.layers
+    layers = sum(active_bytes(layer, config) for layer in blocks)
+    return {
+        "weights": weights,
+        "bytes": sum(x.nbytes for x in model.state_dict().values()),
+        "peak": status("VmHWM"),
+        "seconds_to_build": built,
+        "active_bytes": layers + model.lm_head.weight.nbytes,
+        "seconds_per_token": median(steps),
+    }
+
+
+def whole_model(weights: str, tokens: int, threads: int, config: DeepseekV2Config = CONFIG) -> dict[str, Any]:
+    """A model with random weights built, packed and run in a process of its own: its peak of memory, and its speed."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_whole, (weights, tokens, threads, config))
+
+
+def main() -> None:
+    """Measure, print the tables, and write the figures to a JSON file."""
+    parser = argparse.ArgumentParser(prog="python -m bench.bits", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each row, of which the median counts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--whole", nargs="*", choices=KINDS, default=["int4"], help="weights of the whole model, to run"
+    )
+    parser.add_argument("--tokens", type=int, default=32, help="that the whole model writes")
+    parser.add_argument("--only-whole", action="store_true", help="leave the tables out")
+    parser.add_argument("--json", type=Path, default=Path("_build/bench-bits.json"), help="where the figures go")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    bandwidth = read_bandwidth()
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, {capability}, {args.threads} threads, reads {bandwidth / 1e9:.1f} GB/s\n")
+    weights = [] if args.only_whole else weights_table(CONFIG, args.rounds, bandwidth)
+    caches = [] if args.only_whole else cache_table(CONFIG, args.rounds)
+    if weights:
+        print(
+            f"{'a layer of V2-Lite, weights in':32}{'MB per token':>14}{'decode ms':>12}{'limit ms':>12}{'prefill ms':>12}"
+        )
+    for row in weights:
+        times = f"{1e3 * row['decode']:12.2f}{1e3 * row['limit']:12.2f}{1e3 * row['prefill']:12.3f}"
+        print(f"{row['weights']:32}{row['active_bytes'] / 1e6:14.1f}{times}")
+    if caches:
+        print(f"\n{f'a layer over {LONG} tokens, cache in':32}{'bytes per token':>16}{'decode ms':>12}")
+    for row in caches:
+        print(f"{row['cache']:32}{row['bytes']:16}{1e3 * row['decode']:12.2f}")
+    whole = [whole_model(kind, args.tokens, args.threads) for kind in args.whole]
+    for row in whole:
+        rate, limit = 1 / row["seconds_per_token"], bandwidth / row["active_bytes"]
+        print(
+            f"\nV2-Lite in {row['weights']}: {row['bytes'] / 1e9:.2f} GB, built in {row['seconds_to_build']:.0f} s, "
+            f"{row['peak'] / 1e9:.2f} GB at the peak; {rate:.2f} tokens per second, "
+            f"{rate / limit:.0%} of what reading {row['active_bytes'] / 1e9:.2f} GB per token allows"
+        )
+    figures = {"torch": torch.__version__, "capability": capability, "threads": args.threads, "bandwidth": bandwidth}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(figures | {"weights": weights, "caches": caches, "whole": whole}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Ways over quantised weights: experts of which only the chosen ones are read, and torch's kernels for CPUs, which
+multiply codes as they are.
+
+torch has kernels for one or a few rows in bfloat16: for int8 codes as they lie, and for int4 codes laid out in blocks of
+rows, which `lay_out_codes` does once. For many rows they are slower than a product with the dense matrix.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from dsv2_ref import ops
+from dsv2_ref.codes import pack_nibbles
+from dsv2_ref.fast.cpu import HALF_ON_CPU, has_bfloat16
+from dsv2_ref.fast.products import combine, sort_by_expert
+from dsv2_ref.quantize import QuantizedExperts, QuantizedWeight, quantized_product
+
+FEW_ROWS = 16
+"""Up to so many rows torch's kernels over codes are used: they read a code once per row."""
+
+GROUPS = (32, 64, 128, 256)
+"""Groups that the kernel for int4 takes."""
+
+
+def chosen_experts(
+    product: Callable[[Tensor, int, bool], Tensor],
+    experts: int,
+    hidden_states: Float[Tensor, "tokens hidden"],
+    topk_idx: Int[Tensor, "tokens top_k"],
+    topk_weight: Float[Tensor, "tokens top_k"],
+) -> Float[Tensor, "tokens hidden"]:
+    """The routed experts where ``product(rows, expert, down)`` multiplies rows by one expert's matrix: gates above ups, or
+    its down projection. Only experts that a token chose are asked for."""
+    if len(hidden_states) == 1:  # nothing to sort
+        out = []
+        for expert in topk_idx[0].tolist():
+            gate, up = product(hidden_states, expert, False).chunk(2, dim=-1)
+            out.append(product(F.silu(gate) * up, expert, True))
+        return (topk_weight @ torch.cat(out).to(topk_weight.dtype)).to(hidden_states.dtype)
+    order, group_ends, places = sort_by_expert(topk_idx, experts)
+    rows = hidden_states[order // topk_idx.shape[1]]
+    ends, out = group_ends.tolist(), []
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if end > start:
+            gate, up = product(rows[start:end], expert, False).chunk(2, dim=-1)
+            out.append(product(F.silu(gate) * up, expert, True))
+    return combine(torch.cat(out), places, topk_weight).to(hidden_states.dtype)
+
+
+@ops.faster(QuantizedExperts.forward, "chosen experts", compiles=False)
+def _chosen_experts(experts: QuantizedExperts, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
+    def product(rows: Tensor, expert: int, down: bool) -> Tensor:
+        return quantized_product(rows, experts.down_proj if down else experts.gate_up_proj, expert)
+
+    return chosen_experts(product, len(experts.down_proj), hidden_states, topk_idx, topk_weight)
+
+
+# On the CPU
+
+
+def _slow_in_bfloat16(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
+    return "this processor has bfloat16 products" if has_bfloat16() else ""
+
+
+@ops.faster(quantized_product, "cpu float32", why_not=_slow_in_bfloat16, **HALF_ON_CPU)
+def _in_float32(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
+    return F.linear(rows.float(), weight.dense(place).float()).to(rows.dtype)
+
+
+def _not_few(rows: Tensor, weight: QuantizedWeight, kind: str) -> str:
+    if weight.kind != kind:
+        return f"for {kind}"
+    if rows.numel() > FEW_ROWS * rows.shape[-1]:
+        return f"slower than the dense matrix beyond {FEW_ROWS} rows"
+    return "" if weight.scales.dtype == rows.dtype else "for scales in the dtype of the rows"
+
+
+def _not_few_int8(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
+    return _not_few(rows, weight, "int8")
+
+
+@ops.faster(quantized_product, "cpu int8", why_not=_not_few_int8, **HALF_ON_CPU)
+def _few_by_int8(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
+    codes, scales = weight.codes[place], weight.scales[place].flatten()
+    flat = rows.reshape(-1, rows.shape[-1]).contiguous()
+    return torch.ops.aten._weight_int8pack_mm(flat, codes, scales).view(*rows.shape[:-1], -1)
+
+
+def _not_few_int4(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
+    return _not_few(rows, weight, "int4") or ("" if weight.block_rows else "not packed: see dsv2_ref.pack_weights")
+
+
+@ops.faster(quantized_product, "cpu int4", why_not=_not_few_int4, **HALF_ON_CPU)
+def _few_by_int4(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
+    flat, group = rows.reshape(-1, rows.shape[-1]).contiguous(), weight.group
+    scales = weight.scales_and_zeros[place]
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight.codes[place], group, scales)
+    return out.view(*rows.shape[:-1], -1)
+
+
+@functools.cache
+def kernel_block_rows() -> int:
+    """Of how many rows torch's kernel for int4 makes a block on this processor: the low halves of the bytes hold the first
+    half of them, the high halves the second. 0 where it lays codes out otherwise."""
+    codes = (torch.arange(128 * 64).view(128, 64) % 15 - 7).char()
+    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+    packed = pack_nibbles(codes)
+    return next((rows for rows in (16, 32, 64, 128) if torch.equal(lay_out(packed, rows), expected)), 0)
+
+
+def lay_out(codes: UInt8[Tensor, "outputs half"], block_rows: int) -> UInt8[Tensor, "outputs half"]:
+    """Codes as `pack_nibbles` packs them, laid out as torch's kernel for int4 wants them: column by column in each block of
+    rows (`in_rows` undoes it)."""
+    first, second = codes.unflatten(0, (-1, 2, block_rows // 2)).unbind(dim=1)  # (blocks, rows / 2, inputs / 2)
+    columns = torch.stack((first & 15 | second << 4, first >> 4 | second & 240), dim=-1).flatten(-2)
+    return columns.mT.reshape(codes.shape)
+
+
+def can_lay_out(weight: QuantizedWeight) -> bool:
+    """Whether torch's kernel for int4 takes this weight."""
+    on_cpu, rows = weight.codes.device.type == "cpu", kernel_block_rows()
+    fits = weight.kind == "int4" and weight.group in GROUPS and weight.scales.dtype == torch.bfloat16
+    return fits and on_cpu and not weight.block_rows and rows > 0 and weight.shape[-2] % rows == 0
+
+
+@torch.no_grad()
+def lay_out_codes(weight: QuantizedWeight) -> None:
+    """Lay the codes of a weight out for torch's kernel, in place."""
+    rows, shape = kernel_block_rows(), weight.codes.shape
+    for codes in weight.codes.view(-1, *shape[-2:]):
+        codes.copy_(lay_out(codes, rows))
+    scales = weight.scales.mT  # (…, groups, outputs)
+    zeros = torch.zeros_like(scales)
+    weight.register_buffer("scales_and_zeros", torch.stack((scales, zeros), dim=-1).contiguous(), persistent=False)
+    weight.block_rows = rows

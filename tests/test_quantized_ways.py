@@ -1,0 +1,202 @@
+"""Ways over quantised weights on the CPU: each, whichever this processor would choose, against the definition."""
+
+import copy
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import bits
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, ops, pack_weights
+from dsv2_ref.codes import pack_nibbles
+from dsv2_ref.fast.quantized import can_lay_out, kernel_block_rows, lay_out, lay_out_codes
+from dsv2_ref.quantize import QuantizedExperts, QuantizedWeight, in_rows, quantize, quantized_product
+
+BFLOAT16_STEP = 2**-8
+"""Half a step of bfloat16, relative: by so much a sum differs that is rounded once."""
+
+CONFIG = replace(
+    DeepseekV2Config.tiny(), hidden_size=128, intermediate_size=192, moe_intermediate_size=64, kv_lora_rank=64,
+    q_lora_rank=None, n_routed_experts=6, num_experts_per_tok=3,
+)  # fmt: skip
+
+
+def weight(kind: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+    torch.manual_seed(0)
+    made = QuantizedWeight(kind, shape, 32, dtype, torch.device("cpu"))
+    if len(shape) == 2:
+        made.fill(torch.randn(shape))
+    else:
+        for expert in range(shape[0]):
+            made.fill(torch.randn(shape[1:]), expert)
+    return made
+
+
+def assert_rounded_once(found: Tensor, exact: Tensor) -> None:
+    """The error of each sum is that of its rounding to bfloat16, and the products' own in float32, which is far less."""
+    scale = exact.abs().max()
+    torch.testing.assert_close(found.double(), exact, rtol=2 * BFLOAT16_STEP, atol=2 * BFLOAT16_STEP * float(scale))
+
+
+def served(rows: Tensor, held: QuantizedWeight, place: Any = ...) -> tuple[Tensor, str]:
+    with torch.no_grad(), ops.watch() as made:
+        out = quantized_product(rows, held, place)
+    return out, made[0].way
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_a_product_is_that_of_the_dense_matrix(kind: str, packed: bool, rows: int) -> None:
+    held = weight(kind, 128, 64)
+    dense = held.dense().double()
+    if packed and can_lay_out(held):
+        lay_out_codes(held)
+    x = torch.randn(2, rows, 64).bfloat16()
+    out, way = served(x, held)
+    assert_rounded_once(out, x.double() @ dense.T)
+    few = rows <= 8
+    expected = {"int8": "cpu int8" if few else None, "int4": "cpu int4" if few and held.block_rows else None}
+    assert way == (expected.get(kind) or way)
+    assert ("cpu int" in way) == (expected.get(kind) is not None)
+
+
+def test_strided_rows_and_one_expert_of_a_stack() -> None:
+    for kind in ("int8", "int4"):
+        held = weight(kind, 3, 64, 96)
+        dense = held.dense().double()
+        if kind == "int4" and can_lay_out(held):
+            lay_out_codes(held)
+        x = torch.randn(2, 5, 200).bfloat16()[..., 50:146]
+        for expert in range(3):
+            out, _ = served(x, held, expert)
+            assert_rounded_once(out, x.double() @ dense[expert].T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_dtypes_take_the_dense_matrix(dtype: torch.dtype) -> None:
+    held = weight("int8", 64, 64, dtype=dtype)
+    x = torch.randn(3, 64, dtype=dtype)
+    out, way = served(x, held)
+    assert way == "definition"
+    torch.testing.assert_close(out, x @ held.dense().T, rtol=0, atol=0)
+
+
+def test_the_layout_is_that_of_torch_and_is_undone() -> None:
+    rows = kernel_block_rows()
+    if not rows:
+        pytest.skip("torch lays codes out in no order that is known here")
+    codes = torch.randint(-7, 8, (4 * rows, 64), generator=torch.Generator().manual_seed(0)).char()
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+    packed = pack_nibbles(codes)
+    assert torch.equal(lay_out(packed, rows), theirs)
+    assert torch.equal(in_rows(theirs, rows), packed)
+
+
+@pytest.mark.parametrize("block_rows", [2, 16, 32, 64])
+def test_every_layout_is_undone(block_rows: int) -> None:
+    packed = torch.randint(0, 256, (2, 128, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    laid_out = torch.stack([lay_out(one, block_rows) for one in packed])
+    assert not torch.equal(laid_out, packed)
+    assert torch.equal(in_rows(laid_out, block_rows), packed)
+
+
+def test_what_cannot_be_laid_out_stays() -> None:
+    assert not can_lay_out(weight("int8", 64, 64))
+    assert not can_lay_out(weight("int4", 64, 64, dtype=torch.float32))
+    assert not can_lay_out(weight("int4", 60, 64))
+    held = weight("int4", 64, 64)
+    held.group = 16
+    assert not can_lay_out(held)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("layer_idx", [0, 1])
+def test_a_packed_layer_is_the_quantised_one(layer_idx: int, form: str, kind: str) -> None:
+    torch.manual_seed(0)
+    layer = DeepseekV2DecoderLayer(replace(CONFIG, mla_form=form), layer_idx).bfloat16().eval()
+    quantize(layer, kind, 32)
+    packed = pack_weights(copy.deepcopy(layer))
+    before = layer.state_dict()
+    for tokens in (torch.randn(2, 9, 128), torch.randn(1, 1, 128), torch.randn(3, 1, 128)):
+        x = tokens.bfloat16()
+        with ops.plain():
+            expected = layer(x)[0]
+            torch.testing.assert_close(packed(x)[0], expected, rtol=0, atol=0)
+        # Each product may round its sum to the neighbour: two steps of numbers up to 8.
+        for one in (layer, packed):
+            torch.testing.assert_close(one(x)[0], expected, rtol=0, atol=2**-4)
+    for other in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        after = other.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        torch.testing.assert_close(other(x)[0], packed(x)[0], rtol=0, atol=0)
+    if any(held.block_rows for held in packed.modules() if isinstance(held, QuantizedWeight)):
+        with pytest.raises(RuntimeError, match="q_proj holds packed weights; wanted a layer to load into: load first"):
+            packed.load_state_dict(before)
+
+
+@torch.no_grad()
+def test_only_chosen_experts_are_read() -> None:
+    """The others hold NaN, which would be seen."""
+    torch.manual_seed(0)
+    layer = DeepseekV2DecoderLayer(CONFIG, 1).bfloat16().eval()
+    for kind in ("int8", "int4"):
+        quantised = quantize(copy.deepcopy(layer), kind, 32)
+        experts: Any = quantised.mlp
+        experts = experts.experts
+        assert isinstance(experts, QuantizedExperts)
+        for tokens in (1, 2):
+            idx, scores = torch.tensor([[4, 1, 2]] * tokens), torch.rand(tokens, 3)
+            x = torch.randn(tokens, 128).bfloat16()
+            expected = experts(x, idx, scores)
+            broken = copy.deepcopy(experts)
+            for held in (broken.gate_up_proj, broken.down_proj):
+                held.scales[[0, 3, 5]] = float("nan")
+            assert torch.equal(broken(x, idx, scores), expected)
+            with ops.plain():
+                exact = copy.deepcopy(experts).double()
+                exact = sum(
+                    s * (experts_of(exact, int(e), x[t].double()))
+                    for t in range(tokens) for e, s in zip(idx[t], scores[t].double(), strict=True) if t == tokens - 1
+                )  # fmt: skip
+            # Four roundings to bfloat16 on the way: gates and ups, their product, the result, and their sum.
+            torch.testing.assert_close(
+                expected[-1].double(), exact, rtol=4 * 2**-8, atol=4 * 2**-8 * float(exact.abs().max())
+            )
+
+
+def experts_of(experts: Any, expert: int, x: Tensor) -> Tensor:
+    """One expert by the definition of SwiGLU."""
+    gate, up = (experts.gate_up_proj.dense(expert).double() @ x).chunk(2)
+    return experts.down_proj.dense(expert).double() @ (torch.nn.functional.silu(gate) * up)
+
+
+def test_weights_that_others_did_not_quantise_stay_where_bfloat16_cannot_be_packed() -> None:
+    layer = quantize(DeepseekV2DecoderLayer(CONFIG, 1).bfloat16().eval(), "int4", 32, parts=["experts"])
+    attention = layer.self_attn.o_proj
+    pack_weights(layer)
+    from dsv2_ref.fast.cpu import has_bfloat16
+
+    assert (layer.self_attn.o_proj is attention) == (not has_bfloat16())
+
+
+def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At toy sizes: every row is there, bytes are those of the modules, and the whole model runs in its own process."""
+    monkeypatch.setattr(bits, "PREFILL", 8)
+    monkeypatch.setattr(bits, "LONG", 40)
+    monkeypatch.setattr(bits, "LAYERS", 1)
+    with torch.no_grad():
+        rows = {row["weights"]: row for row in bits.weights_table(replace(CONFIG, num_hidden_layers=3), 1, 1e9)}
+        caches = {row["cache"]: row["bytes"] for row in bits.cache_table(CONFIG, 1)}
+    assert {"bfloat16", "int8", "int4", "int4 packed"} <= rows.keys()
+    assert rows["int4"]["active_bytes"] < rows["int8"]["active_bytes"] < rows["bfloat16"]["active_bytes"]
+    assert all(row["limit"] == row["active_bytes"] / 1e9 for row in rows.values())
+    assert caches == {"bfloat16": 144, "fp8": 64 + 4 + 16, "int8": 64 + 4 + 16, "int4": 32 + 4 + 16}
+    whole = bits.whole_model("int8", 3, 1, replace(CONFIG, vocab_size=64))
+    assert 0 < whole["active_bytes"] < whole["bytes"] < whole["peak"]
