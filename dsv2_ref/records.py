@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dsv2_ref import checks
@@ -51,7 +51,7 @@ class Record:
 
     def encode(
         self, tokens: Float[Tensor, "batch seq features"]
-    ) -> Int[Tensor, "batch seq bytes"]:
+    ) -> UInt8[Tensor, "batch seq bytes"]:
         """The records of normalised latents and rotated keys. Each token has scales of
         its own, so nothing that comes later can be out of range."""
         latent, k_pe = tokens.split((self.latent, self.rope), dim=-1)
@@ -61,7 +61,7 @@ class Record:
         return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
     def decode(
-        self, records: Int[Tensor, "batch kv_seq bytes"]
+        self, records: UInt8[Tensor, "batch kv_seq bytes"]
     ) -> Float[Tensor, "batch kv_seq features"]:
         """Latents and rotated keys, in the dtype of the model."""
         codes, scales, k_pe = records.split(self.parts, dim=-1)
@@ -69,9 +69,15 @@ class Record:
             codes = unpack_nibbles(codes)
         else:
             codes = codes.view(torch.int8 if self.format == "int8" else FLOAT8)
-        latent = from_codes(codes, scales.contiguous().view(torch.float32))
-        rotated = k_pe.contiguous().view(self.dtype)
-        return torch.cat((latent.to(self.dtype), rotated), dim=-1)
+        latent = from_codes(codes, read_as(scales, torch.float32))
+        return torch.cat((latent.to(self.dtype), read_as(k_pe, self.dtype)), dim=-1)
+
+
+def read_as(
+    part: UInt8[Tensor, "batch kv_seq bytes"], dtype: torch.dtype
+) -> Float[Tensor, "batch kv_seq features"]:
+    """Bytes as elements of this dtype: a copy, as some lie where it cannot be read."""
+    return part.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 FLOAT8 = torch.float8_e4m3fn
