@@ -483,6 +483,9 @@ def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor 
     shape = (len(hidden_states), *attention.cache_features)
     sizes, held, place = cache.like
     dtype = held if weight is None else weight.dtype
+    record = getattr(cache, "record", None)
+    if record is not None and record.latent != attention.kv_lora_rank:
+        reject("past_key_value", cache, f"one for latents of {attention.kv_lora_rank} features")
     if sizes != shape or place != device or (held != dtype and not _autocast(device)):
         reject("past_key_value", cache, f"one that fits the new tokens, {shape} {dtype} on {device}")
 

@@ -55,7 +55,8 @@ class Record:
         """The records of normalised latents and rotated keys. Each token has scales of
         its own, so nothing that comes later can be out of range."""
         latent, k_pe = tokens.split((self.latent, self.rope), dim=-1)
-        codes, scales = to_codes(latent, self.format, self.tile)
+        most = torch.finfo(self.dtype).max  # infinity would come back as infinity
+        codes, scales = to_codes(latent.clamp(-most, most), self.format, self.tile)
         codes = pack_nibbles(codes) if self.format == "int4" else codes
         parts = (codes, scales, k_pe.contiguous())
         return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
