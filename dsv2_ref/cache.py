@@ -79,6 +79,8 @@ class LayerCache:
     ) -> Self:
         """An empty cache for an attention module, in the dtype and on the device of its
         weights; see `empty`. Only a `QuantizedLatentCache` has a ``format``."""
+        wanted = "None: only `empty_cache` of latent attention has formats"
+        checks.require(format is None, "format", format, wanted)
         like = checks.first_weight(attention.o_proj, *attention.children())
         like = torch.empty(0) if like is None else like
         place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}

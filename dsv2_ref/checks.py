@@ -258,8 +258,11 @@ def quantization(
     """Check of `quantize`."""
     require(weights in kinds, "weights", weights, ", ".join(kinds))
     require(is_int(group, 2) and int(group) % 2 == 0, "group", group, "an even number")  # type: ignore[call-overload]
-    unknown = None if isinstance(parts, str) else [part for part in parts if part not in known_parts]
-    require(unknown == [] and len(parts) > 0, "parts", parts, f"some of {', '.join(known_parts)}")
+    several = isinstance(parts, list | tuple | set | frozenset) and len(parts) > 0
+    wanted = f"one or more of {', '.join(known_parts)}, in a tuple or a list"
+    require(several, "parts", parts, wanted)
+    for part in parts:
+        require(part in known_parts, "parts", part, wanted)
 
 
 PLAIN_WEIGHTS = (
@@ -269,9 +272,10 @@ PLAIN_WEIGHTS = (
 
 
 def quantizable(name: str, matrices: "list[Tensor]", kind: str, group: int) -> None:
-    """Reject weights that a group does not divide, that are no floating-point numbers, or not finite."""
+    """Reject weights that a group does not divide, of other dtypes, or not finite."""
     for matrix in matrices:
-        require(matrix.is_floating_point(), f"the weight of {name}", matrix, "floating point")
+        known = str(matrix.dtype).removeprefix("torch.") in ("float64", "float32", "float16", "bfloat16")
+        require(known, f"the weight of {name}", matrix, "float64, float32, float16 or bfloat16")
         width = matrix.shape[-1]
         if kind == "int4" and width % group:
             fitting = [size for size in (256, 128, 64, 32, 16, 8, 4, 2) if width % size == 0 and size < group]
@@ -479,6 +483,9 @@ def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor 
     shape = (len(hidden_states), *attention.cache_features)
     sizes, held, place = cache.like
     dtype = held if weight is None else weight.dtype
+    record = getattr(cache, "record", None)
+    if record is not None and record.latent != attention.kv_lora_rank:
+        reject("past_key_value", cache, f"one for latents of {attention.kv_lora_rank} features")
     if sizes != shape or place != device or (held != dtype and not _autocast(device)):
         reject("past_key_value", cache, f"one that fits the new tokens, {shape} {dtype} on {device}")
 
@@ -519,7 +526,7 @@ def budget(**rows: object) -> None:
 def kept_rows(cache: Any, rows: "Tensor") -> None:
     """Check of `LayerCache.keep`."""
     require_tensor(rows, "rows")
-    batch, integers = len(cache.stored), not (rows.is_floating_point() or rows.dtype.itemsize == 1)
+    batch, integers = len(cache.stored), str(rows.dtype) in ("torch.int32", "torch.int64")
     fits = integers and rows.ndim == 2 and len(rows) in (1, batch) and rows.device == cache.stored.device
     require(fits, "rows", rows, "integers (1 or {}, kept) on {}", batch, cache.stored.device)
     inside = ((rows >= 0) & (rows < cache.length)).all()

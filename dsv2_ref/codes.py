@@ -23,7 +23,8 @@ def to_codes(
 ) -> tuple[Shaped[Tensor, "*rows inputs"], Float[Tensor, "*rows groups"]]:
     """Round every ``group`` neighbours of a row to multiples of one scale, which makes
     the largest of them the largest code. ``kind`` is ``fp8`` or ``int`` and a number of
-    bits from 2 to 8; a group of zeros has the scale 0.
+    bits from 2 to 8; a group of zeros has the scale 0, one with a NaN is NaN. What the
+    dtype of the scales cannot hold, infinity too, becomes the largest that it can.
 
     Returns:
         ``(codes, scales)``: int8 or float8_e4m3fn; and what to multiply them by.
@@ -31,9 +32,11 @@ def to_codes(
     largest = largest_code(kind)
     wide = torch.promote_types(x.dtype, torch.float32)
     groups = x.to(wide).unflatten(-1, (-1, group))  # (…, G, group)
-    scales = (groups.abs().amax(dim=-1) / largest).to(scale_dtype)  # (…, G)
+    limits = torch.finfo(scale_dtype)  # a code times its scale must stay finite
+    scales = groups.abs().amax(dim=-1) / largest  # (…, G)
+    scales = scales.clamp(max=limits.max * (1 - limits.eps) / largest).to(scale_dtype)
     units = groups / scales.to(wide).where(scales > 0, 1)[..., None]
-    units = units.clamp(-largest, largest)  # beyond 448 a float8 would be NaN
+    units = units.clamp(-largest, largest)  # a float8 might be NaN
     codes = units.to(torch.float8_e4m3fn) if kind == "fp8" else units.round().char()
     return codes.flatten(-2), scales
 

@@ -15,10 +15,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dsv2_ref import files, published, tensors
+from dsv2_ref import checks, files, published, tensors
 from dsv2_ref.checks import require, require_object, require_values
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.quantize import FP8_BLOCK, parts_of, quantize, quantized_places
+from dsv2_ref.quantize import (
+    FP8_BLOCK,
+    KINDS,
+    PARTS,
+    Loading,
+    QuantizedWeight,
+    parts_of,
+    quantize,
+    quantized_places,
+    weights_of,
+)
 from dsv2_ref.tensors import WEIGHTS, Entry, dequantize, read_headers, read_tensor
 
 LONG = 1 << 28  # bytes from which on a progress bar is shown
@@ -33,10 +43,17 @@ OWN_METHOD = "dsv2_ref"
 
 def _own_codes(told: Mapping[str, Any]) -> dict[str, Any] | None:
     """Arguments of `quantize` for a checkpoint that holds codes of ours."""
-    how = told.get("quantization_config")
+    name, how = "quantization_config", told.get("quantization_config")
     if not isinstance(how, Mapping) or how.get("quant_method") != OWN_METHOD:
         return None
-    return {name: how[name] for name in ("weights", "group", "parts") if name in how}
+    own = {key: value for key, value in how.items() if key != "quant_method"}
+    known = own.keys() == {"weights", "group", "parts"}
+    require(known, name, ", ".join(map(str, own)), "weights, group and parts beside quant_method")
+    try:
+        checks.quantization(own["weights"], own["group"], own["parts"], PARTS, KINDS)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+    return own
 
 
 def _block_of(told: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -77,7 +94,7 @@ def _match(
             raise ValueError(f"{entry.file.name}: tensor {name} is {entry.shape}; wanted {shape}")
         if not target.is_floating_point() or (target.dtype.itemsize == 1 and block is None):
             require(
-                entry.dtype == target.dtype, f"{entry.file.name}: tensor {name}", entry.code, f"{target.dtype} codes"
+                tensors.DTYPES.get(entry.code) == target.dtype, f"{entry.file.name}: tensor {name}", entry.code, f"{target.dtype} codes"
             )
             continue
         fits = entry.code in WEIGHTS and (entry.code != "F8_E4M3" or block is not None)
@@ -168,7 +185,8 @@ def _load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: st
     own = _own_codes(told)
     if own is not None:
         require(how.weights is None, "weights", how.weights, f"None: the checkpoint holds {own.get('weights')} codes")
-        module = quantize(module, **own)
+        if any(weights_of(module, own["parts"])):  # a dense layer has no experts
+            module = quantize(module, **own)
     targets = module.state_dict()
     entries = read_headers(place, tuple(root + part for root in ROOTS))
     first = next(iter(targets))
@@ -230,8 +248,9 @@ def _random(
                 weight.zero_()
             elif weight.is_floating_point() and weight.itemsize > 1:
                 weight.normal_(std=std)
-        for weight, _ in quantized_places(module).values():
-            weight.random_(std)
+        for weight in module.modules():
+            if isinstance(weight, QuantizedWeight):
+                weight.random_(std)
     return module.eval()
 
 
@@ -368,7 +387,12 @@ class PretrainedModel:
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int = 5_000_000_000) -> None:
         """Write ``config.json`` and the weights under their published names, in shards of at most so many bytes (a
-        larger tensor has one of its own), as transformers reads them."""
+        larger tensor has one of its own), as transformers reads them. A quantised model becomes codes and scales,
+        which `from_pretrained` alone reads.
+
+        Raises:
+            ValueError: for a model quantised in several ways, or not throughout a part.
+        """
         from safetensors.torch import save_file
 
         model: Any = self
@@ -404,12 +428,19 @@ class PretrainedModel:
 
 def _codes_in(model: nn.Module) -> dict[str, Any]:
     """What ``config.json`` says of a quantised model, so that it is read back."""
-    found = {weight.kind: weight.group for weight, _ in quantized_places(model).values()}
-    if not found:
+    held = [weight for weight in model.modules() if isinstance(weight, QuantizedWeight)]
+    if not held:
         return {}
-    one = len(found) == 1
-    require(one, "the weights", ", ".join(found), "codes of one kind, to be saved as one checkpoint")
-    how = {"weights": next(iter(found)), "group": found.get("int4", 64), "parts": parts_of(model)}
+    kinds = {weight.kind: None for weight in held}
+    groups = {weight.group for weight in held if weight.kind == "int4"} or {64}
+    parts = parts_of(model)
+    wanted = "codes of one kind, to be saved as one checkpoint"
+    require(len(kinds) == 1, "the weights", ", ".join(kinds), wanted)
+    require(len(groups) == 1, "group", " and ".join(map(str, sorted(groups))), "one for all weights, to be saved as one checkpoint")
+    for _, name, child in weights_of(model, parts):
+        wanted = "codes, as others of its part: quantise the whole model, or whole parts, to save it"
+        require(isinstance(child, Loading), name, child, wanted)
+    how = {"weights": next(iter(kinds)), "group": next(iter(groups)), "parts": parts}
     return {"quantization_config": {"quant_method": OWN_METHOD} | how}
 
 

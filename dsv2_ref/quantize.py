@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dsv2_ref import checks, ops
 from dsv2_ref.codes import (
@@ -21,8 +22,8 @@ from dsv2_ref.codes import (
     unpack_nibbles,
 )
 from dsv2_ref.mha import MultiHeadAttention
-from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear
-from dsv2_ref.moe import DeepseekV2MLP, RoutedExperts
+from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear, offers_matrices
+from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, RoutedExperts
 
 KINDS = ("int8", "int4", "fp8")
 """What a weight can become: a whole number from -127 to 127, with a scale per row; from
@@ -65,15 +66,14 @@ class QuantizedWeight(nn.Module):
         self.kind, self.shape = kind, (*stack, outputs, inputs)
         self.group = {"int8": inputs, "int4": group, "fp8": FP8_BLOCK}[kind]
         grid = [outputs, inputs // self.group]
-        code, half = torch.int8, torch.float16
-        scale = torch.float32 if dtype == half else dtype
         if kind == "fp8":
-            code, scale = torch.float8_e4m3fn, torch.float32
             grid = [-(-size // FP8_BLOCK) for size in (outputs, inputs)]
         if kind == "int4":
-            code, inputs = torch.uint8, inputs // 2
-        codes = torch.empty(*stack, outputs, inputs, dtype=code, device=device)
-        scales = torch.empty(*stack, *grid, dtype=scale, device=device)
+            inputs = inputs // 2
+        place: dict[str, Any] = {"dtype": code_dtype(kind), "device": device}
+        codes = torch.empty(*stack, outputs, inputs, **place)
+        place["dtype"] = scale_dtype(kind, dtype)
+        scales = torch.empty(*stack, *grid, **place)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         like = torch.empty(0, dtype=dtype, device=device)
@@ -84,6 +84,26 @@ class QuantizedWeight(nn.Module):
     scales_and_zeros: Tensor
     like: Tensor  #: empty; its dtype is that of the matrix
     block_rows = 0  #: of codes that `pack_weights` laid out for the CPU's kernel
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # `to` moves codes and scales as they are; a dtype is that of what they mean.
+        bits = self.codes, self.scales
+
+        def move(x: Tensor) -> Tensor:
+            own = any(x is held for held in bits)
+            return fn(x.view(torch.uint8)).view(x.dtype) if own else fn(x)
+
+        super()._apply(move, recurse)
+        self.scales = self.scales.to(scale_dtype(self.kind, self.like.dtype))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        codes = self.codes.view(torch.uint8)  # pickle cannot read float8
+        return self.__dict__ | {"_buffers": self._buffers | {"codes": codes}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.codes = self.codes.view(code_dtype(self.kind))
 
     @torch.no_grad()
     def fill(self, weight: Float[Tensor, "..."], place: Any = ...) -> None:
@@ -114,8 +134,9 @@ class QuantizedWeight(nn.Module):
         largest = int(largest_code(self.kind))
         variance = largest * (largest + 1) / 3  # of whole numbers, all equally often
         if self.kind == "fp8":
-            for row in self.codes.flatten(0, -2):
-                row.copy_((torch.rand(row.shape, device=row.device) * 2 - 1) * largest)
+            for codes in self.codes.view(-1, *self.codes.shape[-2:]):
+                uniform = torch.rand(codes.shape, device=codes.device) * 2 - 1
+                codes.copy_(uniform * largest)
         else:
             least = torch.iinfo(torch.int64).min
             for codes in self.codes.view(-1, self.codes.shape[-2:].numel()):
@@ -176,7 +197,20 @@ class QuantizedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         """What it is, in a printed module."""
-        return f"{self.kind}, {self.shape}, a scale per {self.group} of a row"
+        shared = f"{self.group} of a row" if self.kind != "fp8" else "128 x 128"
+        return f"{self.kind}, {self.shape}, a scale per {shared}"
+
+
+def code_dtype(kind: str) -> torch.dtype:
+    """The dtype of the codes."""
+    codes = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+    return codes[kind]
+
+
+def scale_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the scales of weights of this dtype."""
+    wide = kind == "fp8" or dtype == torch.float16
+    return torch.float32 if wide else dtype
 
 
 def in_rows(
@@ -209,6 +243,40 @@ def from_blocks(
     return split.flatten(2).flatten(0, 1)
 
 
+class Loading(nn.Module):
+    """Base of what `load_state_dict` also gives weights under their published names:
+    they are quantised while they are loaded."""
+
+    def places(self) -> Iterator[tuple[str, QuantizedWeight, Any]]:
+        """Every published name, and where its weight belongs."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *reports: Any
+    ) -> None:
+        missing, _, errors = reports
+        wanted = [(prefix + name, held, at) for name, held, at in self.places()]
+        given = [place for place in wanted if place[0] in state_dict]
+        if given:
+            missing += [name for name, *_ in wanted if name not in state_dict]
+        for name, held, at in given:
+            weight = state_dict.pop(name)
+            shape = torch.empty(held.shape, device="meta")[at].shape
+            if weight.shape != shape:
+                sizes = f"the checkpoint has {tuple(weight.shape)}"
+                errors.append(f"size mismatch for {name}: {sizes}, not {tuple(shape)}.")
+            elif not weight.is_meta and not weight.isfinite().all():
+                errors.append(f"{name} is infinite or NaN somewhere.")
+            else:
+                if held.codes.is_meta and metadata.get("assign_to_params_buffers"):
+                    held.to_empty(device=weight.device)
+                held.fill(weight.to(held.like), at)
+            path = next(path for path, part in self.named_modules() if part is held)
+            path = prefix + path + "." * bool(path)
+            state_dict |= {path + "codes": held.codes, path + "scales": held.scales}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
+
+
 @ops.defines()
 def quantized_product(
     rows: Float[Tensor, "*batch inputs"], weight: QuantizedWeight, place: Any = ...
@@ -217,7 +285,7 @@ def quantized_product(
     return F.linear(rows, weight.dense(place))
 
 
-class QuantizedLinear(QuantizedWeight):
+class QuantizedLinear(Loading, QuantizedWeight):
     """A linear map over quantised weights. Its input gets gradients, they do not."""
 
     def __init__(self, linear: nn.Linear, kind: str, group: int) -> None:
@@ -232,7 +300,11 @@ class QuantizedLinear(QuantizedWeight):
     ) -> Float[Tensor, "*batch outputs"]:
         """``hidden_states @ weight.T + bias``."""
         out = quantized_product(hidden_states, self)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def places(self) -> Iterator[tuple[str, QuantizedWeight, Any]]:
+        """The published name, and where its weight belongs."""
+        yield "weight", self, ...
 
 
 class QuantizedUpProjection(QuantizedLinear):
@@ -254,7 +326,7 @@ class QuantizedUpProjection(QuantizedLinear):
         return by_head[:, : self.nope], by_head[:, self.nope :]
 
 
-class QuantizedExperts(nn.Module):
+class QuantizedExperts(Loading):
     """The routed experts over quantised weights; `forward` is that of `RoutedExperts`.
 
     Submodules: ``gate_up_proj`` (E, 2I, D), gates above ups, and ``down_proj`` (E, D,
@@ -276,7 +348,7 @@ class QuantizedExperts(nn.Module):
     forward = ops.defines()(RoutedExperts.forward.__wrapped__)
 
     def places(self) -> Iterator[tuple[str, QuantizedWeight, Any]]:
-        """Every published name, and where its weight belongs."""
+        """Three for every expert."""
         wide = self.expert_hidden
         for expert in range(len(self.down_proj)):
             gate, up = (expert, slice(0, wide)), (expert, slice(wide, 2 * wide))
@@ -314,11 +386,12 @@ def quantize(
             silence. Nothing has changed then.
     """
     checks.quantization(weights, group, parts, PARTS, KINDS)
-    places = list(_to_quantize(module, parts))
+    places = list(weights_of(module, parts))
     checks.require(bool(places), "module", module, "one that holds a layer's weights")
     for _, name, child in places:
         checks.require(is_plain(child), name, child, checks.PLAIN_WEIGHTS)
-        checks.quantizable(name, list(child.parameters())[:2], weights, group)
+        matrices = [weight for weight in child.parameters() if weight.ndim > 1]
+        checks.quantizable(name, matrices, weights, group)
         if weights == "fp8" and isinstance(child, RoutedExperts):
             # Gates lie above ups, and no block may hold both.
             wide = child.expert_hidden
@@ -334,7 +407,7 @@ def quantize(
                 for expert, matrix in enumerate(stack.detach()):
                     if not matrix.is_meta:
                         weight.fill(matrix, expert)
-        elif isinstance(parent, DeepseekV2Attention) and name == "kv_b_proj":
+        elif isinstance(parent, DeepseekV2Attention) and absorbs(name, child):
             quantised = QuantizedUpProjection(parent, weights, group)
             quantised.fill(child.weight)
         else:
@@ -344,16 +417,22 @@ def quantize(
     return module
 
 
-def _to_quantize(
+def absorbs(name: str, child: nn.Module) -> bool:
+    """Whether a map of latent attention is one that the absorbed form can read."""
+    return name == "kv_b_proj" and offers_matrices(child)
+
+
+def weights_of(
     module: nn.Module, parts: Collection[str]
 ) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Parent, name and child of every linear map and every stack of experts."""
+    """Parent, name and child of every linear map and every stack of experts in these
+    parts of a module, whatever it has become."""
     for parent in module.modules():
         attention = isinstance(parent, DeepseekV2Attention | MultiHeadAttention)
         part = "attention" if attention else "mlp"
         linears = attention or isinstance(parent, DeepseekV2MLP)
         for name, child in parent.named_children():
-            stack = name == "experts" and hasattr(child, "down_proj")
+            stack = isinstance(parent, DeepseekV2MoE) and name == "experts"
             linear = linears and name.endswith(("_proj", "_mqa"))
             if (stack and "experts" in parts) or (linear and part in parts):
                 yield parent, name, child
@@ -362,10 +441,16 @@ def _to_quantize(
 def is_plain(module: nn.Module) -> bool:
     """Whether a module does no more than its weights say."""
     if isinstance(module, RoutedExperts):
-        hooks = module._forward_hooks or module._forward_pre_hooks
         own = type(module) is not RoutedExperts or "forward" in module.__dict__
-        return not hooks and not own
+        wrapped = any(is_traceable_wrapper_subclass(w) for w in module.parameters())
+        return not own and not wrapped and not has_hooks(module)
     return is_plain_linear(module) and "weight" in module._parameters
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its ``forward``."""
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
 
 
 def quantized_places(module: nn.Module) -> dict[str, tuple[QuantizedWeight, Any]]:
@@ -373,9 +458,7 @@ def quantized_places(module: nn.Module) -> dict[str, tuple[QuantizedWeight, Any]
     found: dict[str, tuple[QuantizedWeight, Any]] = {}
     for path, child in module.named_modules():
         prefix = path + "." if path else ""
-        if isinstance(child, QuantizedLinear):
-            found[prefix + "weight"] = child, ...
-        elif isinstance(child, QuantizedExperts):
+        if isinstance(child, Loading):
             found |= {prefix + name: (held, at) for name, held, at in child.places()}
     return found
 

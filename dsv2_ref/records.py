@@ -55,7 +55,8 @@ class Record:
         """The records of normalised latents and rotated keys. Each token has scales of
         its own, so nothing that comes later can be out of range."""
         latent, k_pe = tokens.split((self.latent, self.rope), dim=-1)
-        codes, scales = to_codes(latent, self.format, self.tile)
+        most = torch.finfo(self.dtype).max  # infinity would come back as infinity
+        codes, scales = to_codes(latent.clamp(-most, most), self.format, self.tile)
         codes = pack_nibbles(codes) if self.format == "int4" else codes
         parts = (codes, scales, k_pe.contiguous())
         return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
@@ -69,9 +70,15 @@ class Record:
             codes = unpack_nibbles(codes)
         else:
             codes = codes.view(torch.int8 if self.format == "int8" else FLOAT8)
-        latent = from_codes(codes, scales.contiguous().view(torch.float32))
-        rotated = k_pe.contiguous().view(self.dtype)
-        return torch.cat((latent.to(self.dtype), rotated), dim=-1)
+        latent = from_codes(codes, read_as(scales, torch.float32))
+        return torch.cat((latent.to(self.dtype), read_as(k_pe, self.dtype)), dim=-1)
+
+
+def read_as(
+    part: UInt8[Tensor, "batch kv_seq bytes"], dtype: torch.dtype
+) -> Float[Tensor, "batch kv_seq features"]:
+    """Bytes as elements of this dtype: a copy, as some lie where it cannot be read."""
+    return part.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 FLOAT8 = torch.float8_e4m3fn
