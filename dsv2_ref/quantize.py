@@ -274,14 +274,11 @@ def quantize(
     checks.require(bool(places), "module", module, "one that holds a layer's weights")
     for _, name, child in places:
         checks.require(is_plain(child), name, child, checks.PLAIN_WEIGHTS)
-        checks.quantizable(name, list(child.parameters())[:2], weights, group)
+        matrices = [weight for weight in child.parameters() if weight.ndim > 1]
+        checks.quantizable(name, matrices, weights, group)
         if weights == "fp8" and isinstance(child, RoutedExperts):
             # Gates lie above ups, and no block may hold both.
-            wide = child.expert_hidden
-            wanted = (
-                f"int8 or int4: {FP8_BLOCK} does not divide the experts' width {wide}"
-            )
-            checks.require(wide % FP8_BLOCK == 0, "weights", weights, wanted)
+            checks.expert_blocks(child.expert_hidden, FP8_BLOCK)
     for parent, name, child in places:
         if isinstance(child, RoutedExperts):
             quantised: Any = QuantizedExperts(child, weights, group)
