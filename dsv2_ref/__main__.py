@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Never
 
-from dsv2_ref.accounting import DTYPE_BYTES, FORMS, Call, report
+from dsv2_ref.accounting import CACHES, DTYPE_BYTES, FORMS, WEIGHTS, Call, report
 from dsv2_ref.checks import IMPLEMENTATIONS, require
 from dsv2_ref.config import DeepseekV2Config
 
@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     option, yes_or_no = account.add_argument, argparse.BooleanOptionalAction
     option("--causal", action=yes_or_no, default=True, help="count visible pairs only")
     option("--checkpointing", action="store_true", help="keep inputs of layers only")
+    option("--weights", help=f"stored as {', '.join(WEIGHTS)} and scales (default: in the dtype)")
+    option("--group", type=int, default=64, help="weights of a row that share a scale in int4 (64)")
+    option("--cache", help=f"latents stored as {', '.join(CACHES)} and scales (default: in the dtype)")
+    option("--kept", type=int, help="rows per sequence that the cache holds (--kv)")
+    option("--read", type=int, help="rows of them that each query reads (--kept)")
     option("--json", action="store_true", help="print JSON")
     return parser
 
@@ -81,23 +86,39 @@ def _account(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> 
     return json.dumps(found, indent=2) if args.json else _table(found)
 
 
+def _fewer(call: dict[str, Any]) -> list[str]:
+    """A line on bits and rows, where a call has fewer of them."""
+    weights, cache, kept, read = (call[name] for name in ("weights", "cache", "kept", "read"))
+    group = f" in groups of {call['group']}" * (weights == "int4")
+    said = [f"weights in {weights}{group}"] * bool(weights) + [f"cache in {cache}"] * bool(cache)
+    said += [f"{kept} rows kept"] * bool(kept) + [f"{read} read per query"] * bool(read)
+    return [", ".join(said)] if said else []
+
+
 def _table(found: dict[str, Any]) -> str:
     call, counts, flops, sizes = found["config"]["call"], found["parameters"], found["flops"], found["bytes"]
     what = "model" if call["layer"] is None else f"layer {call['layer']}"
     pairs, form = "causal" if call["causal"] else "all pairs", f", {call['form']}" * bool(call["form"])
     how = f"{pairs}, {call['dtype']}, {found['config']['_attn_implementation']}{form}"
-    lines = [f"{what}: {_tokens(call)}, {how}", "", f"{'parameters':46}{'stored':>22}{'active per token':>22}"]
+    lines = [
+        f"{what}: {_tokens(call)}, {how}",
+        *_fewer(call),
+        "",
+        f"{'parameters':46}{'stored':>22}{'active per token':>22}",
+    ]
     stored = counts["by_module"] | {"total": counts["total"]}
     active = counts["active_by_module"] | {"total": counts["active_per_token"]}
     lines += [f"  {name:44}{n:22,}{active[name]:22,}" for name, n in stored.items()]
     operations = flops["by_operation"] | {"products alone": flops["products"], "total": flops["total"]}
     lines += ["", "FLOPs", *(f"  {name:44}{n:22,}" for name, n in operations.items())]
+    attended = {"cache that this call reads": sizes["kv_cache_read"]} if call["read"] else {}
     way = ", training" * call["training"] + " with checkpointing" * call["checkpointing"]
     rows = {
         "weights": sizes["weights"],
         "weights that this call reads": sizes["weights_read"],
         "cache after the call": sizes["kv_cache"],
         **{f"cache if it were {kind}": size for kind, size in sizes["kv_cache_by_kind"].items()},
+        **attended,
         "cache that this call writes": sizes["kv_cache_written"],
         "activations read, operation by operation": sizes["activations_read"],
         "activations written": sizes["activations_written"],
@@ -153,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(arguments)
         kv, causal = args.seq if args.kv is None else args.kv, getattr(args, "causal", True)
         call = Call(batch=args.batch, seq=args.seq, kv=kv, form=args.form, causal=causal, dtype=args.dtype)
+        if args.command == "account":
+            fewer = {name: getattr(args, name) for name in ("weights", "group", "cache", "kept", "read")}
+            call = replace(call, **fewer)
         run = _account if args.command == "account" else _ways
         text = run(args, _config(args), call)
     except (ValueError, OverflowError, OSError, ImportError) as error:

@@ -257,12 +257,31 @@ def quantization(
 ) -> None:
     """Check of `quantize`."""
     require(weights in kinds, "weights", weights, ", ".join(kinds))
-    require(is_int(group, 2) and int(group) % 2 == 0, "group", group, "an even number")  # type: ignore[call-overload]
+    group_size(group)
     several = isinstance(parts, list | tuple | set | frozenset) and len(parts) > 0
     wanted = f"one or more of {', '.join(known_parts)}, in a tuple or a list"
     require(several, "parts", parts, wanted)
     for part in parts:
         require(part in known_parts, "parts", part, wanted)
+
+
+def group_size(group: Any) -> None:
+    """Reject a number of weights that share a scale, unless whole bytes hold them in four bits each."""
+    require(is_int(group, 2, LARGEST_SIZE) and group % 2 == 0, "group", group, "an even number")
+
+
+def width_in_groups(name: str, width: int, kind: str, group: int) -> None:
+    """Reject rows that groups do not divide; only ``int4`` has any."""
+    if kind == "int4" and width % group:
+        require(width % 2 == 0, "weights", kind, "int8 or fp8: {}, the inputs of {}, is odd", width, name)
+        fitting = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2) if width % size == 0 and size < group)
+        reject("group", group, f"a divisor of {width}, the inputs of {name}, such as {fitting}")
+
+
+def expert_blocks(width: int, block: int) -> None:
+    """Reject experts with gates and ups, one above the other, that would share a block."""
+    wanted = f"int8 or int4: {block} does not divide the experts' width {width}"
+    require(width % block == 0, "weights", "fp8", wanted)
 
 
 PLAIN_WEIGHTS = (
@@ -276,11 +295,7 @@ def quantizable(name: str, matrices: "list[Tensor]", kind: str, group: int) -> N
     for matrix in matrices:
         known = str(matrix.dtype).removeprefix("torch.") in ("float64", "float32", "float16", "bfloat16")
         require(known, f"the weight of {name}", matrix, "float64, float32, float16 or bfloat16")
-        width = matrix.shape[-1]
-        if kind == "int4" and width % group:
-            fitting = [size for size in (256, 128, 64, 32, 16, 8, 4, 2) if width % size == 0 and size < group]
-            wanted = f"a divisor of {width}, the inputs of {name}" + f", such as {fitting[0]}" * bool(fitting)
-            reject("group", group, wanted)
+        width_in_groups(name, matrix.shape[-1], kind, group)
         for part in matrix if matrix.ndim == 3 else (matrix,):
             if not matrix.is_meta:
                 finite = part.isfinite().all()
@@ -509,11 +524,11 @@ def without_derivatives(new: "Tensor", why: str) -> None:
     require(not derived, "hidden_states", new, f"no derivatives: {why}, use torch.no_grad()")
 
 
-def cache_format(format: object, formats: tuple[str, ...], latent: int) -> None:
+def cache_format(format: object, formats: tuple[str, ...], latent: int, name: str = "format") -> None:
     """Check of ``format`` of `DeepseekV2Attention.empty_cache`."""
-    require(format in formats, "format", format, f"None or one of {', '.join(formats)}")
+    require(format in formats, name, format, f"None or one of {', '.join(formats)}")
     wanted = "fp8 or int8: the latent of {} features cannot be halved"
-    require(format != "int4" or latent % 2 == 0, "format", format, wanted, latent)
+    require(format != "int4" or latent % 2 == 0, name, format, wanted, latent)
 
 
 def budget(**rows: object) -> None:

@@ -394,11 +394,7 @@ def quantize(
         checks.quantizable(name, matrices, weights, group)
         if weights == "fp8" and isinstance(child, RoutedExperts):
             # Gates lie above ups, and no block may hold both.
-            wide = child.expert_hidden
-            wanted = (
-                f"int8 or int4: {FP8_BLOCK} does not divide the experts' width {wide}"
-            )
-            checks.require(wide % FP8_BLOCK == 0, "weights", weights, wanted)
+            checks.expert_blocks(child.expert_hidden, FP8_BLOCK)
     for parent, name, child in places:
         if isinstance(child, RoutedExperts):
             quantised: Any = QuantizedExperts(child, weights, group)

@@ -457,8 +457,8 @@ def test_the_command_prints_what_the_functions_say(capsys: pytest.CaptureFixture
     assert one["parameters"]["total"] == sum(acc.parameters(preset("card"), 3).values())
     assert one["bytes"]["weights"] == 4 * one["parameters"]["total"]
     assert one["config"]["call"] == {
-        "batch": 1, "seq": 5, "kv": 5, "form": "expanded", "causal": False, "dtype": "float32", "layer": 3,
-        "training": False, "checkpointing": False,
+        "batch": 1, "seq": 5, "kv": 5, "form": "expanded", "causal": False, "dtype": "float32", "weights": None,
+        "group": 64, "cache": None, "kept": None, "read": None, "layer": 3, "training": False, "checkpointing": False,
     }  # fmt: skip
     eager = ("--attention", "eager", "--seq", "64", "--training", "--checkpointing")
     found = printed(capsys, "--preset", "tiny", *eager)

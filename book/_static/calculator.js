@@ -44,6 +44,13 @@
     ["seq", "seq: new tokens of each", 1n],
     ["kv", "kv: tokens attended to", 8192n],
   ];
+  const FEWER = [
+    ["group", "group: weights per scale", 2n, null],
+    ["kept", "kept: rows in the cache", 1n, "all"],
+    ["read", "read: rows per query", 1n, "all that it sees"],
+  ];
+  const WEIGHTS = { "": "in the dtype", int8: "int8, a scale per row", int4: "int4, a scale per group", fp8: "fp8, a scale per 128 × 128" };
+  const CACHES = { "": "in the dtype", fp8: "fp8, a scale per 128", int8: "int8, a scale per 128", int4: "int4, a scale per 128" };
   const MOST = 10n ** 15n;
   const LARGEST_FILE = 1e6;
   const BYTES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n, int8: 1n };
@@ -81,7 +88,45 @@
       if (known(chosen) && chosen > allowed) refuse("num_experts_per_tok", chosen, wanted);
     }
     if (known(call.kv, call.seq) && call.kv < call.seq) refuse("kv", call.kv, `at least the ${call.seq} new tokens`);
+    else fewerRows(call, known, refuse);
+    for (const name of ["weights", "cache"])
+      if (call[name] && call.dtype === "int8") refuse(name, `'${call[name]}'`, "None for the dtype int8, which has no scales");
+    if (known(call.group) && (call.group < 2n || call.group % 2n)) refuse("group", call.group, "an even number");
+    else if (call.weights) fewerBits(config, call, known, refuse);
+    const { kv_lora_rank: C } = config;
+    if (call.cache && !config.use_mla) refuse("cache", `'${call.cache}'`, "None: this model has no latent");
+    else if (call.cache === "int4" && known(C) && C % 2n)
+      refuse("cache", "'int4'", `fp8 or int8: the latent of ${C} features cannot be halved`);
     return found;
+  }
+
+  function fewerRows({ seq, kv, kept, read }, known, refuse) {
+    if (!known(seq, kv, kept)) return;
+    if (kept !== null && (kept < seq || kept > kv)) refuse("kept", kept, `None, or from seq=${seq} to kv=${kv}`);
+    else if (known(read) && read !== null && read > (kept ?? kv)) refuse("read", read, `None, or from 1 to the ${kept ?? kv} rows in the cache`);
+  }
+
+  // Widths that a group does not divide, in the order in which the package meets them, and experts in cut blocks.
+  function fewerBits(config, { weights, group }, known, refuse) {
+    const sizes = [...DIMENSIONS.map(([name]) => config[name]), group];
+    if (!known(...sizes) || !config.hidden_size || config.hidden_size % config.num_attention_heads && !config.use_mla) return;
+    const { dense, mixed: withExperts } = layersByKind(config);
+    const width = config.moe_intermediate_size;
+    if (weights === "fp8" && withExperts && width % 128n)
+      refuse("weights", "'fp8'", `int8 or int4: 128 does not divide the experts' width ${width}`);
+    if (weights !== "int4") return;
+    const rows = Object.entries(attention(config).matrices).map(([name, [, inputs]]) => [name, inputs]);
+    const networks = [];
+    if (dense) networks.push(["down_proj", config.intermediate_size]);
+    if (withExperts) networks.push(["experts", width]);
+    const last = config.num_hidden_layers - 1n;
+    const endsDense = config.n_routed_experts === null || last < config.first_k_dense_replace || last % config.moe_layer_freq;
+    const wrong = [...rows, ...(endsDense ? networks.reverse() : networks)].find(([, inputs]) => inputs % group);
+    if (!wrong) return;
+    const [name, inputs] = wrong;
+    if (inputs % 2n) return refuse("weights", "'int4'", `int8 or fp8: ${inputs}, the inputs of ${name}, is odd`);
+    const fitting = [256n, 128n, 64n, 32n, 16n, 8n, 4n, 2n].find((size) => inputs % size === 0n && size < group);
+    refuse("group", group, `a divisor of ${inputs}, the inputs of ${name}, such as ${fitting}`);
   }
 
   const total = (counts) => Object.values(counts).reduce((sum, count) => sum + count, 0n);
@@ -96,20 +141,22 @@
     return { dense: layers - withExperts, mixed: withExperts };
   }
 
-  // Sizes of the projections' matrices, and of all vectors beside them: norms, and biases where there are any.
+  // Shapes of the projections' matrices, and of all vectors beside them: norms, and biases where there are any.
   function attention(config) {
     const { hidden_size: D, num_attention_heads: H, q_lora_rank: Q, kv_lora_rank: C } = config;
     const { qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
     if (!config.use_mla) {
       const kv = (config.num_key_value_heads ?? H) * (D / H);
-      const matrices = { q_proj: D * D, k_proj: D * kv, v_proj: D * kv, o_proj: D * D };
+      const matrices = { q_proj: [D, D], k_proj: [kv, D], v_proj: [kv, D], o_proj: [D, D] };
       return { matrices, vectors: config.attention_bias ? 2n * (D + kv) : 0n };
     }
-    const query = Q === null ? { q_proj: D * H * (N + R) } : { q_a_proj: D * Q, q_b_proj: Q * H * (N + R) };
-    const rest = { kv_a_proj_with_mqa: D * (C + R), kv_b_proj: C * H * (N + V), o_proj: H * V * D };
+    const query = Q === null ? { q_proj: [H * (N + R), D] } : { q_a_proj: [Q, D], q_b_proj: [H * (N + R), Q] };
+    const rest = { kv_a_proj_with_mqa: [C + R, D], kv_b_proj: [H * (N + V), C], o_proj: [D, H * V] };
     const biases = config.attention_bias ? (Q ?? 0n) + C + R + D : 0n;
     return { matrices: { ...query, ...rest }, vectors: (Q ?? 0n) + C + biases };
   }
+
+  const elements = (matrices) => Object.values(matrices).reduce((sum, [outputs, inputs]) => sum + outputs * inputs, 0n);
 
   // Weights of the feed-forward part of one layer with experts, of which a token passes through `chosen` routed ones.
   function experts(config, chosen) {
@@ -126,7 +173,7 @@
     const tied = config.tie_word_embeddings;
     return {
       embedding: D * (active && !tied ? 1n : config.vocab_size),
-      attention: config.num_hidden_layers * (total(matrices) + vectors),
+      attention: config.num_hidden_layers * (elements(matrices) + vectors),
       "dense networks": dense * 3n * D * config.intermediate_size,
       "gates and experts": withExperts ? withExperts * experts(config, chosen) : 0n,
       norms: config.num_hidden_layers * 2n * D + D,
@@ -134,16 +181,51 @@
     };
   }
 
+  // Bytes of a matrix: in the dtype, or as codes and scales.
+  function bytesOf([outputs, inputs], { weights, group, dtype }) {
+    const count = outputs * inputs;
+    const scale = dtype === "float16" ? 4n : BYTES[dtype];
+    if (!weights) return count * BYTES[dtype];
+    if (weights === "int8") return count + outputs * scale;
+    if (weights === "int4") return count / 2n + (count / group) * scale;
+    return count + 4n * ((outputs + 127n) / 128n) * ((inputs + 127n) / 128n);
+  }
+
+  const network = (hidden, width, call) => 2n * bytesOf([width, hidden], call) + bytesOf([hidden, width], call);
+
+  function weightBytes(config, call) {
+    const { hidden_size: D, moe_intermediate_size: I } = config;
+    const { dense, mixed: withExperts } = layersByKind(config);
+    const { matrices, vectors } = attention(config);
+    const { embedding, norms, head } = parameters(config, false);
+    const of = (shapes) => Object.values(shapes).reduce((sum, shape) => sum + bytesOf(shape, call), 0n);
+    const expert = withExperts ? network(D, I, call) : 0n;
+    const shared = withExperts && config.n_shared_experts ? network(D, config.n_shared_experts * I, call) : 0n;
+    const gate = (config.n_routed_experts ?? 0n) * D;
+    const rest = embedding + norms + head + config.num_hidden_layers * vectors + withExperts * gate;
+    const all = rest * BYTES[call.dtype] + config.num_hidden_layers * of(matrices) + dense * network(D, config.intermediate_size, call)
+      + withExperts * ((config.n_routed_experts ?? 0n) * expert + shared);
+    return { all, expert };
+  }
+
+  // Rows of each sequence in the cache, those that a query reads, and different ones that all its queries read, at most.
+  const rowsOf = (call) => call.kept ?? call.kv;
+  const perQuery = (call) => call.read ?? rowsOf(call);
+  const smaller = (a, b) => (a < b ? a : b);
+  const rowsRead = (call) => smaller(rowsOf(call), call.seq * perQuery(call));
+
   function pairs(call) {
-    return call.seq * call.kv - (call.causal ? (call.seq * (call.seq - 1n)) / 2n : 0n);
+    const [most, first] = [perQuery(call), rowsOf(call) - call.seq + 1n];
+    const fewer = call.causal && most > first ? smaller(most - first, call.seq) : 0n; // queries that see fewer rows
+    return fewer * first + (fewer * (fewer - 1n)) / 2n + (call.seq - fewer) * most;
   }
 
   function formOf(config, call) {
     if (!config.use_mla) return null;
     if (call.form !== "auto") return call.form;
     const { kv_lora_rank: C, qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V } = config;
-    const seen = pairs({ ...call, causal: true }); // as the layer decides, whatever is counted
-    const expanded = call.kv * C * (N + V) + seen * (N + R + V);
+    const seen = pairs({ ...call, causal: true, read: null }); // as the layer decides, whatever is counted
+    const expanded = rowsOf(call) * C * (N + V) + seen * (N + R + V);
     return call.seq * C * (N + V) + seen * (2n * C + R) < expanded ? "absorbed" : "expanded";
   }
 
@@ -155,10 +237,10 @@
     const seen = call.batch * H * pairs(call);
     const { matrices } = attention(config);
     const form = formOf(config, call);
-    let projections = tokens * total(matrices);
+    let projections = tokens * elements(matrices);
     let attending = seen * 2n * (config.use_mla ? 0n : D / H);
     if (form === "expanded") {
-      projections += (call.batch * call.kv - tokens) * matrices.kv_b_proj;
+      projections += (call.batch * rowsRead(call) - tokens) * elements({ kv_b_proj: matrices.kv_b_proj });
       attending = seen * (N + R + V);
     } else if (form === "absorbed") attending = seen * (2n * C + R);
     const { dense, mixed: withExperts } = layersByKind(config);
@@ -175,16 +257,16 @@
   // Bytes of weights that a call reads, each once; of the routed experts, as many as tokens choose on average by chance.
   function weightsRead(config, call) {
     const tokens = call.batch * call.seq;
-    const stored = parameters(config, false);
-    let read = total(stored) - (config.tie_word_embeddings ? 0n : stored.embedding - tokens * config.hidden_size);
+    const { all: stored, expert } = weightBytes(config, call);
+    const rows = config.vocab_size - tokens; // of the embedding, that are not read
+    let read = stored - (config.tie_word_embeddings ? 0n : rows * config.hidden_size * BYTES[call.dtype]);
     const { mixed: withExperts } = layersByKind(config);
     if (withExperts) {
       const [all, chosen] = [Number(config.n_routed_experts), Number(config.num_experts_per_tok)];
       const used = all * (1 - (1 - chosen / all) ** Number(tokens));
-      const one = 3n * config.hidden_size * config.moe_intermediate_size;
-      read += withExperts * (BigInt(Math.round(used * Number(one))) - config.n_routed_experts * one);
+      read += withExperts * (BigInt(Math.round(used * Number(expert))) - config.n_routed_experts * expert);
     }
-    return read * BYTES[call.dtype];
+    return read;
   }
 
   // Elements a layer caches per token: its own cache, and keys and values of all heads.
@@ -196,19 +278,28 @@
     return { own: 2n * (config.num_key_value_heads ?? H) * width, expanded: 2n * H * width };
   }
 
+  // Bytes a layer caches per token.
+  function recordBytes(config, call) {
+    const { kv_lora_rank: C, qk_rope_head_dim: R } = config;
+    if (!call.cache) return remembered(config).own * BYTES[call.dtype];
+    const codes = call.cache === "int4" ? C / 2n : C;
+    return codes + 4n * (C % 128n ? 1n : C / 128n) + R * BYTES[call.dtype];
+  }
+
   function account(config, call) {
     const [stored, active] = [parameters(config, false), parameters(config, true)];
-    const perToken = config.num_hidden_layers * BYTES[call.dtype];
-    const { own, expanded } = remembered(config);
+    const record = config.num_hidden_layers * recordBytes(config, call);
+    const expanded = config.num_hidden_layers * BYTES[call.dtype] * remembered(config).expanded;
     return {
       parameters: { total: total(stored), active_per_token: total(active), by_part: stored, active_by_part: active },
       flops: { products: total(products(config, call)), by_part: products(config, call) },
       bytes: {
-        weights: total(stored) * BYTES[call.dtype],
+        weights: weightBytes(config, call).all,
         weights_read: weightsRead(config, call),
-        kv_cache: call.batch * call.kv * perToken * own,
-        kv_cache_expanded: call.batch * call.kv * perToken * expanded,
-        a_token: perToken * own,
+        kv_cache: call.batch * rowsOf(call) * record,
+        kv_cache_read: call.batch * rowsRead(call) * record,
+        kv_cache_expanded: call.batch * rowsOf(call) * expanded,
+        a_token: record,
       },
       form: formOf(config, call),
     };
@@ -276,7 +367,9 @@
   function choice(name, label, options) {
     const made = Object.entries(options).map(([value, text]) => element("option", { value }, text));
     const select = element("select", { id: `calculator-${name}`, name }, ...made);
-    return element("div", { "data-field": name }, element("label", { for: select.id }, label), select);
+    const refusal = element("span", { id: `calculator-${name}-refusal`, class: "refusal" });
+    select.setAttribute("aria-describedby", refusal.id);
+    return element("div", { "data-field": name }, element("label", { for: select.id }, label), select, refusal);
   }
 
   function checkbox(name, label) {
@@ -303,17 +396,18 @@
     const [left, right, top, bottom, height] = [70, 40, 14, 46, narrow ? 280 : 340];
     const contexts = Array.from({ length: 13 }, (_, power) => 256 * 2 ** power);
     const { own, expanded } = remembered(config);
-    const perNumber = Number(call.batch * config.num_hidden_layers * BYTES[call.dtype]);
-    const curves = { cache: Number(own) * perNumber };
-    if (expanded !== own) curves.expanded = Number(expanded) * perNumber;
+    const layers = Number(call.batch * config.num_hidden_layers);
+    const held = (context) => Math.min(context, Number(call.kept ?? MOST));
+    const curves = { cache: Number(recordBytes(config, call)) * layers };
+    if (expanded !== own) curves.expanded = Number(expanded * BYTES[call.dtype]) * layers;
     const weights = Number(found.bytes.weights);
-    const values = [...Object.values(curves).flatMap((each) => [each * contexts[0], each * contexts[12]]), weights];
+    const values = [...Object.values(curves).flatMap((each) => [each * held(contexts[0]), each * held(contexts[12])]), weights];
     const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log10);
     const x = (context) => left + (Math.log2(context / 256) / 12) * (width - left - right);
     const y = (bytes) => height - bottom - ((Math.log10(bytes) - low) / (high - low)) * (height - top - bottom);
     const named = { cache: "the cache", expanded: "keys and values of all heads", weights: "all weights" };
     const said = `Cache over context: ${inBytes(found.bytes.kv_cache)} at ${inTokens(call.kv)} tokens, `
-      + `${inBytes(Math.round(curves.cache * contexts[12]))} at ${withCommas(contexts[12])}; the weights take ${inBytes(weights)}.`;
+      + `${inBytes(Math.round(curves.cache * held(contexts[12])))} at ${withCommas(contexts[12])}; the weights take ${inBytes(weights)}.`;
     const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": said });
     const ink = { stroke: "currentColor", "stroke-width": 1, opacity: 0.35 };
     for (let power = Math.ceil(low); power <= high; power += Math.max(1, Math.round((high - low) / 6))) {
@@ -330,13 +424,14 @@
       d: path, fill: "none", "stroke-width": 2.5, "stroke-dasharray": dashes, style: `stroke: var(--curve-${name})`,
     }));
     const dashes = { cache: "none", expanded: "9 5" };
+    const bend = Math.min(Math.max(held(contexts[12]), 256), contexts[12]);
     for (const [name, each] of Object.entries(curves))
-      draw(name, `M${x(256)},${y(each * 256)}L${x(contexts[12])},${y(each * contexts[12])}`, dashes[name]);
+      draw(name, `M${[256, bend, contexts[12]].map((context) => `${x(context)},${y(each * held(context))}`).join("L")}`, dashes[name]);
     draw("weights", `M${left},${y(weights)}L${width - right},${y(weights)}`, "2 4");
     const here = Number(call.kv);
     if (here >= 256 && here <= contexts[12])
       svg.append(element("circle", {
-        cx: x(here), cy: y(curves.cache * here), r: 6, style: "fill: var(--curve-cache)",
+        cx: x(here), cy: y(curves.cache * held(here)), r: 6, style: "fill: var(--curve-cache)",
       }));
     const legend = [...Object.keys(curves), "weights"].map((name) =>
       element("li", { style: `border-color: var(--curve-${name})`, class: `key-${name}` }, named[name]));
@@ -346,13 +441,13 @@
   function inShort(found, call) {
     const { total: stored, active_per_token: active } = found.parameters;
     return `Parameters ${inWords(stored)}, ${inWords(active)} active; weights ${inBytes(found.bytes.weights)}, cache of `
-      + `${inTokens(call.batch * call.kv)} tokens ${inBytes(found.bytes.kv_cache)}; the call takes ${inFlops(found.flops.products)}.`;
+      + `${inTokens(call.batch * rowsOf(call))} tokens ${inBytes(found.bytes.kv_cache)}; the call takes ${inFlops(found.flops.products)}.`;
   }
 
   // What the call takes on a machine at best: arithmetic and reading go on at the same time.
   function onMachine({ name, peak, bandwidth, memory, source, url, note }, found) {
     const needed = found.bytes.weights + found.bytes.kv_cache;
-    const read = Number(found.bytes.weights_read + found.bytes.kv_cache);
+    const read = Number(found.bytes.weights_read + found.bytes.kv_cache_read);
     const link = element("a", { href: url }, source);
     const made = table(`On the machine: ${name}`, ["at best", "amount"], [
       ["memory for weights and cache", `${inBytes(needed)}, ${needed > memory ? "more than" : "of"} ${inBytes(memory)}`],
@@ -371,7 +466,7 @@
         ["parameters", inWords(all)],
         ["active per token", `${inWords(used)} (${inPercent(used, all)})`],
         ["weights", inBytes(found.bytes.weights)],
-        [`cache of ${inTokens(call.batch * call.kv)} tokens`, inBytes(found.bytes.kv_cache)],
+        [`cache of ${inTokens(call.batch * rowsOf(call))} tokens`, inBytes(found.bytes.kv_cache)],
         ...(found.bytes.kv_cache_expanded === found.bytes.kv_cache ? []
           : [["cache, expanded", inBytes(found.bytes.kv_cache_expanded)]]),
         ["cache per token", `${withCommas(found.bytes.a_token)} B`],
@@ -403,6 +498,8 @@
       group("Call", ...CALL.map(([name, label, value]) => field(name, label, value)),
         choice("dtype", "dtype", Object.fromEntries(Object.keys(BYTES).map((name) => [name, name]))),
         choice("form", "form of MLA", FORMS), checkbox("causal", "count causal pairs only"),
+        choice("weights", "weights", WEIGHTS), field("group", FEWER[0][1], 64), choice("cache", "cache: latents", CACHES),
+        ...FEWER.slice(1).map(([name, label, , empty]) => field(name, label, "", empty)),
         choice("machine", "machine", Object.fromEntries(MACHINES.map(({ name }) => [name, name])))));
     const status = element("p", { role: "status" });
     const output = element("div", { class: "results" });
@@ -432,7 +529,7 @@
     const usual = {};
     let from = "deepseek_v2";
     const sizes = [...SWITCHES, "topk_method", ...DIMENSIONS.map(([name]) => name)];
-    const calls = [...CALL.map(([name]) => name), "dtype", "form", "causal", "machine"];
+    const calls = [...[...CALL, ...FEWER].map(([name]) => name), "dtype", "form", "causal", "weights", "cache", "machine"];
     const valueOf = (name) => (control(name).type === "checkbox" ? String(control(name).checked) : control(name).value);
 
     function restore() {
@@ -522,7 +619,7 @@
     function update(said = "") {
       const config = Object.fromEntries(SWITCHES.map((name) => [name, control(name).checked]));
       const call = { dtype: control("dtype").value, form: control("form").value, causal: control("causal").checked };
-      for (const name of [...DIMENSIONS, ...CALL].map(([each]) => each)) refuse(name, "");
+      for (const name of [...[...DIMENSIONS, ...CALL, ...FEWER].map(([each]) => each), "weights", "cache"]) refuse(name, "");
       config.topk_method = control("topk_method").value;
       config.n_routed_experts = read("n_routed_experts", 1n, true);
       for (const [name, least, empty, wanted] of DIMENSIONS) {
@@ -531,7 +628,12 @@
       }
       fieldOf("topk_method").hidden = !mixed(config);
       fieldOf("form").hidden = !config.use_mla;
+      fieldOf("cache").hidden = !config.use_mla;
+      call.weights = control("weights").value || null;
+      call.cache = (config.use_mla && control("cache").value) || null;
+      fieldOf("group").hidden = call.weights !== "int4";
       for (const [name] of CALL) call[name] = read(name, 1n, null);
+      for (const [name, , fewest, empty] of FEWER) call[name] = fieldOf(name).hidden ? 64n : read(name, fewest, empty);
       for (const [name, sentence] of refusals(config, call)) refuse(name, sentence);
       const [first, ...others] = [...form.querySelectorAll(".refusal:not(:empty)")].map((refusal) => refusal.textContent);
       output.classList.toggle("stale", first !== undefined);

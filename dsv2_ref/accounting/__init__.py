@@ -5,8 +5,9 @@ included); T = B · S. Nothing here needs torch, except `activation_peak`, which
 """
 
 from dsv2_ref.accounting.cached import CACHE_KINDS, cache_bytes, cache_numbers
-from dsv2_ref.accounting.call import DTYPE_BYTES, FORMS, Call
+from dsv2_ref.accounting.call import CACHES, DTYPE_BYTES, FORMS, WEIGHTS, Call
 from dsv2_ref.accounting.operations import elementwise, products
+from dsv2_ref.accounting.stored import model_weight_bytes, weight_bytes
 from dsv2_ref.accounting.summary import activation_peak, report
 from dsv2_ref.accounting.traffic import (
     activations_moved,
@@ -19,7 +20,8 @@ from dsv2_ref.accounting.traffic import (
 from dsv2_ref.accounting.weights import Matrix, matrices, model_matrices, model_parameters, parameters
 
 __all__ = [
-    "CACHE_KINDS", "DTYPE_BYTES", "FORMS", "Call", "Matrix", "activation_peak", "activations_moved", "by_part",
-    "cache_bytes", "cache_numbers", "elementwise", "experts_read", "intensities", "matrices", "model_matrices",
-    "model_parameters", "parameters", "products", "read_by_part", "report", "weights_read",
+    "CACHES", "CACHE_KINDS", "DTYPE_BYTES", "FORMS", "WEIGHTS", "Call", "Matrix", "activation_peak", "activations_moved",
+    "by_part", "cache_bytes", "cache_numbers", "elementwise", "experts_read", "intensities", "matrices",
+    "model_matrices", "model_parameters", "model_weight_bytes", "parameters", "products", "read_by_part", "report",
+    "weight_bytes", "weights_read",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dsv2_ref.checks import is_int, require, require_ints
+from dsv2_ref.checks import group_size, is_int, require, require_ints
 from dsv2_ref.config import DeepseekV2Config
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -10,6 +10,12 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 
 
 FORMS = ("auto", "expanded", "absorbed")
 """Ways to compute latent attention."""
+
+WEIGHTS = ("int8", "int4", "fp8")
+"""What `dsv2_ref.quantize` makes of weights."""
+
+CACHES = ("fp8", "int8", "int4")
+"""What a quantised cache makes of latents."""
 
 Counts = dict[str, int]
 """Amounts by name."""
@@ -21,9 +27,16 @@ class Call:
 
     Form ``auto`` is the configuration's ``mla_form``; where that is ``auto`` too, the form with fewer FLOPs.
 
+    With ``kept`` everything is counted as for a cache of so many rows: bytes, FLOPs, and the form that is taken; ``kv``
+    then only says how many tokens have passed. With ``read`` the cache takes as much memory as before, but scores and
+    values are counted for so many rows per query (all that it sees where those are fewer). S queries read at most S
+    times as many different rows, as they do where no two choose the same. What chooses the rows, an indexer and its own
+    cache, is not counted. Not every way saves what is counted: a mask over unread rows still computes their products.
+
     Raises:
-        ValueError: unless the sizes are integers from 1 to 10^15, for more new tokens than tokens attended to, and for
-            an unknown form or dtype.
+        ValueError: unless the sizes are integers from 1 to 10^15, for more new tokens than tokens attended to, for an
+            unknown form, dtype or kind of weights or cache, for fewer bits than int8 has without scales, for a group
+            that is not even, and for more rows kept than attended to, or read than kept.
     """
 
     batch: int = 1  #: number of sequences B
@@ -32,6 +45,11 @@ class Call:
     form: str = "auto"  #: of latent attention, one of `FORMS`
     causal: bool = True  #: count only pairs of a query and a key that it sees, not all S · K
     dtype: str = "bfloat16"  #: of weights, activations and cache, one of `DTYPE_BYTES`
+    weights: str | None = None  #: what quantised weights are stored as, one of `WEIGHTS`; None: the dtype
+    group: int = 64  #: neighbours in a row that share a scale, for weights in ``int4``
+    cache: str | None = None  #: what cached latents are stored as, one of `CACHES`; None: the dtype
+    kept: int | None = None  #: rows per sequence that the cache holds, new ones included (a window); None: all K
+    read: int | None = None  #: rows of them that each query reads (an indexer); None: all that it sees
 
     def __post_init__(self) -> None:
         require_ints(self, ("batch", "seq", "kv"), 1)
@@ -39,6 +57,16 @@ class Call:
         require(isinstance(self.causal, bool), "causal", self.causal, "True or False")
         require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
         require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, ", ".join(DTYPE_BYTES))
+        require_kind("weights", self.weights, WEIGHTS, self.dtype)
+        require_kind("cache", self.cache, CACHES, self.dtype)
+        group_size(self.group)
+        fits, wanted = self.kept is None or is_int(self.kept, self.seq, self.kv), "None, or from seq={} to kv={}"
+        require(fits, "kept", self.kept, wanted, self.seq, self.kv)
+        fits, wanted = (
+            self.read is None or is_int(self.read, 1, self.rows),
+            "None, or from 1 to the {} rows in the cache",
+        )
+        require(fits, "read", self.read, wanted, self.rows)
 
     @property
     def tokens(self) -> int:
@@ -46,15 +74,37 @@ class Call:
         return self.batch * self.seq
 
     @property
+    def rows(self) -> int:
+        """Rows of each sequence in the cache after the call."""
+        return self.kv if self.kept is None else self.kept
+
+    @property
+    def rows_per_query(self) -> int:
+        """Rows that a query reads where none is hidden from it."""
+        return self.rows if self.read is None else self.read
+
+    @property
+    def rows_read(self) -> int:
+        """Different rows of each sequence that its queries read, at most."""
+        return min(self.rows, self.seq * self.rows_per_query)
+
+    @property
     def pairs(self) -> int:
         """Pairs of a query and a key that are counted, per sequence and head."""
-        hidden = self.seq * (self.seq - 1) // 2 if self.causal else 0
-        return self.seq * self.kv - hidden
+        most, first = self.rows_per_query, self.rows - self.seq + 1  # the first query sees the fewest rows
+        fewer = min(max(most - first, 0), self.seq) if self.causal else 0  # queries that see fewer than ``most``
+        return fewer * first + fewer * (fewer - 1) // 2 + (self.seq - fewer) * most
 
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
         return DTYPE_BYTES[self.dtype]
+
+
+def require_kind(name: str, kind: str | None, known: tuple[str, ...], dtype: str) -> None:
+    """Raise ValueError for an unknown kind of weights or of a cache, and for one whose scales int8 could not hold."""
+    require(kind is None or kind in known, name, kind, f"None or one of {', '.join(known)}")
+    require(kind is None or dtype != "int8", name, kind, "None for the dtype int8, which has no scales")
 
 
 def require_layer(config: DeepseekV2Config, layer_idx: int) -> None:

@@ -17,13 +17,13 @@ from dsv2_ref.config import DeepseekV2Config
 
 def form_of(config: DeepseekV2Config, call: Call) -> str:
     """The form of latent attention that a call takes: the call's own, else the configuration's, else the one with fewer
-    FLOPs, by causal pairs as the layer counts them, whatever ``call.causal`` says."""
+    FLOPs, by causal pairs as the layer counts them, whatever ``call.causal`` and ``call.read`` say."""
     for form in (call.form, config.mla_form):
         if form != "auto":
             return form
-    s, pairs = Sizes.of(config), replace(call, causal=True).pairs
+    s, pairs = Sizes.of(config), replace(call, causal=True, read=None).pairs
     up = s.C * (s.N + s.V)  # of one head: W_UK and W_UV
-    expanded = call.kv * up + pairs * (s.N + s.R + s.V)
+    expanded = call.rows * up + pairs * (s.N + s.R + s.V)
     absorbed = call.seq * up + pairs * (2 * s.C + s.R)
     return "absorbed" if absorbed < expanded else "expanded"
 
@@ -45,8 +45,8 @@ def _attention_products(config: DeepseekV2Config, call: Call) -> Counts:
             counts["scores"] = pairs * s.H * (s.C + s.R)
             counts["values"] = pairs * s.H * s.C
             return counts
-        # Every call expands the whole cache.
-        counts["kv_b_proj"] = call.batch * call.kv * s.C * s.H * (s.N + s.V)
+        # Every call expands all that it reads of the cache.
+        counts["kv_b_proj"] = call.batch * call.rows_read * s.C * s.H * (s.N + s.V)
     counts["scores"] = pairs * s.H * (s.N + s.R)
     counts["values"] = pairs * s.H * s.V
     return counts

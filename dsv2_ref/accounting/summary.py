@@ -8,7 +8,8 @@ from dsv2_ref.accounting.cached import cache_bytes, numbers_by_kind
 from dsv2_ref.accounting.call import Call, Counts, layers_alike, require_layer
 from dsv2_ref.accounting.operations import elementwise, form_of, products
 from dsv2_ref.accounting.sizes import Sizes
-from dsv2_ref.accounting.traffic import Moved, activations_moved, weights_read
+from dsv2_ref.accounting.stored import bytes_by_module
+from dsv2_ref.accounting.traffic import Moved, activations_moved, cache_read, weights_read
 from dsv2_ref.accounting.weights import by_module, matrices, model_matrices
 from dsv2_ref.checks import require
 from dsv2_ref.config import DeepseekV2Config
@@ -26,6 +27,9 @@ def _checked(config: DeepseekV2Config, call: Call, layer_idx: int | None, traini
     require(training or not checkpointing, "checkpointing", checkpointing, wanted)
     wanted = "the {} new tokens: training has no cache"
     require(call.kv == call.seq or not training, "kv", call.kv, wanted, call.seq)
+    require(call.cache is None or not training, "cache", call.cache, "None: training has no cache")
+    wanted = "None for training: rounded weights get no gradients"
+    require(call.weights is None or not training, "weights", call.weights, wanted)
     return call
 
 
@@ -40,7 +44,8 @@ def activation_peak(
 
     The layer itself runs, on tensors without memory; see `activations` for what is counted.
     ``config._attn_implementation`` decides whether attention holds its scores (``eager``) or not. The layer's mask is
-    causal, whatever ``call.causal`` says about FLOPs.
+    causal, whatever ``call.causal`` says about FLOPs, and it reads all rows that are kept. Weights and cache are in the
+    dtype: what unpacking codes would take is not counted.
 
     Args:
         training: the forward pass keeps what gradients need, and a backward pass follows.
@@ -49,13 +54,15 @@ def activation_peak(
     Raises:
         ModuleNotFoundError: where torch is not installed.
         OverflowError: for a call too large to be followed (see `activations`).
-        ValueError: for a layer that the model does not have; for training over a cache; for checkpointing without
-            training; for ``int8``, in which no layer runs; and for ``flash_attention_2`` in a dtype it does not take.
+        ValueError: for a layer that the model does not have; for training over a cache, or with quantised weights; for
+            checkpointing without training; for ``int8``, in which no layer runs; and for ``flash_attention_2`` in a
+            dtype it does not take.
     """
     call = _checked(config, call, layer_idx, training, checkpointing)
     require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype: no layer runs in int8")
     from dsv2_ref.accounting.activations import peak  # needs torch
 
+    call = replace(call, kv=call.rows, weights=None, cache=None, kept=None, read=None)
     return peak(config, call, layer_idx, training, checkpointing)
 
 
@@ -88,15 +95,17 @@ def report(
         - ``parameters``: ``total`` and ``active_per_token``, both also as ``by_module`` and ``active_by_module``; and
           ``by_matrix``: for each weight its shape, the number of such weights, and the parameters stored and active.
         - ``flops``: ``total``, ``products`` (of matrices alone), ``by_operation``.
-        - ``bytes``: ``weights``; ``weights_read`` (see `weights_read`); ``kv_cache`` (all tokens, after the call),
-          ``kv_cache_by_kind`` (what it would be, see `cache_numbers`), ``kv_cache_written`` (the new tokens);
+        - ``bytes``: ``weights`` (with scales, where they are quantised); ``weights_read`` (see `weights_read`);
+          ``kv_cache`` (all rows, after the call), ``kv_cache_by_kind`` (what so many rows would be in the dtype, see
+          `cache_numbers`), ``kv_cache_written`` (the new tokens), ``kv_cache_read`` (the rows that are attended to);
           ``activations_read`` and ``activations_written`` (see `activations_moved`), both also as
           ``activations_by_operation``; and ``activations_peak`` (see `activation_peak`, to which ``training`` and
           ``checkpointing`` belong), None without torch, in int8, and for a call too large to be followed.
         - ``intensity``: FLOPs per byte of weights and cache that are read.
 
     Raises:
-        ValueError: for what `activation_peak` rejects, except int8.
+        ValueError: for what `activation_peak` rejects, except int8; and for weights or a cache that cannot be quantised
+            so: a width that no group divides, no latent, an odd one.
     """
     call = _checked(config, call, layer_idx, training, checkpointing)
     if layer_idx is None:
@@ -114,9 +123,13 @@ def report(
             moved[name] = before[0] + alike * taken, before[1] + alike * given
         read += alike * weights_read(config, index, call)
     stored, active = by_module(weights), by_module(weights, active=True)
-    number, tokens = sum(alike for _, alike in layers), call.batch * call.kv
+    number, tokens = sum(alike for _, alike in layers), call.batch * call.rows
     cached = {kind: cache_bytes(config, tokens, call.dtype, kind, number) for kind in numbers_by_kind(config)}
-    cache = cached.pop("own")
+    del cached["own"]
+    cache, attended = (
+        cache_bytes(config, tokens, call.dtype, layers=number, cache=call.cache),
+        cache_read(config, call, number),
+    )
     flops = operations.total() + others.total()
     how = {"layer": layer_idx, "training": training, "checkpointing": checkpointing}
     form = {"form": call.form if config.use_mla else None}
@@ -134,17 +147,18 @@ def report(
         },
         "flops": {"total": flops, "products": operations.total(), "by_operation": {**operations, **others}},
         "bytes": {
-            "weights": sum(stored.values()) * call.itemsize,
+            "weights": sum(bytes_by_module(weights, call).values()),
             "weights_read": read,
             "kv_cache": cache,
             "kv_cache_by_kind": cached,
-            "kv_cache_written": cache // call.kv * call.seq,
+            "kv_cache_written": cache // call.rows * call.seq,
+            "kv_cache_read": attended,
             "activations_read": sum(taken for taken, _ in moved.values()),
             "activations_written": sum(given for _, given in moved.values()),
             "activations_by_operation": {name: {"read": r, "written": w} for name, (r, w) in moved.items()},
             "activations_peak": _peak_or_none(config, call, *how.values()),
         },
-        "intensity": round(flops / (read + cache), 3),
+        "intensity": round(flops / (read + attended), 3),
     }
 
 

@@ -7,11 +7,12 @@ Kernels that fuse operations move less, which is why they are written. The score
 
 from collections.abc import Mapping
 
-from dsv2_ref.accounting.cached import cache_bytes
+from dsv2_ref.accounting.cached import cache_bytes, record_bytes
 from dsv2_ref.accounting.call import Call, Counts, require_layer
 from dsv2_ref.accounting.operations import form_of, products
 from dsv2_ref.accounting.sizes import Sizes
-from dsv2_ref.accounting.weights import parameters, projections
+from dsv2_ref.accounting.stored import weight_bytes
+from dsv2_ref.accounting.weights import projections
 from dsv2_ref.checks import require
 from dsv2_ref.config import DeepseekV2Config
 
@@ -29,11 +30,11 @@ def experts_read(config: DeepseekV2Config, tokens: int) -> float:
 
 def _read_by_name(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
     """Bytes of a layer's weights that a call reads, each once; of the routed experts, as many as `experts_read`."""
-    s, counts = Sizes.of(config), parameters(config, layer_idx)
-    if "mlp.experts" in counts:
-        per_expert = counts["mlp.experts"] // s.E
-        counts["mlp.experts"] = round(experts_read(config, call.tokens) * per_expert)
-    return {name: n * call.itemsize for name, n in counts.items()}
+    s, sizes = Sizes.of(config), weight_bytes(config, layer_idx, call)
+    if "mlp.experts" in sizes:
+        per_expert = sizes["mlp.experts"] // s.E
+        sizes["mlp.experts"] = round(experts_read(config, call.tokens) * per_expert)
+    return sizes
 
 
 def weights_read(config: DeepseekV2Config, layer_idx: int, call: Call) -> int:
@@ -63,6 +64,12 @@ def by_part(counts: Mapping[str, int]) -> Counts:
     return sums
 
 
+def cache_read(config: DeepseekV2Config, call: Call, layers: int) -> int:
+    """Bytes of the cache that a call of so many layers reads, each once."""
+    tokens = call.batch * call.rows_read
+    return cache_bytes(config, tokens, call.dtype, layers=layers, cache=call.cache)
+
+
 # fmt: off
 def read_by_part(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
     """Bytes of weights and cache that each part of a layer reads, each once.
@@ -72,8 +79,7 @@ def read_by_part(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts
     """
     read = by_part(_read_by_name(config, layer_idx, call))
     if not config.use_mla or form_of(config, call) == "absorbed":
-        tokens = call.batch * call.kv
-        read["scores and values"] = cache_bytes(config, tokens, call.dtype, layers=1)
+        read["scores and values"] = cache_read(config, call, layers=1)
     return read
 
 
@@ -88,28 +94,30 @@ def intensities(
 
 
 def _attention(config: DeepseekV2Config, call: Call) -> Moved:
-    """Elements that attention moves."""
-    s, sizes = Sizes.of(config), projections(config)
-    queries, keys = call.tokens * s.H, call.batch * call.kv
-    pairs = call.batch * s.H * call.seq * call.kv
-    moved = {name: (call.tokens * inputs, call.tokens * outputs) for name, (inputs, outputs) in sizes.items()}
+    """Bytes that attention moves."""
+    s, sizes, size = Sizes.of(config), projections(config), call.itemsize
+    queries, keys = call.tokens * s.H, call.batch * call.rows_read
+    pairs = call.batch * s.H * call.seq * call.rows_per_query * size
+    moved = {
+        name: (call.tokens * inputs * size, call.tokens * outputs * size) for name, (inputs, outputs) in sizes.items()
+    }
     if config.use_mla:
+        latent, rope = record_bytes(config, call.dtype, call.cache)
         del moved["kv_b_proj"]
         if form_of(config, call) == "absorbed":
             return moved | {
-                "absorb_w_uk": (queries * s.N, queries * s.C),
-                "scores": ((queries + keys) * (s.C + s.R), pairs),
+                "absorb_w_uk": (queries * s.N * size, queries * s.C * size),
+                "scores": (queries * (s.C + s.R) * size + keys * (latent + rope), pairs),
                 "softmax": (pairs, pairs),
-                "values": (pairs + keys * s.C, queries * s.C),
-                "absorb_w_uv": (queries * s.C, queries * s.V),
+                "values": (pairs + keys * latent, queries * s.C * size),
+                "absorb_w_uv": (queries * s.C * size, queries * s.V * size),
             }
-        latent, expanded = sizes["kv_b_proj"]
-        moved["kv_b_proj"] = keys * latent, keys * expanded  # each call expands the whole cache
+        moved["kv_b_proj"] = keys * latent, keys * sizes["kv_b_proj"][1] * size  # each call expands what it reads
     written = pairs if config._attn_implementation == "eager" else 0
     return moved | {
-        "scores": ((queries + keys * s.G) * (s.N + s.R), written),
+        "scores": ((queries + keys * s.G) * (s.N + s.R) * size, written),
         "softmax": (written, written),
-        "values": (written + keys * s.G * s.V, queries * s.V),
+        "values": (written + keys * s.G * s.V * size, queries * s.V * size),
     }
 
 
@@ -137,11 +145,11 @@ def activations_moved(config: DeepseekV2Config, layer_idx: int, call: Call) -> M
     """Bytes of activations and cache that each operation of a layer reads and writes, under the names of its FLOPs.
 
     An expert's rows are read where they are needed. Sorting them by expert moves them once more, which is not counted.
+    What reads a quantised cache reads its codes and scales; everything else is in the dtype.
     """
     require_layer(config, layer_idx)
     s, tokens = Sizes.of(config), call.tokens
-    attention = _attention(config, call).items()
-    moved = {name if name == "softmax" else f"self_attn.{name}": elements for name, elements in attention}
+    moved: Moved = {}
     moved["norms"] = (tokens * (2 * s.D + s.Q + s.C),) * 2
     moved["rotary"] = (tokens * s.rotated,) * 2
     moved["residual"] = 4 * tokens * s.D, 2 * tokens * s.D
@@ -150,4 +158,7 @@ def activations_moved(config: DeepseekV2Config, layer_idx: int, call: Call) -> M
     else:
         moved["mlp"] = _feed_forward(tokens, s.D, s.dense)
         moved["swiglu"] = 2 * tokens * s.dense, tokens * s.dense
-    return {name: (read * call.itemsize, written * call.itemsize) for name, (read, written) in moved.items()}
+    attention = _attention(config, call).items()
+    return {name if name == "softmax" else f"self_attn.{name}": moved_ for name, moved_ in attention} | {
+        name: (read * call.itemsize, written * call.itemsize) for name, (read, written) in moved.items()
+    }

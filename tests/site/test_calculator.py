@@ -105,7 +105,7 @@ NAMES = [
     "n_group",
     "topk_group",
 ]
-CALL = ("batch", "seq", "kv", "form", "causal", "dtype")
+CALL = ("batch", "seq", "kv", "form", "causal", "dtype", "weights", "group", "cache", "kept", "read")
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +166,27 @@ def random_sizes(draw: random.Random) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def random_call(draw: random.Random) -> acc.Call:
+def random_call(draw: random.Random) -> dict[str, Any]:
+    """Fields of a call, whose bits and rows may fit neither each other nor a model."""
     seq = draw.choice([1, 7, 2048, draw.randrange(1, 100_000)])
-    return acc.Call(
-        batch=draw.randrange(1, 512), seq=seq, kv=seq + draw.choice([0, 8191, draw.randrange(200_000)]),
-        form=draw.choice(acc.FORMS), causal=draw.random() < 0.5, dtype=draw.choice(list(acc.DTYPE_BYTES)),
-    )  # fmt: skip
+    kv = seq + draw.choice([0, 8191, draw.randrange(200_000)])
+    kept = draw.choice([None, None, draw.randrange(1, kv + 2), draw.randrange(seq, kv + 1)])
+    return {
+        "batch": draw.randrange(1, 512), "seq": seq, "kv": kv, "form": draw.choice(acc.FORMS),
+        "causal": draw.random() < 0.5, "dtype": draw.choice(list(acc.DTYPE_BYTES)),
+        "weights": draw.choice([None, None, *acc.WEIGHTS]), "group": draw.choice([2, 2, 4, 16, 64, 7]),
+        "cache": draw.choice([None, None, None, *acc.CACHES]), "kept": kept,
+        "read": draw.choice([None, None, draw.randrange(1, kv + 2), draw.randrange(1, (kept or kv) + 1), 1]),
+    }  # fmt: skip
+
+
+def rejection(config: DeepseekV2Config, call: dict[str, Any]) -> str | None:
+    """What the package says against a call of a model."""
+    try:
+        acc.report(config, acc.Call(**call))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def refusal(**fields: Any) -> str | None:
@@ -233,8 +248,9 @@ def expected(config: DeepseekV2Config, call: acc.Call) -> dict[str, Any]:
         "parts of products": by_part(flops["by_operation"], part_of_products),
         "weights": str(sizes["weights"]),
         "kv_cache": str(sizes["kv_cache"]),
-        "expanded": str(acc.cache_bytes(config, call.batch * call.kv, call.dtype, kind=expanded)),
-        "a token": str(acc.cache_bytes(config, 1, call.dtype)),
+        "kv_cache_read": str(sizes["kv_cache_read"]),
+        "expanded": str(acc.cache_bytes(config, call.batch * call.rows, call.dtype, kind=expanded)),
+        "a token": str(acc.cache_bytes(config, 1, call.dtype, cache=call.cache)),
         "form": found["config"]["call"]["form"],
     }
 
@@ -253,6 +269,7 @@ def answered(answer: dict[str, Any]) -> dict[str, Any]:
         "parts of products": parts(flops["by_part"]),
         "weights": sizes["weights"],
         "kv_cache": sizes["kv_cache"],
+        "kv_cache_read": sizes["kv_cache_read"],
         "expanded": sizes["kv_cache_expanded"],
         "a token": sizes["a_token"],
         "form": answer["form"],
@@ -277,36 +294,51 @@ def test_models_are_accepted_and_refused_as_by_the_package_and_cost_the_same(pag
         "topk_group",
         "num_experts_per_tok",
     }
+    built = [DeepseekV2Config(**fields) for fields, wanted in zip(models, refused, strict=True) if wanted is None]
+    tried = [(config, random_call(draw)) for config in built for _ in range(4)]
+    sent = [(given(config), call) for config, call in tried]
+    wanted_of_calls = [rejection(config, call) for config, call in tried]
+    for case, wanted, said in zip(tried, wanted_of_calls, page.evaluate(REFUSE, sent), strict=True):
+        assert (wanted in said) if wanted else said == [], (case, wanted, said)
+    kinds = {re.sub(r"\d+", "0", sentence).split(",")[0] for sentence in wanted_of_calls if sentence}
+    assert {kind.split(" is ")[0] for kind in kinds} == {"weights", "group", "cache", "kept", "read"}
+    assert len(kinds) > 12
+
     cases = [
-        (DeepseekV2Config(**fields), random_call(draw))
-        for fields, wanted in zip(models, refused, strict=True)
-        if wanted is None
+        (config, acc.Call(**call)) for (config, call), said in zip(tried, wanted_of_calls, strict=True) if not said
     ]
     assert len(cases) > 100
+    for name in ("weights", "cache"):
+        assert {getattr(call, name) for _, call in cases} == {None, "fp8", "int8", "int4"}
     sent = [(given(config), {name: getattr(call, name) for name in CALL}) for config, call in cases]
     answers = page.evaluate(ACCOUNT, json.loads(json.dumps(sent)))
     for (config, call), answer in zip(cases, answers, strict=True):
         assert answered(answer) == expected(config, call), (config, call)
+        read = acc.report(config, call)["bytes"]["weights_read"]
+        assert math.isclose(int(answer["bytes"]["weights_read"]), read, rel_tol=1e-12), (config, call)
 
 
 @pytest.mark.parametrize("preset", ["deepseek_v2", "deepseek_ocr"])
 def test_a_field_takes_what_the_package_takes(page: Page, preset: str) -> None:
     page.get_by_label("start from").select_option(preset)
+    page.get_by_label("weights", exact=True).select_option("int4")
     config = getattr(DeepseekV2Config, preset)()
 
     def is_taken(name: str, value: str) -> bool:
         number = int(value) if value else None
         try:
+            call = acc.Call(kv=8192, weights="int4")
             if name in CALL:
-                replace(acc.Call(kv=8192), **{name: number})
+                acc.model_weight_bytes(config, replace(call, **{name: number}))
             else:
-                replace(config, **{name: number})
+                acc.model_weight_bytes(replace(config, **{name: number}), call)
         except ValueError:
             return False
         return True
 
     tried = page.evaluate(TYPE, ["", "-1", "0", "1", "7", "20", str(LARGEST_SIZE), str(LARGEST_SIZE + 1)])
-    names = set(NAMES) - {"use_mla", "attention_bias", "tie_word_embeddings", "topk_method"} | {"batch", "seq", "kv"}
+    names = set(NAMES) - {"use_mla", "attention_bias", "tie_word_embeddings", "topk_method"}
+    names |= {"batch", "seq", "kv", "group", "kept", "read"}
     latent = {
         "q_lora_rank",
         "kv_lora_rank",
@@ -533,6 +565,70 @@ def test_every_dtype_of_the_accounting_can_be_chosen(page: Page) -> None:
     expect(results).to_contain_text("34,560 B")
 
 
+def test_a_reader_chooses_fewer_bits_and_rows(page: Page) -> None:
+    results, status = page.locator("#cost-calculator .results"), page.locator("#cost-calculator").get_by_role("status")
+    page.get_by_label("start from").select_option("deepseek_v2_lite")
+    group = page.get_by_label("group: weights per scale")
+    expect(group).to_be_hidden()
+    page.get_by_label("weights", exact=True).select_option("int4")
+    expect(group).to_have_value("64")
+    page.get_by_label("cache: latents").select_option("fp8")
+    expect(results).to_contain_text(f"{27 * 656:,} B")
+    expect(status).to_contain_text("weights 8.97 GB, cache of 8,192 tokens 145 MB")
+    page.get_by_label("kept: rows in the cache").fill("512")
+    expect(status).to_contain_text("cache of 512 tokens 9.07 MB")
+    label = "Cache over context: 9.07 MB at 8,192 tokens, 9.07 MB at 1,048,576; the weights take 8.97 GB."
+    expect(results.locator("svg")).to_have_attribute("aria-label", label)
+    page.get_by_label("read: rows per query").fill("64")
+    call = acc.Call(kv=8192, weights="int4", cache="fp8", kept=512, read=64)
+    found = acc.report(DeepseekV2Config.deepseek_v2_lite(), call)
+    cells = page.evaluate(TABLES)
+    assert cells["FLOPs of the call"]["total"] == [f"{found['flops']['products']:,}"]
+    read = (found["bytes"]["weights_read"] + found["bytes"]["kv_cache_read"]) / machines()["H100 (SXM)"]["bandwidth"]
+    assert cells["On the machine: H100 (SXM)"]["reading weights and cache"] == [seconds(read)]
+    for field, typed, said in (
+        (group, "128", "group is 128; wanted a divisor of 10944, the inputs of down_proj, such as 64"),
+        (group, "7", "group is 7; wanted an even number"),
+        (page.get_by_label("kept: rows in the cache"), "9000", "kept is 9000; wanted None, or from seq=1 to kv=8192"),
+        (page.get_by_label("read: rows per query"), "513", "read is 513; wanted None, or from 1 to the 512 rows in the cache"),
+    ):  # fmt: skip
+        before = field.input_value()
+        field.fill(typed)
+        expect(field).to_have_attribute("aria-invalid", "true")
+        expect(page.locator(f"#{field.get_attribute('aria-describedby')}")).to_have_text(said)
+        expect(status).to_contain_text(said)
+        field.fill(before)
+        expect(results).to_have_class("results")
+    page.get_by_label("dtype").select_option("int8")
+    for name, kind in (("weights", "int4"), ("cache", "fp8")):
+        said = f"{name} is '{kind}'; wanted None for the dtype int8, which has no scales"
+        expect(page.locator(f"#calculator-{name}-refusal")).to_have_text(said)
+    page.get_by_label("dtype").select_option("bfloat16")
+    page.get_by_label("use_mla").uncheck()
+    expect(page.get_by_label("cache: latents")).to_be_hidden()
+    expect(results).to_have_class("results")
+
+
+def test_bits_and_rows_stay_in_the_address(page: Page, origin: str) -> None:
+    tab = page.context.new_page()
+    tab.goto(f"{origin}/book/calculator.html?preset=deepseek_v2_lite&weights=int4&group=32&cache=int4&kept=100&read=9")
+    status = tab.locator("#cost-calculator [role=status]")
+    expect(status).to_contain_text("cache of 100 tokens 1.08 MB")
+    tab.get_by_label("read: rows per query").fill("8")
+    tab.wait_for_function("location.search.includes('read=8')")
+    query = parse_qs(urlsplit(tab.url).query)
+    wanted = {
+        "preset": "deepseek_v2_lite",
+        "weights": "int4",
+        "group": "32",
+        "cache": "int4",
+        "kept": "100",
+        "read": "8",
+    }
+    assert query == {name: [value] for name, value in wanted.items()}
+    tab.close()
+
+
 def test_a_model_without_latents_has_one_cache(page: Page) -> None:
     expect(page.get_by_role("rowheader", name="cache, expanded")).to_have_count(1)
     page.get_by_label("start from").select_option("deepseek_ocr")
@@ -542,7 +638,7 @@ def test_a_model_without_latents_has_one_cache(page: Page) -> None:
 def test_it_works_by_keyboard(page: Page) -> None:
     page.get_by_label("text of the file").focus()
     names = []
-    for _ in range(40):
+    for _ in range(50):
         names.append(page.evaluate("document.activeElement.name || ''"))
         page.keyboard.press("Tab")
     visible = page.evaluate("[...document.querySelectorAll('#cost-calculator :is(input, select, textarea)')]"
@@ -569,6 +665,8 @@ def test_every_kind_of_model_is_accessible_and_fits_a_phone(browser: Browser, or
         page.get_by_label("start from").select_option(preset)
         page.get_by_label("vocab_size").fill("x" if preset == "deepseek_ocr" else "1000")
         page.get_by_label("text of the file").fill(json.dumps(configs()[read] | {"an_unknown_key" * 9: 1}))
+        page.get_by_label("weights", exact=True).select_option("int4")
+        page.get_by_label("read: rows per query").fill("9" if preset == "deepseek_v2" else "9999")
         violations = Axe().run(page).response["violations"]
         assert [(found["id"], node["html"]) for found in violations for node in found["nodes"]] == []
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -581,7 +679,11 @@ def test_every_kind_of_model_is_accessible_and_fits_a_phone(browser: Browser, or
 def test_the_page_has_the_packages_table() -> None:
     written = (SITE / "_static/published.js").read_text(encoding="utf-8")
     assert written == known_configurations(), "build the book again"
-    pages = [path.name for path in (SITE / "book").glob("*.html") if "_static/published.js" in path.read_text(encoding="utf-8")]
+    pages = [
+        path.name
+        for path in (SITE / "book").glob("*.html")
+        if "_static/published.js" in path.read_text(encoding="utf-8")
+    ]
     assert pages == ["calculator.html"]
 
 
@@ -795,6 +897,6 @@ def test_it_works_from_files(browser: Browser) -> None:
 def test_the_books_scripts_are_small_and_ask_for_nothing() -> None:
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "book/_static").glob("*.js")]
     assert len(sources) == 3
-    assert sum(len(source.encode()) for source in sources) < 65_000
+    assert sum(len(source.encode()) for source in sources) < 72_000
     for source in sources:
         assert not any(word in source for word in ("fetch(", "XMLHttpRequest", "import(", "https://"))

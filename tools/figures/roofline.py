@@ -13,6 +13,9 @@ from dsv2_ref.config import DeepseekV2Config
 SCRIPTS = ("data",)
 DATA = Path(__file__).resolve().parents[2] / "book" / "_static" / "figures" / "data.js"
 MODELS = {"V2-Lite": DeepseekV2Config.deepseek_v2_lite(), "V2": DeepseekV2Config.deepseek_v2()}
+# What the figure's bits of weights and of the cache are.
+WEIGHTS = {16: None, 8: "int8", 4: "int4"}
+CACHES = {16: None, 8: "fp8", 4: "int4"}
 STATES = [("V2-Lite", "H100 (SXM)", 1, 8192, 16, 16), ("V2-Lite", "H100 (SXM)", 64, 8192, 16, 16)]
 STATES += [("V2-Lite", "H100 (SXM)", 64, 8192, 4, 16), ("V2-Lite", "laptop CPU", 1, 8192, 4, 16)]
 STATES += [("V2", "H200 (SXM)", 32, 8192, 4, 16)]
@@ -41,17 +44,16 @@ def parts(
 
     Arithmetic stays at the machine's peak, whatever the bits.
     """
-    call = acc.Call(batch=batch, kv=context)
+    call = acc.Call(batch=batch, kv=context, weights=WEIGHTS[weight_bits], cache=CACHES[cache_bits])
     flops: dict[str, float] = {}
     read: dict[str, float] = {}
     for layer, alike in acc.call.layers_alike(config):
         computed = acc.by_part(acc.products(config, layer, call))
         for part, size in acc.read_by_part(config, layer, call).items():
-            bits = cache_bits if part == "scores and values" else weight_bits
             flops[part] = flops.get(part, 0) + alike * computed[part]
-            read[part] = read.get(part, 0) + alike * size * bits / 16
+            read[part] = read.get(part, 0) + alike * size
     head = 2 * config.hidden_size * config.vocab_size
-    flops["head"], read["head"] = batch * head, head * weight_bits / 16
+    flops["head"], read["head"] = batch * head, head
     found = {}
     for part in flops:
         computing, reading = flops[part] / machine["peak"], read[part] / machine["bandwidth"]
@@ -62,8 +64,8 @@ def parts(
 
 def needed(config: DeepseekV2Config, batch: int, context: int, weight_bits: int, cache_bits: int) -> float:
     """Bytes of all weights and of the cache."""
-    weights = sum(acc.model_parameters(config).values()) * weight_bits / 8
-    return weights + acc.cache_bytes(config, batch * context) * cache_bits / 16
+    weights = sum(acc.model_weight_bytes(config, acc.Call(weights=WEIGHTS[weight_bits])).values())
+    return weights + acc.cache_bytes(config, batch * context, cache=CACHES[cache_bits])
 
 
 def table() -> str:

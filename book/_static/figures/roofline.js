@@ -9,27 +9,35 @@ const rooflineFigure = {
     const size = Object.fromEntries(Object.entries(MODELS[preset]).map(([key, value]) => [key, typeof value === "bigint" ? Number(value) : value]));
     const { hidden_size: D, num_attention_heads: H, q_lora_rank: Q, kv_lora_rank: C, num_hidden_layers: L } = size;
     const { qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V, n_routed_experts: E, num_experts_per_tok: k } = size;
-    const queries = Q ? D * Q + Q * H * (N + R) : D * H * (N + R);
-    const matrices = queries + D * (C + R) + C * H * (N + V) + H * V * D;
+    const queries = Q ? [[Q, D], [H * (N + R), Q]] : [[H * (N + R), D]];
+    const projections = [...queries, [C + R, D], [H * (N + V), C], [D, H * V]];
+    // Codes, and scales in bfloat16: of eight bits one for a row, of four one for 64 weights.
+    const stored = (shapes) => shapes.reduce((sum, [outputs, inputs]) => sum + outputs * inputs * (weightBits / 8)
+      + { 16: 0, 8: 2 * outputs, 4: (outputs * inputs) / 32 }[weightBits], 0);
+    const elements = (shapes) => shapes.reduce((sum, [outputs, inputs]) => sum + outputs * inputs, 0);
+    const network = (width) => [[width, D], [width, D], [D, width]];
     const norms = (Q ?? 0) + C;
-    const expert = 3 * D * size.moe_intermediate_size;
+    const expert = network(size.moe_intermediate_size);
+    const shared = network(size.n_shared_experts * size.moe_intermediate_size);
+    const wide = network(size.intermediate_size);
     const dense = size.first_k_dense_replace;
     const mixed = L - dense;
-    const used = Math.round(E * (1 - (1 - k / E) ** batch) * expert);
-    const cached = L * batch * context * (C + R);
+    const used = Math.round(E * (1 - (1 - k / E) ** batch) * stored(expert));
+    const record = C * (cacheBits / 8) + 2 * R + (cacheBits < 16 ? 4 * (C / 128) : 0); // a float32 scale for 128 elements
+    const cached = L * batch * context * record;
     const parts = {
-      projections: [L * matrices, L * (matrices + norms)],
-      MLP: [dense * 3 * D * size.intermediate_size],
-      gate: [mixed * E * D],
-      "routed experts": [mixed * k * expert, mixed * used],
-      "shared experts": [mixed * size.n_shared_experts * expert],
-      head: [D * size.vocab_size],
+      projections: [L * elements(projections), L * (stored(projections) + 2 * norms)],
+      MLP: [dense * elements(wide), dense * stored(wide)],
+      gate: [mixed * E * D, 2 * mixed * E * D],
+      "routed experts": [mixed * k * elements(expert), mixed * used],
+      "shared experts": [mixed * elements(shared), mixed * stored(shared)],
+      head: [D * size.vocab_size, 2 * D * size.vocab_size],
     };
-    const counted = Object.entries(parts).map(([part, [product, read = product]]) => [part, 2 * batch * product, read * (weightBits / 8)]);
-    counted.splice(1, 0, ["scores and values", 2 * L * batch * context * H * (2 * C + R), cached * (cacheBits / 8)]);
-    const stored = L * (matrices + norms + 2 * D) + mixed * (E * D + (E + size.n_shared_experts) * expert)
-      + dense * 3 * D * size.intermediate_size + 2 * D * size.vocab_size + D;
-    return { counted, needed: stored * (weightBits / 8) + cached * (cacheBits / 8) };
+    const counted = Object.entries(parts).map(([part, [product, read]]) => [part, 2 * batch * product, read]);
+    counted.splice(1, 0, ["scores and values", 2 * L * batch * context * H * (2 * C + R), cached]);
+    const inDtype = L * (norms + 2 * D) + mixed * E * D + 2 * D * size.vocab_size + D;
+    const needed = 2 * inDtype + L * stored(projections) + mixed * (E * stored(expert) + stored(shared)) + dense * stored(wide);
+    return { counted, needed: needed + cached };
   },
 
   // FLOPs per byte in three digits, whole from a hundred on.
@@ -104,7 +112,8 @@ const rooflineFigure = {
       picture: [
         rooflineFigure.chart(machine, parts, room),
         element("p", { class: "figure-legend" }, `${chosen}: ${amount(peak, "FLOP/s")}, ${amount(bandwidth, "B/s")} (`, link, machine.note ? `: ${machine.note}` : "",
-          "). Numbers in circles wait for memory, in squares for arithmetic. Fewer bits are less to read; arithmetic stays as fast."),
+          "). Numbers in circles wait for memory, in squares for arithmetic. Fewer bits, with scales, are less to read; arithmetic stays as fast. "
+          + "Eight bits of weights are int8, of the cache fp8; four are int4. Gate, norms, embedding, head and rope keys keep 16."),
       ],
       groups: [{
         title: "Time per token, by part",
