@@ -141,13 +141,13 @@ def settings() -> tuple[list[tuple[str, str, int | None]], list[tuple[Any, Any]]
     return weights, cached + [(kind, kind) for kind in CACHED]
 
 
+@torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure everything and store it."""
     parser = argparse.ArgumentParser(prog="python -m experiments.bits", description="What each bit costs.")
     parser.add_argument("--out", type=Path, default=FILE, help="the file to write")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     weights, cached = settings()
     log: dict[str, Any] = {"right": round(bits(trained().double()), 3)}
     log["weights"] = [
