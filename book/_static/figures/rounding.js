@@ -1,73 +1,66 @@
 // 64 weights in groups that share a scale: what rounding leaves of them, by the rules of dsv2_ref.codes.
 "use strict";
 
-const roundingFigure = {
+const few = {
+  real: document.querySelector("[data-weights]").dataset.weights.split(" ").map(Number),
   outlier: 20,
 
-  // Halves go to the even neighbour, as in torch.
-  even(x) {
-    const near = Math.round(x);
-    return near - x === 0.5 && near % 2 ? near - 1 : near;
-  },
-
-  // A whole number, or in e4m3 three bits after the leading one, and steps of 1/512 near zero.
+  // The nearest multiple of 1 or, in e4m3, of an eighth of the power of two below, at least 1/512; halves to the even.
   code(units, whole) {
     const step = whole ? 1 : 2 ** (Math.max(-6, Math.floor(Math.log2(Math.abs(units)))) - 3);
-    return roundingFigure.even(units / step) * step;
+    const near = Math.round(units / step);
+    return (near - units / step === 0.5 && near % 2 ? near - 1 : near) * step;
   },
 
-  groups(weights, largest, size, whole) {
+  round(weights, largest, size, whole) {
     return Array.from({ length: weights.length / size }, (_, i) => {
       const given = weights.slice(i * size, (i + 1) * size);
       const scale = Math.max(...given.map(Math.abs)) / largest;
-      const codes = given.map((x) => roundingFigure.code(x / scale, whole));
+      const codes = given.map((x) => few.code(x / scale, whole));
       return { given, scale, codes, kept: codes.map((code) => code * scale) };
     });
   },
 
   error(parts) {
-    const sum = (square) => parts.reduce((all, { given, kept }) => all + given.reduce((some, x, i) => some + square(x, kept[i]), 0), 0);
+    const sum = (square) => parts.reduce((all, { given, kept }) => given.reduce((some, x, i) => some + square(x, kept[i]), all), 0);
     return `${(100 * Math.sqrt(sum((x, y) => (x - y) ** 2) / sum((x) => x * x))).toFixed(1)} %`;
   },
 
-  // Each weight as a line from zero, and a point where it is after rounding; beyond the edge an outlier is cut off.
+  // What is beyond the edge is drawn there.
   chart(parts, room) {
-    const { element } = figures;
-    const [width, height, most] = [Math.max(240, Math.min(640, room)), 200, 0.5];
+    const { element, line, text } = figures;
+    const width = figures.wide(room);
     const { length } = parts[0].given;
-    const x = (i) => 34 + ((i + 0.5) / (parts.length * length)) * (width - 40);
-    const y = (value) => 100 - 92 * Math.min(1, Math.max(-1, value / most));
-    const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, class: "figure-chart", "aria-hidden": "true" });
-    for (const value of [-0.4, 0, 0.4]) {
-      svg.append(element("line", { x1: 34, x2: width, y1: y(value), y2: y(value), class: "chart-grid" }),
-        element("text", { x: 29, y: y(value) + 4, "text-anchor": "end" }, `${value}`.replace("-", "−")));
+    const x = (i) => 34 + ((i + 0.5) / 64) * (width - 40);
+    const y = (value) => 100 - 92 * Math.min(1, Math.max(-1, value / 0.15));
+    const svg = figures.chart(width, 200);
+    for (const [value, label] of [[0.1, "0.1"], [0, "0"], [-0.1, "−0.1"]])
+      svg.append(line(34, y(value), width, y(value), "chart-grid"), text(29, y(value) + 4, label, "end"));
+    for (const [part, { given, kept }] of parts.entries()) {
+      const edge = x(part * length - 0.5);
+      if (part) svg.append(line(edge, 0, edge, 200, "chart-here"));
+      for (const [i, value] of given.entries()) {
+        const cx = x(part * length + i);
+        svg.append(line(cx, y(0), cx, y(value), "chart-line"), element("circle", { cx, cy: y(kept[i]), r: 2.5, class: "chart-point" }));
+      }
     }
-    parts.forEach(({ given, kept }, part) => {
-      if (part) svg.append(element("line", { x1: x(part * length - 0.5), x2: x(part * length - 0.5), y1: 0, y2: height, class: "chart-here" }));
-      given.forEach((value, i) => svg.append(
-        element("path", { d: `M${x(part * length + i)} ${y(0)}V${y(value)}`, class: "chart-line" }),
-        element("circle", { cx: x(part * length + i), cy: y(kept[i]), r: 2.5, class: "chart-point" })));
-    });
     return svg;
   },
 
-  draw(real, { format, bits, group, factor }, room) {
-    const { outlier, error } = roundingFigure;
-    const whole = format === "whole numbers";
-    const width = whole ? bits : 8;
-    const weights = real.map((x, i) => (i === outlier ? x * factor : x));
-    const parts = roundingFigure.groups(weights, whole ? 2 ** (bits - 1) - 1 : 448, Number(group), whole);
-    const [codes, scales] = [(weights.length * width) / 8, 2 * parts.length];
+  draw({ format, bits, group, factor }, room) {
+    const { outlier, error } = few;
+    const whole = format !== "e4m3";
+    const weights = few.real.map((x, i) => (i === outlier ? x * factor : x));
+    const parts = few.round(weights, whole ? 2 ** (bits - 1) - 1 : 448, Number(group), whole);
+    const [codes, scales] = [8 * (whole ? bits : 8), 2 * parts.length];
     const zeros = parts.flatMap((part) => part.codes).filter((code) => code === 0).length;
+    const bars = Object.entries({ codes, scales, "in bfloat16": 128 });
     return {
-      sentence: `${whole ? `int${bits}` : "e4m3"} in groups of ${group}, weight ${outlier} at ${weights[outlier].toFixed(2)}: the rounded weights are `
-        + `${error(parts)} off, and ${zeros} of them are 0. They take ${codes + scales} bytes, in bfloat16 128.`,
-      picture: [roundingFigure.chart(parts, room),
-        figures.element("p", { class: "figure-legend" }, "Lines: 64 weights. Points: what they are after rounding. Dashes part the groups, each with its own scale.")],
-      groups: [{
-        title: "Bytes",
-        bars: [["codes", codes], ["scales", scales], ["in bfloat16", 128]].map(([label, value]) => ({ label, value, text: `${value}` })),
-      }],
+      sentence: `${whole ? `int${bits}` : format} in groups of ${group}, weight ${outlier} at ${weights[outlier].toFixed(2).replace("-", "−")}: the rounded `
+        + `weights are ${error(parts)} off, and ${zeros} of them are 0. They take ${codes + scales} bytes; in bfloat16 they took 128.`,
+      picture: [few.chart(parts, room), figures.element("p", { class: "figure-legend" },
+        "Lines: 64 weights. Points: what they are after rounding. Dashes part the groups, each with its own scale.")],
+      groups: [{ title: "Bytes", bars: bars.map(([label, value]) => ({ label, value, text: `${value}` })) }],
       hidden: whole ? [] : ["bits"],
       head: ["group", "error", "scale", "codes"],
       rows: [
@@ -78,15 +71,9 @@ const roundingFigure = {
   },
 };
 
-document.addEventListener("DOMContentLoaded", () => {
-  const controls = {
-    format: { label: "Format", options: ["whole numbers", "e4m3"] },
-    bits: { label: "Bits", min: 2, max: 8, step: 1, value: 4, show: String },
-    group: { label: "Weights per scale", options: ["8", "16", "32", "64"], value: "64" },
-    factor: { label: `Weight ${roundingFigure.outlier}, times`, min: 1, max: 40, step: 1, value: 1, show: (x) => `×${x}` },
-  };
-  for (const root of document.querySelectorAll('[data-figure="rounding"]')) {
-    const real = root.querySelector("table").dataset.weights.split(" ").map(Number);
-    figures.start(root, "rounding", controls, (state, room) => roundingFigure.draw(real, state, room));
-  }
-});
+figures.run("rounding", {
+  format: { label: "Format", options: ["whole numbers", "e4m3"] },
+  bits: { label: "Bits", min: 2, max: 8, step: 1, value: 4, show: String },
+  group: { label: "Weights per scale", options: ["8", "16", "32", "64"], value: "64" },
+  factor: { label: `Weight ${few.outlier}, times`, min: 1, max: 40, step: 1, value: 1, show: (x) => `×${x}` },
+}, few.draw);
