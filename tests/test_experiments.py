@@ -6,14 +6,17 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from experiments import longer, norms, router
+from dsv2_ref.quantize import quantize, quantized_places
+from experiments import bits, longer, norms, router
 from experiments.corpus import KINDS, corpus, split_source, sums, to_bytes, windows
+from experiments.trained import trained
 
 
 def test_the_corpus_has_every_kind_and_keeps_code_and_prose_apart() -> None:
@@ -167,3 +170,68 @@ def test_longer_texts_are_scored_on_the_same_bytes_whatever_is_read_before_them(
     assert longer.bits_after(model, 256, window=256) == pytest.approx(whole, abs=1e-9)
     assert longer.bits_after(model, 512, window=128) < whole + 0.1 < longer.bits_after(model, 512) - 3
     assert longer.stretched(rope_theta=500_000.0).config.rope_theta == 500_000.0
+
+
+ROUNDED = 0.0006
+"""Bits are stored to 0.001. In float64 other vector instructions move none, unless they break a tie between two codes."""
+
+
+def stored_bits() -> dict[str, Any]:
+    return json.loads(bits.FILE.read_text())
+
+
+def test_the_stored_bits_have_every_setting() -> None:
+    log, (weights, cached) = stored_bits(), bits.settings()
+    assert [(e["part"], e["kind"], e["group"]) for e in log["weights"]] == weights
+    assert [(e["latent"], e["rope"]) for e in log["cache"]] == cached
+    assert len({*weights}) == len(weights)
+
+
+@pytest.mark.parametrize("setting", [("all", "int4", 32), ("routed experts", "int3", 32), ("gate", "int2", 16)])
+def test_bits_with_rounded_weights_are_those_stored(setting: tuple[str, str, int]) -> None:
+    (entry,) = (e for e in stored_bits()["weights"] if (e["part"], e["kind"], e["group"]) == setting)
+    found = bits.with_rounded(*setting)
+    assert found["bits"] == pytest.approx(entry["bits"], abs=ROUNDED)
+    assert found["error"] == pytest.approx(entry["error"], abs=ROUNDED)
+
+
+@pytest.mark.parametrize(("latent", "rope"), [("int4", None), (None, "int4"), ("fp8", "fp8")])
+def test_bits_through_a_rounded_cache_are_those_stored(latent: str | None, rope: str | None) -> None:
+    (entry,) = (e for e in stored_bits()["cache"] if (e["latent"], e["rope"]) == (latent, rope))
+    assert bits.with_cache(latent, rope) == pytest.approx(entry["bits"], abs=ROUNDED)
+
+
+@pytest.mark.slow
+def test_all_stored_bits_are_what_the_script_measures(tmp_path: Path) -> None:
+    bits.main(["--out", str(tmp_path / "bits.json")])
+    found, log = json.loads((tmp_path / "bits.json").read_text()), stored_bits()
+    for part in ("weights", "cache"):
+        assert [e["bits"] for e in found[part]] == pytest.approx([e["bits"] for e in log[part]], abs=ROUNDED)
+    assert found["right"] == pytest.approx(log["right"], abs=ROUNDED)
+    for name, sizes in log["line"].items():
+        for kind in sizes:
+            assert found["line"][name][kind] == pytest.approx(sizes[kind], abs=0.011)
+
+
+def test_what_is_measured_is_what_the_package_does() -> None:
+    """`quantize` and a quantised cache round as the experiment does, so a page may show one for the other."""
+    model = trained().double()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for weight in bits.chosen(model, "all"):
+        weight.data.copy_(bits.rounded(weight.data, "int4", 32, weight.dtype))
+    quantised = {
+        name: held.dense(at) for name, (held, at) in quantized_places(quantize(trained().double(), "int4", 32)).items()
+    }
+    rounded = model.state_dict()
+    assert len(quantised) == 4 * 4 + 3 + 3 * (3 + 16 * 3)
+    for name, weight in quantised.items():
+        assert torch.equal(rounded[name], weight), name
+    changed = [not torch.equal(weight, before[name]) for name, weight in model.named_parameters()]
+    assert sum(changed) == 4 * 4 + 3 + 3 * (3 + 2)  # the experts of a layer are two stacks
+
+    model, sample = trained().double(), next(iter(router.sample().values()))[:2]
+    for kind in ("fp8", "int8", "int4"):
+        ours = bits.rounding_caches(model, 2, kind, None)
+        theirs = [layer.self_attn.empty_cache(2, 0, format=kind) for layer in model.model.layers]
+        first, second = (model(sample, past_key_values=caches)[0] for caches in (ours, theirs))
+        assert torch.equal(first, second), kind

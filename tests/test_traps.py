@@ -18,6 +18,7 @@ from dsv2_ref import (
     DeepseekV2Attention,
     DeepseekV2Config,
     DeepseekV2DecoderLayer,
+    DeepseekV2ForCausalLM,
     DeepseekV2MoE,
     DeepseekV2RMSNorm,
     KeyValueCache,
@@ -27,7 +28,10 @@ from dsv2_ref import (
 )
 from dsv2_ref import mha as mha_module
 from dsv2_ref import rope as rope_module
+from dsv2_ref.codes import from_codes, to_codes
 from dsv2_ref.mha import MultiHeadAttention
+from dsv2_ref.quantize import quantize
+from dsv2_ref.records import Record
 from dsv2_ref.rope import inverse_frequencies, rotary_tables, rotate_half_split, rotate_interleaved
 from tests import oracle
 from tests.peers import SMALL, YARN, assert_close, native, native_config, randomised, tokens, with_weights_of
@@ -549,3 +553,41 @@ def test_slip_sixteen_times_smaller() -> None:
         plain = MultiHeadAttention(replace(config, use_mla=False), 0).empty_cache(1, capacity=1)
     latent = LatentCache.empty(0, 1, (256,), capacity=1, dtype=torch.float32, device="meta")
     assert plain.reserved_nbytes / latent.reserved_nbytes == 32
+
+
+def test_experts_skipped() -> None:
+    """What a quantiser finds that looks for nn.Linear, against the widths of V2-Lite; experts are three-dimensional."""
+    with torch.device("meta"):
+        model = DeepseekV2ForCausalLM(DeepseekV2Config.deepseek_v2_lite()).bfloat16()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    attention = 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 2048 * 2048
+    shared, dense, head = 3 * 2048 * 2816, 3 * 2048 * 10944, 2048 * 102400
+    assert linear == 27 * attention + 26 * shared + dense + head
+    whole = sum(weight.nbytes for weight in model.parameters())
+    assert linear / whole < 0.04
+    held = sum(tensor.nbytes for tensor in quantize(model, "int8").state_dict().values())
+    assert 0.5 < held / whole < 0.52  # embedding and head are 2.7% of all
+
+
+def test_saturation() -> None:
+    ends = torch.tensor([0x7E, 0x7F], dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert ends[0] == 448
+    assert ends[1].isnan()
+    # In float32 the largest of a group over its scale may come out above 448, by its last digit.
+    x = torch.rand(4096, 4, generator=torch.Generator().manual_seed(0)) * 1e4
+    codes, scales = to_codes(x, "fp8", 4)
+    assert codes.float().abs().max() == 448
+    assert error(from_codes(codes, scales), x) < 1 / 16  # three bits after the leading one
+
+
+def test_frozen_scale() -> None:
+    """Tokens that grow: with a scale of its own each keeps its relative error, with the first one's they are cut off."""
+    growing = tokens(1, 8, torch.float64, width=40) * 2.0 ** torch.arange(8)[:, None]
+    record = Record("int8", 32, 8, torch.float64)
+    right = record.decode(record.encode(growing))
+    limit = growing[:, :1, :32].abs().amax()
+    frozen = growing[..., :32].clamp(-limit, limit)
+    for place in range(8):
+        assert error(right[:, place], growing[:, place]) < 1 / 127
+    assert error(frozen[:, 0], growing[:, 0, :32]) == 0
+    assert error(frozen[:, -1], growing[:, -1, :32]) > 0.9

@@ -4,6 +4,7 @@
 """
 
 from dsv2_ref.plots.balance import expert_loads, load_maps, load_over_steps, three_counts
+from dsv2_ref.plots.bits import bits_lost, number_lines, records_to_scale
 from dsv2_ref.plots.card import claimed_over_computed
 from dsv2_ref.plots.counting import shares, weights_to_scale
 from dsv2_ref.plots.decoding import crossover, moved_bracket, queries_by_distance, three_ways
@@ -21,12 +22,12 @@ from dsv2_ref.plots.style import add_curves, new_axes
 from dsv2_ref.plots.weights import bytes_to_scale
 
 __all__ = [
-    "add_curves", "attention_by_hand", "bits_by_length", "by_layer", "bytes_moved", "bytes_to_scale",
+    "add_curves", "attention_by_hand", "bits_by_length", "bits_lost", "by_layer", "bytes_moved", "bytes_to_scale",
     "cached_elements", "cached_per_token", "circle_of_tokens", "claimed_over_computed", "clocks", "crossover",
     "decode_plan", "ends_by_rate", "expert_loads", "growth_through_layers", "latent_flow", "layer_changes",
     "layer_kinds", "load_maps", "load_over_steps", "low_rank", "memory_passes", "moved_bracket", "narrow_networks",
-    "new_axes", "norm_places", "quarter_turns", "queries_by_distance", "roofline", "routing_map", "running_sums",
-    "scores_by_distance", "shares", "show", "sorted_choices", "step_times", "stored_and_used", "stream_spiral",
-    "stretch_by_pair", "three_counts", "three_ways", "training_curves", "truncation_errors", "two_layers", "up_maps",
-    "waves", "weights_to_scale", "what_heads_read",
+    "new_axes", "norm_places", "number_lines", "quarter_turns", "queries_by_distance", "records_to_scale", "roofline",
+    "routing_map", "running_sums", "scores_by_distance", "shares", "show", "sorted_choices", "step_times",
+    "stored_and_used", "stream_spiral", "stretch_by_pair", "three_counts", "three_ways", "training_curves",
+    "truncation_errors", "two_layers", "up_maps", "waves", "weights_to_scale", "what_heads_read",
 ]  # fmt: skip

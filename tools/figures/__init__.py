@@ -14,7 +14,7 @@ from docutils.parsers.rst import directives  # type: ignore[import-untyped]
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-FIGURES = ("cache", "clocks", "line", "roofline", "router")
+FIGURES = ("cache", "clocks", "line", "roofline", "rounding", "router")
 
 
 class Interactive(SphinxDirective):

@@ -1,7 +1,7 @@
 // What a decoding layer caches, multiplies and reads, in three ways: keys and values, absorbed, expanded anew.
 "use strict";
 
-const cacheFigure = {
+const ways = {
   // The calculator's models with MLA, by name; V2-Lite first.
   presets: Object.fromEntries(["deepseek_v2_lite", ...Object.keys(MODELS)].filter((key) => MODELS[key].use_mla).map((key) => {
     const { num_attention_heads: H, qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V, kv_lora_rank: C, num_hidden_layers: L } = MODELS[key];
@@ -27,10 +27,10 @@ const cacheFigure = {
 
   draw({ model, heads, cached, fresh }) {
     const { amount, withCommas } = figures;
-    const sizes = { ...cacheFigure.presets[model], H: 2 ** heads };
+    const sizes = { ...ways.presets[model], H: 2 ** heads };
     const K = 2 ** cached;
     const S = Math.min(fresh, K);
-    const { elements, flops, bytes, cached: all } = cacheFigure.count(sizes, S, K);
+    const { elements, flops, bytes, cached: all } = ways.count(sizes, S, K);
     const link = new URL("calculator.html", location.href);
     link.search = new URLSearchParams({ preset: sizes.key, num_attention_heads: sizes.H, seq: S, kv: K });
     const kinds = { absorbed: "latent", "latent and rope key": "latent", "expanded anew": "expert" };
@@ -54,13 +54,9 @@ const cacheFigure = {
   },
 };
 
-document.addEventListener("DOMContentLoaded", () => {
-  const power = (x) => figures.withCommas(2 ** x);
-  const controls = {
-    model: { label: "Model", options: Object.keys(cacheFigure.presets), sets: (model) => ({ heads: Math.log2(cacheFigure.presets[model].H) }) },
-    heads: { label: "Heads", min: 0, max: 8, step: 1, value: 4, show: power },
-    cached: { label: "Tokens attended to", min: 4, max: 17, step: 1, value: 13, show: power },
-    fresh: { label: "New tokens among them", min: 1, max: 512, step: 1, value: 1, show: figures.withCommas },
-  };
-  for (const root of document.querySelectorAll('[data-figure="cache"]')) figures.start(root, "cache", controls, cacheFigure.draw);
-});
+figures.run("cache", {
+  model: { label: "Model", options: Object.keys(ways.presets), sets: (model) => ({ heads: Math.log2(ways.presets[model].H) }) },
+  heads: { label: "Heads", min: 0, max: 8, step: 1, value: 4, show: figures.power },
+  cached: { label: "Tokens attended to", min: 4, max: 17, step: 1, value: 13, show: figures.power },
+  fresh: { label: "New tokens among them", min: 1, max: 512, step: 1, value: 1, show: figures.withCommas },
+}, ways.draw);

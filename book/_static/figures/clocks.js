@@ -1,12 +1,12 @@
 // The four pairs of the trained model's rope key as clocks, and the score of a query that equals its key.
 "use strict";
 
-const clocksFigure = {
+const dial = {
   width: 8, trained: 128, base: 10000, call: 1025, most: 1024,
 
   // Radians per token of each pair, as dsv2_ref.rope.inverse_frequencies has them.
   steps(kind, base, stretch) {
-    const { width, trained, call } = clocksFigure;
+    const { width, trained, call } = dial;
     if (kind === "dynamic") base *= (stretch * (call / trained) - (stretch - 1)) ** (width / (width - 2));
     const kept = Array.from({ length: width / 2 }, (_, pair) => 1 / base ** ((2 * pair) / width));
     if (kind === "linear") return kept.map((step) => step / stretch);
@@ -23,7 +23,7 @@ const clocksFigure = {
   temperature: (kind, stretch) => (kind === "YaRN" ? (0.0707 * Math.log(stretch) + 1) ** 2 : 1),
 
   // How far training came around the circle, at most once.
-  reached: (pair) => Math.min(2 * Math.PI, (clocksFigure.trained - 1) / clocksFigure.base ** ((2 * pair) / clocksFigure.width)),
+  reached: (pair) => Math.min(2 * Math.PI, (dial.trained - 1) / dial.base ** ((2 * pair) / dial.width)),
 
   signed: (x, digits) => x.toFixed(digits).replace("-", "−"),
 
@@ -31,7 +31,7 @@ const clocksFigure = {
   clock(steps, pair, distance, seen) {
     const { element } = figures;
     const at = (angle, radius) => `${50 + radius * Math.cos(angle)} ${50 - radius * Math.sin(angle)}`;
-    const arc = clocksFigure.reached(pair);
+    const arc = dial.reached(pair);
     const end = Math.min(arc, 2 * Math.PI - 0.001);
     const angle = distance * steps[pair];
     const hand = (turned, radius, kind) => element("path", { d: `M50 50L${at(turned, radius)}`, class: kind });
@@ -45,42 +45,39 @@ const clocksFigure = {
 
   // Scores by distance, and the unstretched model's for comparison.
   curve(score, unstretched, distance, room) {
-    const { element } = figures;
-    const { most, trained } = clocksFigure;
-    const [width, height, left, right, top, bottom] = [Math.max(240, Math.min(640, room)), 220, 34, 12, 8, 40];
+    const { element, line, text } = figures;
+    const { most, trained } = dial;
+    const [width, height, left, right, top, bottom] = [figures.wide(room), 220, 34, 12, 8, 40];
     const x = (d) => left + (d / most) * (width - left - right);
     const y = (value) => top + ((6 - value) / 12) * (height - top - bottom);
     const path = (value) => `M${Array.from({ length: most / 2 + 1 }, (_, i) => `${x(2 * i).toFixed(1)} ${y(value(2 * i)).toFixed(1)}`).join("L")}`;
-    const text = (place, words) => element("text", place, words);
-    const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, class: "figure-chart", "aria-hidden": "true" },
-      element("rect", { x: x(0), y: top, width: x(trained) - x(0), height: height - top - bottom, class: "chart-region" }));
-    for (const value of [-4, 0, 4]) {
-      svg.append(element("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "chart-grid" }),
-        text({ x: left - 6, y: y(value) + 4, "text-anchor": "end" }, clocksFigure.signed(value, 0)));
-    }
+    const svg = figures.chart(width, height);
+    svg.append(element("rect", { x: x(0), y: top, width: x(trained) - x(0), height: height - top - bottom, class: "chart-region" }));
+    for (const value of [-4, 0, 4])
+      svg.append(line(left, y(value), width - right, y(value), "chart-grid"), text(left - 6, y(value) + 4, dial.signed(value, 0), "end"));
     for (const d of width < 420 ? [0, 512, 1024] : [0, 128, 256, 512, 768, 1024])
-      svg.append(text({ x: x(d), y: height - bottom + 17, "text-anchor": d === most ? "end" : "middle" }, figures.withCommas(d)));
-    svg.append(text({ x: (left + width) / 2, y: height - 5, "text-anchor": "middle" }, "distance (tokens)"),
+      svg.append(text(x(d), height - bottom + 17, figures.withCommas(d), d === most ? "end" : "middle"));
+    svg.append(text((left + width) / 2, height - 5, "distance (tokens)"),
       element("path", { d: path(unstretched), class: "chart-other" }),
       element("path", { d: path(score), class: "chart-line" }),
-      element("line", { x1: x(distance), x2: x(distance), y1: top, y2: height - bottom, class: "chart-here" }),
+      line(x(distance), top, x(distance), height - bottom, "chart-here"),
       element("circle", { cx: x(distance), cy: y(score(distance)), r: 6, class: "chart-point" }));
     return svg;
   },
 
   draw({ kind, base: chosen, stretch, distance }, room) {
     const { element, withCommas } = figures;
-    const { signed, reached } = clocksFigure;
+    const { signed, reached } = dial;
     const base = Number(chosen.replaceAll(",", ""));
-    const steps = clocksFigure.steps(kind, base, stretch);
-    const temperature = clocksFigure.temperature(kind, stretch);
+    const steps = dial.steps(kind, base, stretch);
+    const temperature = dial.temperature(kind, stretch);
     const scoreBy = (each, factor) => (d) => factor * each.reduce((sum, step) => sum + Math.cos(d * step), 0);
     const score = scoreBy(steps, temperature);
-    const asTrained = clocksFigure.steps("none", clocksFigure.base, 1);
+    const asTrained = dial.steps("none", dial.base, 1);
     const turn = 2 * Math.PI;
     const seen = steps.map((step, pair) => reached(pair) >= turn || (distance * step) % turn <= reached(pair) + 1e-9);
     const clocks = element("div", { class: "clocks" }, ...steps.map((step, pair) => element("div", {},
-      clocksFigure.clock(steps, pair, distance, seen[pair]),
+      dial.clock(steps, pair, distance, seen[pair]),
       element("p", {}, element("b", {}, `pair ${pair}`), element("br"), `${((distance * step) % turn).toFixed(2)} rad`, element("br"),
         seen[pair] ? "✓ seen in training" : "✗ new angle"))));
     const slow = seen.flatMap((known, pair) => (known ? [] : [pair]));
@@ -96,7 +93,7 @@ const clocksFigure = {
       kind === "YaRN" ? ` Scores are multiplied by the temperature ${temperature.toFixed(4)}.` : "");
     return {
       sentence,
-      picture: [clocks, clocksFigure.curve(score, scoreBy(asTrained, 1), distance, room), legend],
+      picture: [clocks, dial.curve(score, scoreBy(asTrained, 1), distance, room), legend],
       groups: [],
       hidden: kind === "none" ? ["stretch"] : [],
       head: ["pair", "radians per token", "angle", "seen"],
@@ -109,12 +106,9 @@ const clocksFigure = {
   },
 };
 
-document.addEventListener("DOMContentLoaded", () => {
-  const controls = {
-    distance: { label: "Distance (tokens)", min: 0, max: clocksFigure.most, step: 1, value: 16, show: figures.withCommas },
-    kind: { label: "Stretch by", options: ["none", "linear", "dynamic", "YaRN"] },
-    stretch: { label: "Stretch factor", min: 1, max: 16, step: 1, value: 4, show: (x) => `×${x}` },
-    base: { label: "Base", options: ["100", "1,000", "10,000", "160,000", "500,000"], value: "10,000" },
-  };
-  for (const root of document.querySelectorAll('[data-figure="clocks"]')) figures.start(root, "clocks", controls, clocksFigure.draw);
-});
+figures.run("clocks", {
+  distance: { label: "Distance (tokens)", min: 0, max: dial.most, step: 1, value: 16, show: figures.withCommas },
+  kind: { label: "Stretch by", options: ["none", "linear", "dynamic", "YaRN"] },
+  stretch: { label: "Stretch factor", min: 1, max: 16, step: 1, value: 4, show: (x) => `×${x}` },
+  base: { label: "Base", options: ["100", "1,000", "10,000", "160,000", "500,000"], value: "10,000" },
+}, dial.draw);

@@ -3,6 +3,7 @@
 
 const figures = {
   withCommas: (x) => Math.round(x).toLocaleString("en-US"),
+  power: (x) => figures.withCommas(2 ** x),
 
   // Three significant digits and a unit in powers of ten.
   amount(x, unit) {
@@ -20,11 +21,22 @@ const figures = {
     return made;
   },
 
-  // A figure in `root`: `controls` by name, each {label, options, sets}, {label, min, max, step, value, show} for a
-  // slider, or the same with `type: "number"` for a field to type in; `sets` says what a choice makes of the others.
-  // `draw(state, width)` gives {sentence, groups: [{title, bars: [{label, value, text, kind}], most, layout}]}, all numbers as
-  // text, and if wanted `picture` (elements above the bars), `rows` (of the table, [name, text, …]; else it lists the bars)
-  // with `head`, and `hidden` (names of controls that do nothing now). It is drawn anew in another width. The address goes before `data-start`, which goes before `value`.
+  // On each place of the page for it, a figure by its name; see `start`.
+  run(name, ...rest) {
+    for (const root of document.querySelectorAll(`[data-figure="${name}"]`)) figures.start(root, name, ...rest);
+  },
+
+  // A chart as wide as there is room, and what it is made of.
+  wide: (room) => Math.max(240, Math.min(640, room)),
+  chart: (width, height) => figures.element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, class: "figure-chart", "aria-hidden": "true" }),
+  line: (x1, y1, x2, y2, kind = "") => figures.element("line", { x1, x2, y1, y2, class: kind }),
+  text: (x, y, words, anchor = "middle") => figures.element("text", { x, y, "text-anchor": anchor }, words),
+
+  // A figure in `root`. `controls` by name: {label, options, sets}, or {label, min, max, step, value, show} for a slider, with
+  // `type: "number"` for a field; `sets` says what a choice makes of the others. `draw(state, width)` gives {sentence, groups:
+  // [{title, bars: [{label, value, text, kind}], most, layout}]}, and if wanted `picture` (above the bars), `rows` of the table
+  // ([name, text, …]; else it lists the bars) with `head`, and `hidden` (controls that do nothing now). It is drawn anew in
+  // another width. The address goes before `data-start`, which goes before `value`.
   start(root, name, controls, draw) {
     const { element } = figures;
     const asked = new URLSearchParams(location.search);

@@ -1,12 +1,12 @@
 // What bounds each part of a decode step, by the counts of dsv2_ref.accounting: which roof, and how long.
 "use strict";
 
-const rooflineFigure = {
+const roof = {
   models: { "V2-Lite": "deepseek_v2_lite", V2: "deepseek_v2" },
 
   // FLOPs and bytes of each part in all layers, and the bytes that the machine must hold.
   count(preset, batch, context, weightBits, cacheBits) {
-    const size = Object.fromEntries(Object.entries(MODELS[preset]).map(([key, value]) => [key, typeof value === "bigint" ? Number(value) : value]));
+    const size = Object.fromEntries(Object.entries(MODELS[preset]).map(([key, value]) => [key, value && Number(value)]));
     const { hidden_size: D, num_attention_heads: H, q_lora_rank: Q, kv_lora_rank: C, num_hidden_layers: L } = size;
     const { qk_nope_head_dim: N, qk_rope_head_dim: R, v_head_dim: V, n_routed_experts: E, num_experts_per_tok: k } = size;
     const queries = Q ? [[Q, D], [H * (N + R), Q]] : [[H * (N + R), D]];
@@ -45,27 +45,24 @@ const rooflineFigure = {
 
   // The roof on two logarithmic axes, and on it a numbered point for each part.
   chart({ peak, bandwidth }, parts, room) {
-    const { element } = figures;
-    const [width, height, left, right, top, bottom] = [Math.max(240, Math.min(640, room)), 340, 46, 14, 20, 44];
+    const { element, line, text } = figures;
+    const [width, height, left, right, top, bottom] = [figures.wide(room), 340, 46, 14, 20, 44];
     const [low, high, floor, ceiling] = [0.5, 1e5, 2e10, 2e16].map(Math.log10);
     const x = (intensity) => left + ((Math.log10(intensity) - low) / (high - low)) * (width - left - right);
     const y = (speed) => height - bottom - ((Math.log10(speed) - floor) / (ceiling - floor)) * (height - top - bottom);
-    const text = (place, words) => element("text", place, words);
-    const svg = element("svg", { width, height, viewBox: `0 0 ${width} ${height}`, class: "figure-chart", "aria-hidden": "true" });
+    const svg = figures.chart(width, height);
     for (const [speed, label] of [[1e11, "100 G"], [1e12, "1 T"], [1e13, "10 T"], [1e14, "100 T"], [1e15, "1 P"], [1e16, "10 P"]]) {
-      svg.append(element("line", { x1: left, x2: width - right, y1: y(speed), y2: y(speed), class: "chart-grid" }),
-        text({ x: left - 5, y: y(speed) + 4, "text-anchor": "end" }, label));
+      svg.append(line(left, y(speed), width - right, y(speed), "chart-grid"), text(left - 5, y(speed) + 4, label, "end"));
     }
     for (const [at, label] of [[1, "1"], [10, "10"], [100, "100"], [1e3, "1,000"], [1e4, "10⁴"], [1e5, "10⁵"]]) {
-      svg.append(element("line", { x1: x(at), x2: x(at), y1: top, y2: height - bottom, class: "chart-grid" }),
-        text({ x: x(at), y: height - bottom + 17, "text-anchor": "middle" }, label));
+      svg.append(line(x(at), top, x(at), height - bottom, "chart-grid"), text(x(at), height - bottom + 17, label));
     }
     const balance = peak / bandwidth;
-    svg.append(text({ x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, "FLOPs per byte"),
-      text({ x: 2, y: 13 }, "FLOPs per second, at best"),
+    svg.append(text((left + width) / 2, height - 6, "FLOPs per byte"),
+      text(2, 13, "FLOPs per second, at best", "start"),
       element("path", { d: `M${x(0.5)} ${y(0.5 * bandwidth)}L${x(balance)} ${y(peak)}L${x(1e5)} ${y(peak)}`, class: "chart-line" }),
-      element("line", { x1: x(balance), x2: x(balance), y1: y(peak), y2: height - bottom, class: "chart-here" }),
-      text({ x: x(balance) + 5, y: height - bottom - 7 }, `balance ${rooflineFigure.intensity(balance)}`));
+      line(x(balance), y(peak), x(balance), height - bottom, "chart-here"),
+      text(x(balance) + 5, height - bottom - 7, `balance ${roof.intensity(balance)}`, "start"));
     const badges = [];
     const placed = [];
     for (const { number, intensity, speed, bound } of parts) {
@@ -74,9 +71,9 @@ const rooflineFigure = {
       let at = cy + 20 * away;
       while (placed.some((other) => Math.abs(other.cx - cx) < 21 && Math.abs(other.at - at) < 21)) at += 3 * away;
       placed.push({ cx, at });
-      svg.append(element("line", { x1: cx, x2: cx, y1: cy, y2: at }), element("circle", { cx, cy, r: 3.5, class: "chart-point" }));
+      svg.append(line(cx, cy, cx, at), element("circle", { cx, cy, r: 3.5, class: "chart-point" }));
       badges.push(element(bound === "memory" ? "circle" : "rect", { cx, cy: at, r: 10, x: cx - 9, y: at - 9, width: 18, height: 18, class: "chart-badge" }),
-        text({ x: cx, y: at + 4, "text-anchor": "middle" }, number));
+        text(cx, at + 4, number));
     }
     svg.append(...badges);
     return svg;
@@ -84,11 +81,11 @@ const rooflineFigure = {
 
   draw({ model, machine: chosen, batch: power, context: long, weights, cache }, room) {
     const { element, withCommas, amount } = figures;
-    const { intensity } = rooflineFigure;
+    const { intensity } = roof;
     const machine = MACHINES.find(({ name }) => name === chosen);
     const { peak, bandwidth, memory } = machine;
     const [batch, context] = [2 ** power, 2 ** long];
-    const { counted, needed } = rooflineFigure.count(rooflineFigure.models[model], batch, context, Number(weights), Number(cache));
+    const { counted, needed } = roof.count(roof.models[model], batch, context, Number(weights), Number(cache));
     const parts = counted.map(([part, flops, bytes], i) => {
       const [computing, reading] = [flops / peak, bytes / bandwidth];
       return {
@@ -101,16 +98,15 @@ const rooflineFigure = {
     const computing = parts.filter(({ bound }) => bound === "arithmetic").map(({ part }) => part);
     const bounded = computing.length === 0 ? "Memory bounds every part"
       : computing.length === parts.length ? "Arithmetic bounds every part" : `Arithmetic bounds ${computing.join(", ")}; memory the rest`;
-    const room_ = needed > memory ? `does not fit: ${amount(needed, "B")} for weights and cache, ${amount(memory, "B")} there`
-      : `needs ${amount(needed, "B")} of ${amount(memory, "B")}`;
-    const rate = `${withCommas(1 / token)} tokens per second`;
+    const [asked, there] = [amount(needed, "B"), amount(memory, "B")];
+    const fits = needed > memory ? `does not fit: ${asked} for weights and cache, ${there} there` : `needs ${asked} of ${there}`;
     const kinds = { "scores and values": "latent", "routed experts": "expert", "shared experts": "expert" };
     const link = element("a", { href: machine.url }, machine.source);
     return {
-      sentence: `${model} on ${chosen}, ${withCommas(batch)} × ${withCommas(context)} tokens: at least ${inSeconds(token)} per token, at most ${rate}. `
-        + `${bounded}; ${most.part} take${most.part.endsWith("s") && most.part !== "MLP" ? "" : "s"} longest. It ${room_}.`,
+      sentence: `${model} on ${chosen}, ${withCommas(batch)} × ${withCommas(context)} tokens: at least ${inSeconds(token)} per token, at most ${withCommas(1 / token)} tokens per second. `
+        + `${bounded}; ${most.part} take${most.part.endsWith("s") ? "" : "s"} longest. It ${fits}.`,
       picture: [
-        rooflineFigure.chart(machine, parts, room),
+        roof.chart(machine, parts, room),
         element("p", { class: "figure-legend" }, `${chosen}: ${amount(peak, "FLOP/s")}, ${amount(bandwidth, "B/s")} (`, link, machine.note ? `: ${machine.note}` : "",
           "). Numbers in circles wait for memory, in squares for arithmetic. Fewer bits, with scales, are less to read; arithmetic stays as fast. "
           + "Eight bits of weights are int8, of the cache fp8; four are int4. Gate, norms, embedding, head and rope keys keep 16."),
@@ -125,22 +121,17 @@ const rooflineFigure = {
         ...parts.map((each) => [each.part, intensity(each.intensity), `${inSeconds(each.seconds)}, ${each.bound}`]),
         ["all", intensity(counted.reduce((sum, [, flops]) => sum + flops, 0) / counted.reduce((sum, [, , bytes]) => sum + bytes, 0)), inSeconds(token)],
         ["tokens per second", "", withCommas(1 / token)],
-        ["weights and cache", "", amount(needed, "B")],
+        ["weights and cache", "", asked],
       ],
     };
   },
 };
 
-document.addEventListener("DOMContentLoaded", () => {
-  const power = (x) => figures.withCommas(2 ** x);
-  const bits = ["16", "8", "4"];
-  const controls = {
-    model: { label: "Model", options: Object.keys(rooflineFigure.models) },
-    machine: { label: "Machine", options: MACHINES.map(({ name }) => name) },
-    batch: { label: "Batch (sequences)", min: 0, max: 13, step: 1, value: 0, show: power },
-    context: { label: "Context (tokens)", min: 8, max: 17, step: 1, value: 13, show: power },
-    weights: { label: "Bits of weights", options: bits },
-    cache: { label: "Bits of the cache", options: bits },
-  };
-  for (const root of document.querySelectorAll('[data-figure="roofline"]')) figures.start(root, "roofline", controls, rooflineFigure.draw);
-});
+figures.run("roofline", {
+  model: { label: "Model", options: Object.keys(roof.models) },
+  machine: { label: "Machine", options: MACHINES.map(({ name }) => name) },
+  batch: { label: "Batch (sequences)", min: 0, max: 13, step: 1, value: 0, show: figures.power },
+  context: { label: "Context (tokens)", min: 8, max: 17, step: 1, value: 13, show: figures.power },
+  weights: { label: "Bits of weights", options: ["16", "8", "4"] },
+  cache: { label: "Bits of the cache", options: ["16", "8", "4"] },
+}, roof.draw);
