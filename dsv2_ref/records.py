@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from dsv2_ref import checks
@@ -51,7 +51,7 @@ class Record:
 
     def encode(
         self, tokens: Float[Tensor, "batch seq features"]
-    ) -> Int[Tensor, "batch seq bytes"]:
+    ) -> Integer[Tensor, "batch seq bytes"]:
         """The records of normalised latents and rotated keys. Each token has scales of
         its own, so nothing that comes later can be out of range."""
         latent, k_pe = tokens.split((self.latent, self.rope), dim=-1)
@@ -61,7 +61,7 @@ class Record:
         return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
     def decode(
-        self, records: Int[Tensor, "batch kv_seq bytes"]
+        self, records: Integer[Tensor, "batch kv_seq bytes"]
     ) -> Float[Tensor, "batch kv_seq features"]:
         """Latents and rotated keys, in the dtype of the model."""
         codes, scales, k_pe = records.split(self.parts, dim=-1)
