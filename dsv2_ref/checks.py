@@ -548,6 +548,36 @@ def kept_rows(cache: Any, rows: "Tensor") -> None:
     require_values(inside, "rows", "beyond the cached tokens somewhere", f"from 0 to {cache.length - 1}")
 
 
+def received(cache: Any, weights: "Tensor", totals: "Tensor | None") -> None:
+    """Check of `HeavyHitters.step`."""
+    require_tensor(weights, "weights")
+    batch, length = len(cache.stored), cache.length
+    fits = weights.ndim == 4 and (len(weights), weights.shape[-1]) == (batch, length)
+    require(fits, "weights", weights, "({}, heads, seq, {}): a weight for each row of the cache", batch, length)
+    if totals is not None:
+        known, seq = tuple(totals.shape), weights.shape[2]
+        wanted = "one with the rows kept last time and the new tokens, ({}, {} + {}, …)"
+        require((batch, length) == (known[0], known[1] + seq), "cache", cache, wanted, *known, seq)
+
+
+def chosen_rows(rows: "Tensor", kv_seq: int) -> None:
+    """Check of `chosen_mask`."""
+    require_tensor(rows, "rows")
+    integers = not (rows.is_floating_point() or rows.dtype.itemsize == 1)
+    require(integers and rows.ndim == 3, "rows", rows, "integers (batch, seq, chosen)")
+    require(is_int(kv_seq, rows.shape[1]), "kv_seq", kv_seq, "at least the {} queries", rows.shape[1])
+    inside = ((rows >= 0) & (rows < kv_seq)).all()
+    require_values(inside, "rows", "beyond the cached tokens somewhere", f"from 0 to {kv_seq - 1}")
+
+
+def after_policy(shortened: Any, cache: Any) -> None:
+    """Check of what a ``policy`` of `DeepseekV2ForCausalLM.stream` returns for a layer's cache."""
+    kept = type(shortened) is type(cache) and shortened.layer_idx == cache.layer_idx and shortened.like == cache.like
+    if not (kept and shortened.seen == cache.seen):
+        wanted = "layer {}'s {}, perhaps with fewer rows (`keep`), and as many tokens seen"
+        require(False, "policy", shortened, wanted, cache.layer_idx, type(cache).__name__)
+
+
 def _positions(position_ids: "Tensor", hidden_states: "Tensor") -> None:
     import torch
 
@@ -639,8 +669,16 @@ def generation(
     ends: list[int],
     temperature: float,
     top_p: float,
+    cache_format: str | None,
+    policy: object,
 ) -> None:
     """Check of `DeepseekV2ForCausalLM.stream`; the model checks the tokens themselves."""
+    has_latent = config.use_mla or cache_format is None
+    require(has_latent, "cache_format", cache_format, "None: multi-head attention caches no latent")
+    require(policy is None or callable(policy), "policy", policy, "None, or a callable that takes a layer's cache")
+    if cache_format is not None:
+        require_tensor(input_ids, "input_ids")
+        require(input_ids.ndim == 2, "input_ids", input_ids, "integers (batch, seq)")
     require(is_int(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "0 or more tokens")
     last = config.vocab_size - 1
     for token in ends:
@@ -657,3 +695,5 @@ def generation(
     keeps = attention_mask.bool()
     on_the_left = bool((keeps[:, 1:] >= keeps[:, :-1]).all() and keeps[:, -1].all())
     require(on_the_left, "attention_mask", attention_mask, "padding on the left only, and a token last")
+    whole = policy is None or bool(keeps.all())  # else each layer's padding would have to follow its rows
+    require(whole, "attention_mask", "one with padding", "True everywhere where there is a policy")

@@ -22,8 +22,10 @@ def window(cache: Cache, sinks: int, last: int) -> Cache:
     """The cache with the first ``sinks`` and the ``last`` tokens; itself while there are
     no more.
 
-    Source: StreamingLLM (arXiv 2309.17453), with positions as they were: a rotated key
-    keeps its own.
+    The next query sees these and its own token: `window_mask` with ``last + 1``.
+
+    Source: StreamingLLM (arXiv 2309.17453), but for positions: there they are counted
+    within the cache, so keys are cached unrotated. Here a row keeps its rotation.
     """
     checks.budget(sinks=sinks, last=last)
     if cache.length <= sinks + last:
@@ -38,8 +40,13 @@ class HeavyHitters:
     Args:
         budget: rows to keep. recent: how many of them are the newest ones.
 
+    Attributes:
+        totals: the attention that each kept row has received, (B, K); None before the
+            first step.
+
     Source: H2O (arXiv 2306.14048), whose totals are per head; one row of a latent cache
-    serves all heads, so here a token's total is over heads, too.
+    serves all heads, so here a token's total is over heads, too. There half of the
+    budget is for the newest.
     """
 
     def __init__(self, budget: int, recent: int = 1) -> None:
@@ -51,8 +58,15 @@ class HeavyHitters:
     def step(
         self, cache: Cache, weights: Float[Tensor, "batch heads seq kv_seq"]
     ) -> Cache:
-        """The cache after one call, whose attention weights these are."""
-        received = weights.float().sum(dim=(1, 2))  # (B, K)
+        """The cache after one call, whose attention weights these are.
+
+        Raises:
+            ValueError: for weights of another call: their keys are the cache's rows,
+                and these are the rows kept last time and the new tokens.
+        """
+        checks.received(cache, weights, self.totals)
+        wide = torch.promote_types(weights.dtype, torch.float32)
+        received = weights.detach().sum(dim=(1, 2), dtype=wide)  # (B, K)
         if self.totals is not None:
             received[:, : self.totals.shape[1]] += self.totals
         self.totals = received
@@ -69,8 +83,8 @@ class HeavyHitters:
 def window_mask(
     seq: int, kv_seq: int, sinks: int, last: int, device: torch.device | str = "cpu"
 ) -> Bool[Tensor, "1 1 seq kv_seq"]:
-    """The first ``sinks`` tokens and the ``last`` up to each query's own: what a layer
-    takes as ``attention_mask``."""
+    """The first ``sinks`` rows and the ``last`` up to each query's own: what a layer
+    takes as ``attention_mask``. The cache may be whole, or one that `window` left."""
     checks.budget(sinks=sinks, last=last)
     own = torch.arange(kv_seq - seq, kv_seq, device=device)[:, None]
     keys = torch.arange(kv_seq, device=device)
@@ -81,7 +95,12 @@ def chosen_mask(
     rows: Int[Tensor, "batch seq chosen"], kv_seq: int
 ) -> Bool[Tensor, "batch 1 seq kv_seq"]:
     """The rows that an indexer chose for each query, as an ``attention_mask``; what lies
-    after a query stays hidden, whatever was chosen."""
+    after a query stays hidden, whatever was chosen. All heads read the same rows, as
+    one row of a latent cache serves all of them.
+
+    Source: DeepSeek-V3.2-Exp, equation 2.
+    """
+    checks.chosen_rows(rows, kv_seq)
     batch, seq, _ = rows.shape
     mask = torch.zeros(batch, seq, kv_seq, dtype=torch.bool, device=rows.device)
     return mask.scatter(2, rows, True).tril(kv_seq - seq)[:, None]

@@ -142,7 +142,8 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
         **settings: Any,
     ) -> Int[Tensor, "batch seq_and_new_tokens"]:
         """The prompts, each continued by the tokens that `stream` gives, which also
-        takes the ``settings``: where a sequence ends, and how tokens are chosen."""
+        takes the ``settings``: where a sequence ends, how tokens are chosen, and what
+        is cached."""
         new = self.stream(input_ids, max_new_tokens, attention_mask, **settings)
         return torch.cat([input_ids, *(tokens[:, None] for tokens in new)], dim=1)
 
@@ -157,6 +158,8 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        cache_format: str | None = None,
+        policy: Callable[[LayerCache], LayerCache] | None = None,
     ) -> Iterator[Int[Tensor, "batch"]]:
         """The next token of each sequence, as soon as it is known, up to
         ``max_new_tokens`` times.
@@ -176,23 +179,42 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
                 and a token is drawn.
             top_p: drawn from the fewest tokens whose probabilities reach this sum.
             generator: draws the tokens; None is torch's own.
+            cache_format: what latents become in the caches, one of `CACHE_FORMATS`;
+                None leaves them as they are.
+            policy: what each layer's cache becomes after each call: the cache or
+                `keep` of it, as in ``partial(window, sinks=4, last=1020)``. The prompt
+                passes through whole before that.
 
         Raises:
-            ValueError: for settings out of range, padding that is not on the left, and
-                tokens that `DeepseekV2Model.forward` rejects.
+            ValueError: for settings out of range, padding that is not on the left or
+                beside a policy, and tokens that `DeepseekV2Model.forward` rejects.
         """
         ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         checks.generation(
             self.config, input_ids, max_new_tokens, attention_mask, ends, temperature,
-            top_p,
+            top_p, cache_format, policy,
         )  # fmt: skip
         pad = (ends[0] if ends else 0) if pad_token_id is None else pad_token_id
+        caches = None
+        if cache_format is not None:
+            room = len(input_ids), input_ids.shape[1] + max_new_tokens
+            caches = self.empty_caches(*room, cache_format)
         return self._stream(
-            input_ids, max_new_tokens, attention_mask, ends, pad,
-            lambda logits: choose(logits, temperature, top_p, generator),
+            input_ids, max_new_tokens, None if policy else attention_mask, ends, pad,
+            lambda logits: choose(logits, temperature, top_p, generator), caches, policy,
         )  # fmt: skip
 
-    @torch.no_grad()
+    def empty_caches(
+        self, batch: int, capacity: int = 0, format: str | None = None
+    ) -> Caches:
+        """A cache without tokens for every layer: ``past_key_values`` of a first call;
+        arguments as for `DeepseekV2Attention.empty_cache`."""
+        settings = () if format is None else (format,)
+        layers = self.model.layers
+        return tuple(
+            x.self_attn.empty_cache(batch, capacity, *settings) for x in layers
+        )
+
     def _stream(
         self,
         new: Tensor,
@@ -201,15 +223,20 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
         ends: list[int],
         pad: int,
         choose_from: Callable[[Tensor], Tensor],
+        present: Caches | None,
+        policy: Callable[[LayerCache], LayerCache] | None,
     ) -> Iterator[Tensor]:
-        present = positions = None
+        positions = None
         if mask is not None:
             mask = mask.bool()
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         ended = torch.zeros(len(new), dtype=torch.bool, device=new.device)
         stops = torch.tensor(ends, dtype=new.dtype, device=new.device)
         for _ in range(max_new_tokens):
-            logits, present = self(new, mask, positions, present, use_cache=True)
+            with torch.no_grad():
+                logits, present = self(new, mask, positions, present, use_cache=True)
+            if policy is not None:
+                present = tuple(followed(policy, cache) for cache in present)
             tokens = choose_from(logits[:, -1]).to(new.dtype).masked_fill(ended, pad)
             yield tokens
             if ends:
@@ -220,6 +247,15 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
             if mask is not None and positions is not None:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 positions = positions[:, -1:] + 1
+
+
+def followed(
+    policy: Callable[[LayerCache], LayerCache], cache: LayerCache
+) -> LayerCache:
+    """What a policy leaves of a layer's cache."""
+    kept = policy(cache)
+    checks.after_policy(kept, cache)
+    return kept
 
 
 def choose(
