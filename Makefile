@@ -80,8 +80,9 @@ notebooks: $(INSTALLED) ## run every notebook of the book again and store its ou
 serve: book ## build the book and serve it on http://localhost:8000
 	@$(RUN) -m http.server --bind localhost --directory _build/html 8000
 
-bench: $(INSTALLED) ## time the layer against transformers and the machine
+bench: $(INSTALLED) ## time the layer against transformers and the machine, and what fewer bits do
 	@$(RUN) -m bench
+	@$(RUN) -m bench.bits
 
 test-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: every path of the layer and its kernels against float64, and every notebook
 	@$(RUN) -m tools.gpu "make $@" jaxtyping torch beartype hypothesis ipykernel matplotlib nbval pytest safetensors
