@@ -24,6 +24,9 @@ from dsv2_ref import DeepseekV2RMSNorm, ops
 from dsv2_ref.attention import attend, equally_wide
 from dsv2_ref.fast.triton import operators
 from dsv2_ref.masks import Visibility
+from dsv2_ref.moe import RoutedExperts
+from dsv2_ref.quantize import KINDS, QuantizedExperts
+from dsv2_ref.records import QuantizedLatentCache, Record, attend_records
 from dsv2_ref.rope import rotate_interleaved
 
 Step = Callable[[], Tensor]
@@ -114,6 +117,61 @@ def _attend_decode(dtype: torch.dtype, batch: int, kv_seq: int = 8192) -> Contes
     return Contest(f"attention to the cache, K = {kv_seq}, batch {batch}", contestants, flops, tokens.nbytes)
 
 
+def _experts_in_fewer_bits(dtype: torch.dtype, kind: str, tokens: int = 1) -> Contest:
+    """The routed experts by codes, against the same weights in ``dtype``: what reading fewer bytes gains."""
+    plain = RoutedExperts(work.CONFIG).to(dtype).eval()
+    hidden, choices = work.CONFIG.hidden_size, work.CONFIG.num_experts_per_tok
+    experts = QuantizedExperts(plain, kind, group=64 if hidden % 64 == 0 else 4)
+    with torch.no_grad():
+        for expert in range(len(plain.down_proj)):
+            for name in ("gate_up_proj", "down_proj"):
+                quantised, stack = getattr(experts, name), getattr(plain, name)
+                quantised.fill(stack[expert], expert)
+                stack[expert] = quantised[expert]
+    x = torch.randn(tokens, hidden, dtype=dtype)
+    topk_idx = torch.rand(tokens, len(plain.down_proj)).topk(choices).indices
+    topk_weight = torch.rand(tokens, choices)
+    read = len(topk_idx.unique()) / len(plain.down_proj)
+    nbytes = round(read * sum(buffer.nbytes for buffer in experts.buffers()))
+    flops = 2 * 3 * hidden * experts.expert_hidden * tokens * choices
+    contestants: dict[str, dict[str, Step]] = {
+        "ours": {kind: lambda: experts(x, topk_idx, topk_weight)},
+        "without kernels": {str(dtype).removeprefix("torch."): lambda: plain(x, topk_idx, topk_weight)},
+    }
+    return Contest(f"experts in {kind}, {tokens} tokens, against {dtype}", contestants, flops, nbytes)
+
+
+def _attend_records(dtype: torch.dtype, format: str, batch: int = 1, kv_seq: int = 8192) -> Contest:
+    """The decoding kernel over a cache in fewer bits, against that over the same tokens in ``dtype``, and against making
+    these in every step."""
+    config = work.CONFIG
+    heads, latent, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+    cache = QuantizedLatentCache(0, torch.empty(0, 0, 0))
+    cache.record = Record(format, latent, rope, dtype)
+    cache.stored = cache.record.encode(torch.randn(batch, kv_seq, latent + rope, dtype=dtype))
+    query, tokens = torch.randn(batch, heads, 1, latent + rope, dtype=dtype), cache.tokens
+    visible, scale = Visibility(1, kv_seq, tokens.device), (latent + rope) ** -0.5
+
+    def definition() -> Tensor:
+        return attend_records(query, cache, visible, scale, implementation="products")[0]
+
+    def kernel() -> Tensor:
+        if query.is_cuda:
+            return operators.mla_decode_records(query, cache.stored, format, latent, scale)
+        return definition()
+
+    def of_tokens() -> Tensor:
+        if query.is_cuda:
+            return operators.mla_decode(query, tokens, latent, scale)
+        key = tokens[:, None]
+        return attend(query, key, key[..., :latent], visible, scale, implementation="products")[0]
+
+    without = {f"{dtype} cache".removeprefix("torch."): of_tokens, "tokens made anew": _without_kernels(definition)}
+    flops = 2 * batch * heads * kv_seq * (2 * latent + rope)
+    name = f"attention to a cache in {format}, K = {kv_seq}, batch {batch}, against {dtype}"
+    return Contest(name, {"ours": {"kernel": kernel}, "without kernels": without}, flops, cache.stored.nbytes)
+
+
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -165,6 +223,10 @@ CONTESTS: dict[str, Callable[[torch.dtype], Contest]] = {
     "layer-prefill": lambda dtype: _from_work(work.layer(dtype, 2048, 2048)),
     "sdpa-backends": _sdpa_backends,
 }
+for _kind in KINDS:
+    CONTESTS[f"experts-decode-{_kind}"] = functools.partial(_experts_in_fewer_bits, kind=_kind)
+for _format in ("fp8", "int8"):
+    CONTESTS[f"attend-decode-{_format}"] = functools.partial(_attend_records, format=_format)
 for _batch in (1, 8, 32, 64, 128):
     CONTESTS[f"attend-decode-{_batch}"] = functools.partial(_attend_decode, batch=_batch)
 

@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         option("--attention", help=", ".join(IMPLEMENTATIONS))
         option("--training", action="store_true", help="a training step")
     ways.add_argument("--device", default="cpu", help="cpu or cuda")
+    ways.add_argument("--weights", metavar="KIND", help="quantised: int8, int4 or fp8")
+    ways.add_argument("--cache", metavar="FORMAT", help="in fewer bits: fp8, int8 or int4")
     option, yes_or_no = account.add_argument, argparse.BooleanOptionalAction
     option("--causal", action=yes_or_no, default=True, help="count visible pairs only")
     option("--checkpointing", action="store_true", help="keep inputs of layers only")
@@ -96,9 +98,9 @@ def _fewer(call: dict[str, Any]) -> list[str]:
 
 
 def _table(found: dict[str, Any]) -> str:
-    call, counts, flops, sizes = found["config"]["call"], found["parameters"], found["flops"], found["bytes"]
+    call, counts, flops, sizes = (found["config"]["call"], found["parameters"], found["flops"], found["bytes"])
     what = "model" if call["layer"] is None else f"layer {call['layer']}"
-    pairs, form = "causal" if call["causal"] else "all pairs", f", {call['form']}" * bool(call["form"])
+    pairs, form = ("causal" if call["causal"] else "all pairs", f", {call['form']}" * bool(call["form"]))
     how = f"{pairs}, {call['dtype']}, {found['config']['_attn_implementation']}{form}"
     lines = [
         f"{what}: {_tokens(call)}, {how}",
@@ -140,7 +142,9 @@ def _ways(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str
     config = replace(config, mla_form=call.form if config.use_mla else "auto")
     require(args.device in ("cpu", "cuda"), "device", args.device, "cpu or cuda")
     require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype")
-    made = choices(config, layer, args.device, call.dtype, call.batch, call.seq, call.kv, args.training)
+    require(config.use_mla or args.cache is None, "cache", args.cache, "none for multi-head attention")
+    sizes = call.batch, call.seq, call.kv
+    made = choices(config, layer, args.device, call.dtype, *sizes, args.training, args.weights, args.cache)
     kind = "training" if args.training else "inference"
     lines = [f"layer {layer}: {_tokens(vars(call))}, {call.dtype} on {args.device}, {kind}", ""]
     for choice, times in made.items():
@@ -172,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 2, and one line that says why, for what is rejected."""
     try:
         args = _parser().parse_args(arguments)
-        kv, causal = args.seq if args.kv is None else args.kv, getattr(args, "causal", True)
+        kv, causal = (args.seq if args.kv is None else args.kv, getattr(args, "causal", True))
         call = Call(batch=args.batch, seq=args.seq, kv=kv, form=args.form, causal=causal, dtype=args.dtype)
         if args.command == "account":
             fewer = {name: getattr(args, name) for name in ("weights", "group", "cache", "kept", "read")}

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dsv2_ref import checks
+from dsv2_ref.attention import attend
+from dsv2_ref.masks import Visibility
 
 
 @dataclass
@@ -183,7 +185,24 @@ class LatentCache(LayerCache):
         self, latent: int
     ) -> tuple[Float[Tensor, "batch seq latent"], Float[Tensor, "batch seq rope"]]:
         """Views of the normalised latents and of the rotated keys."""
-        return self.tokens[..., :latent], self.tokens[..., latent:]
+        tokens = self.tokens
+        return tokens[..., :latent], tokens[..., latent:]
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads seq features"],
+        latent: int,
+        visible: Visibility,
+        scale: float,
+        dropout: float = 0.0,
+        *,
+        implementation: str = "eager",
+    ) -> tuple[Float[Tensor, "batch heads seq latent"], Tensor | None]:
+        """`attend` of all heads to what is cached: one key (B, 1, K, C + R), whose
+        first C features are the value."""
+        key, how = self.stored[:, None], implementation
+        value = key[..., :latent]
+        return attend(query, key, value, visible, scale, dropout, implementation=how)
 
 
 class KeyValueCache(LayerCache):

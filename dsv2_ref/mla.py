@@ -140,32 +140,31 @@ class DeepseekV2Attention(nn.Module):
             present = LatentCache(self.layer_idx, new)
         else:
             present = past_key_value.append(new)
-        tokens = present.tokens  # (B, K, C + R)
-        compressed_kv, k_pe = tokens.split((C, R), dim=-1)
 
         form = self.cheaper_form(S, K) if self.form == "auto" else self.form
-        kernel = self.implementation
+        kernel, visible = self.implementation, Visibility(S, K, device, attention_mask)
+        scale, dropout = self.softmax_scale, self.attention_dropout
+        dropout = dropout if self.training else 0.0
         if form == "expanded":
             # Every head's keys and values are made from the latents (equations 10 and
             # 11); what follows is multi-head attention (equations 17 and 18).
+            compressed_kv, k_pe = present.tokens.split((C, R), dim=-1)  # (B, K, ...)
             kv = self.kv_b_proj(compressed_kv).view(B, K, H, N + V).transpose(1, 2)
             k_nope, value = kv.split((N, V), dim=-1)  # (B, H, K, N), (B, H, K, V)
             key = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), dim=-1)
             query = torch.cat((q_nope, q_pe), dim=-1)  # (B, H, S, N + R)
+            out, weights = attend(
+                query, key, value, visible, scale, dropout, implementation=kernel
+            )
         else:
             # The queries come to the latents instead: q · (W_UK c) = (W_UKᵀ q) · c. All
             # heads share one key, whose latent is also the value.
             w_uk, w_uv = self.up_matrices()  # (H, N, C), (H, V, C)
             query = torch.cat((by_head(q_nope, w_uk), q_pe), dim=-1)  # (B, H, S, C + R)
-            key, value = tokens[:, None], compressed_kv[:, None]  # (B, 1, K, ...)
             kernel = "eager" if kernel == "eager" else "products"
-        visible = Visibility(S, K, device, attention_mask)
-        scale, dropout = self.softmax_scale, self.attention_dropout
-        dropout = dropout if self.training else 0.0
-        out, weights = attend(
-            query, key, value, visible, scale, dropout, implementation=kernel
-        )
-        if form == "absorbed":
+            out, weights = present.attend(
+                query, C, visible, scale, dropout, implementation=kernel
+            )
             out = by_head(out, w_uv.mT)  # Σ p (W_UV c) = W_UV Σ p c
         attn_output = self.o_proj(out.transpose(1, 2).flatten(2))  # equation 19
         weights = weights if output_attentions else None

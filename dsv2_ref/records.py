@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dsv2_ref import checks
+from dsv2_ref import checks, ops
+from dsv2_ref.attention import attend
 from dsv2_ref.cache import LatentCache, _Storage
 from dsv2_ref.codes import from_codes, pack_nibbles, to_codes, unpack_nibbles
+from dsv2_ref.masks import Visibility
 
 CACHE_FORMATS = ("fp8", "int8", "int4")
 """What a latent can become in a cache: eight-bit floating-point numbers (e4m3), or whole
@@ -115,6 +117,20 @@ class QuantizedLatentCache(LatentCache):
         """What the records stand for, in the dtype of the model: a copy."""
         return self.record.decode(self.stored)
 
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads seq features"],
+        latent: int,
+        visible: Visibility,
+        scale: float,
+        dropout: float = 0.0,
+        *,
+        implementation: str = "eager",
+    ) -> tuple[Float[Tensor, "batch heads seq latent"], Tensor | None]:
+        """`attend_records`."""
+        how = implementation
+        return attend_records(query, self, visible, scale, dropout, implementation=how)
+
     @property
     def like(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         """Batch and features, dtype and device of the tokens that can be appended."""
@@ -130,3 +146,20 @@ class QuantizedLatentCache(LatentCache):
         cache = super()._with(stored, storage, seen)
         cache.record = self.record
         return cache
+
+
+@ops.defines(autocast=False)
+def attend_records(
+    query: Float[Tensor, "batch heads seq features"],
+    cache: QuantizedLatentCache,
+    visible: Visibility,
+    scale: float,
+    dropout: float = 0.0,
+    *,
+    implementation: str = "eager",
+) -> tuple[Float[Tensor, "batch heads seq latent"], Tensor | None]:
+    """`attend` of all heads to what the records of a cache stand for: one key (B, 1, K,
+    C + R), whose first C features are the value."""
+    key, how = cache.tokens[:, None], implementation
+    value = key[..., : cache.record.latent]
+    return attend(query, key, value, visible, scale, dropout, implementation=how)

@@ -21,8 +21,12 @@ from torch.overrides import TorchFunctionMode
 from dsv2_ref import DeepseekV2DecoderLayer, DeepseekV2RMSNorm, ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast import products
-from dsv2_ref.fast.triton import decode, experts, norm, operators, plan, rotate
+from dsv2_ref.fast.triton import decode, experts, norm, operators, plan, quantized, rotate
+from dsv2_ref.fast.triton.language import tl
+from dsv2_ref.fast.triton.language import triton as triton_itself
 from dsv2_ref.masks import Visibility
+from dsv2_ref.quantize import QuantizedWeight, quantize
+from dsv2_ref.records import Record
 from dsv2_ref.rope import rotate_interleaved
 from tests.peers import SMALL, randomised, tokens
 
@@ -248,6 +252,147 @@ def test_more_groups_than_torch_takes() -> None:
     assert_near([experts.grouped_product_launch(rows, weights, ends)], [expected])
 
 
+# Weights and cached tokens in fewer bits
+
+
+@triton_itself.jit
+def every_float8(codes: Any, out: Any) -> None:
+    place = tl.arange(0, 256)
+    tl.store(out + place, quantized.from_float8(tl.load(codes + place)))
+
+
+def test_bytes_become_the_float8_that_they_are() -> None:
+    """All of them, subnormals too; NaN alone becomes 480."""
+    codes, out = torch.arange(256).to(torch.uint8), torch.empty(256)
+    every_float8[(1,)](codes, out)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    assert expected.isnan().sum() == 2
+    assert torch.equal(out, expected.where(~expected.isnan(), 480 * (1 - codes // 128 * 2.0)))
+
+
+def quantised(kind: str, *shape: int, group: int = 0, dtype: torch.dtype, seed: int = 1) -> QuantizedWeight:
+    """Normal weights, whose scales lie between bands of NaN, and codes between bands of a large one."""
+    weight = QuantizedWeight(kind, shape, group, dtype, torch.device("cpu"))
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    for place in range(len(dense)) if dense.ndim == 3 else (...,):
+        weight.fill(dense[place], place)
+    if kind == "fp8":
+        weight.codes = between(weight.codes.view(torch.uint8), 126).view(torch.float8_e4m3fn)
+    else:
+        weight.codes = between(weight.codes, 127)
+    weight.scales = between(weight.scales)
+    return weight
+
+
+WEIGHTS = {  # inputs that share a scale: all; fewer than a tile has, not as many as one, two tiles; a block and a part
+    "int8": ("int8", 67, 150, 0),
+    "int4 in groups of 6": ("int4", 67, 150, 6),
+    "int4 in groups of 48": ("int4", 33, 144, 48),
+    "int4 in groups of 256": ("int4", 33, 512, 256),
+    "fp8": ("fp8", 150, 290, 0),
+    "fp8, less than a block": ("fp8", 3, 5, 0),
+}
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_quantized_product(name: str, rows: int, dtype: torch.dtype) -> None:
+    kind, outputs, inputs, group = WEIGHTS[name]
+    weight, x = quantised(kind, outputs, inputs, group=group, dtype=dtype), guarded(rows, inputs, dtype=dtype)
+    expected = (x.double() @ weight.dense().double().T).to(dtype)
+    assert_near([quantized.quantized_product_launch(x, weight.codes, weight.scales, weight.group)], [expected])
+
+
+@both
+@pytest.mark.parametrize("sizes", [[1], [0, 3, 0, 18], [70, 0, 1]])
+@pytest.mark.parametrize("name", ["int8", "int4 in groups of 6", "fp8"])
+def test_grouped_quantized_product(name: str, sizes: list[int], dtype: torch.dtype) -> None:
+    kind, outputs, inputs, group = WEIGHTS[name]
+    ends = between(torch.tensor(sizes).cumsum(0).to(torch.int32), 10**6)
+    weight = quantised(kind, len(sizes), outputs, inputs, group=group, dtype=dtype)
+    x = guarded(sum(sizes), inputs, dtype=dtype)
+    chosen = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    expected = torch.einsum("ri,roi->ro", x.double(), weight.dense().double()[chosen]).to(dtype)
+    assert_near([quantized.quantized_product_launch(x, weight.codes, weight.scales, weight.group, ends)], [expected])
+
+
+def test_codes_of_experts_without_rows_are_not_read() -> None:
+    """Their scales are NaN here."""
+    weight, x = quantised("int4", 4, 7, 12, group=6, dtype=torch.float32), guarded(3, 12, dtype=torch.float32)
+    weight.scales[1:3] = float("nan")
+    ends = torch.tensor([2, 2, 2, 3], dtype=torch.int32)
+    assert quantized.quantized_product_launch(x, weight.codes, weight.scales, weight.group, ends).isfinite().all()
+
+
+def records_of(
+    format: str, latent: int, kv_seq: int, dtype: torch.dtype, batch: int = 2, rope: int = 16
+) -> tuple[Record, Tensor]:
+    """The records of normal tokens, a view of a roomier cache whose free places hold NaN or large codes here."""
+    record = Record(format, latent, rope, dtype)
+    filled = record.encode(guarded(batch, kv_seq, latent + rope, dtype=dtype, seed=1))
+    cache = torch.full((batch, kv_seq + 11, filled.shape[-1]), 0x7F, dtype=torch.uint8)
+    cache[..., record.latent :] = 0xFF
+    cache[:, :kv_seq] = filled
+    return record, cache[:, :kv_seq]
+
+
+@both
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize(("heads", "seq", "kv_seq", "latent"), [(3, 1, 37, 40), (16, 1, 1, 256), (5, 4, 70, 384)])
+def test_mla_decode_of_records(heads: int, seq: int, kv_seq: int, latent: int, format: str, dtype: torch.dtype) -> None:
+    """One scale for a latent that 128 does not divide, else one for each 128: two of two, and three of four."""
+    record, records = records_of(format, latent, kv_seq, dtype)
+    query = guarded(2, seq, heads, latent + 16, dtype=dtype).transpose(1, 2)
+    keys, padding = record.decode(records), half_of_it_padding(kv_seq)
+    for splits in (1, 3, None):
+        actual = decode.mla_records_launch(query, records, record, 0.1, splits=splits)
+        assert_near([actual], [attended(query, keys, latent, 0.1)])
+    actual = decode.mla_records_launch(query, records, record, 0.1, padding)
+    assert not actual[1].any()
+    assert_near([actual], [attended(query, keys, latent, 0.1, padding)])
+
+
+def test_attention_over_records_through_the_seam() -> None:
+    """A prompt, and steps that read the cache as it lies, with padding on the left."""
+    layer = randomised(DeepseekV2DecoderLayer(replace(SMALL, mla_form="absorbed"), layer_idx=1)).half()
+    attention, x = layer.self_attn, tokens(2, 6, torch.float16)
+    padding = torch.arange(6) >= torch.tensor([[0], [2]])
+
+    def run() -> list[Tensor]:
+        cache, parts = attention.empty_cache(2, capacity=8, format="fp8"), []
+        with torch.no_grad():
+            for start, end in ((0, 4), (4, 5), (5, 6)):
+                out, _, cache = attention(x[:, start:end], padding[:, :end], None, cache, use_cache=True)
+                parts.append(out)
+        return parts
+
+    with ops.plain():
+        expected = run()
+    with ops.watch() as choices:
+        assert_near(run(), expected)
+    ways = [choice.way for choice in choices if choice.definition == "attend_records"]
+    assert ways == ["triton decoding of records"] * 3
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_layer_of_few_bits_through_the_seam(weights: str) -> None:
+    """Against its own definition; gradients go through that."""
+    layer = quantize(randomised(DeepseekV2DecoderLayer(SMALL, layer_idx=1)).float(), weights, group=4)
+    x = tokens(2, 6, torch.float32)
+    with torch.no_grad():
+        with ops.plain():
+            expected = layer(x)[0]
+        with ops.watch() as choices:
+            assert_near([layer(x)[0]], [expected])
+    ways = {choice.definition: choice.way for choice in choices}
+    assert ways["quantized_product"] == "triton codes"
+    assert ways["RoutedExperts.forward"] == "triton grouped codes"
+    with ops.watch() as choices:
+        layer(x.requires_grad_())[0].sum().backward()
+    assert not any("codes" in choice.way for choice in choices)
+
+
 # The layer, and the operators
 
 
@@ -311,6 +456,25 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "rotate": (named.rotate.default, (normal(2, 2, 3, 8).requires_grad_(), cos, sin, False)),
         "mla_decode": (named.mla_decode.default, (normal(2, 2, 1, 8), normal(2, 3, 8), 6, 0.3, padding)),
         "mla_decode in shares": (named.mla_decode.default, (normal(2, 2, 1, 8), normal(2, 300, 8), 6, 0.3, None)),
+        "mla_decode_records": (
+            named.mla_decode_records.default,
+            (
+                normal(2, 2, 1, 12),
+                Record("int8", 8, 4, torch.float32).encode(normal(2, 3, 12)),
+                "int8",
+                8,
+                0.3,
+                padding,
+            ),
+        ),
+        "quantized_product": (
+            named.quantized_product.default,
+            (normal(5, 8), torch.arange(56).view(7, 8).char(), normal(7, 1), 8, None),
+        ),
+        "quantized_product of groups": (
+            named.quantized_product.default,
+            (normal(5, 8), torch.arange(84).view(3, 7, 4).byte(), normal(3, 7, 2), 4, torch.tensor([2, 2, 5]).int()),
+        ),
         "grouped_product": (
             named.grouped_product.default,
             (normal(5, 8), normal(3, 7, 8), torch.tensor([2, 2, 5], dtype=torch.int32)),
@@ -352,7 +516,10 @@ def test_operators_take_a_single_token() -> None:
 
 def test_decoding_refuses_gradients() -> None:
     out = operators.mla_decode(normal(1, 2, 1, 6).requires_grad_(), normal(1, 5, 6), 4, 0.5)
-    with pytest.raises(RuntimeError, match="gives no gradients"):
+    with pytest.raises(RuntimeError, match="mla_decode gives no gradients"):
+        out.sum().backward()
+    out = operators.quantized_product(normal(2, 4).requires_grad_(), torch.ones(3, 4).char(), normal(3, 1), 4)
+    with pytest.raises(RuntimeError, match="quantized_product gives no gradients"):
         out.sum().backward()
 
 
@@ -433,6 +600,47 @@ def multiply(module: Any) -> None:
     module.grouped_product_launch(rows, weights, torch.tensor([1, 3], dtype=torch.int32))
 
 
+def multiply_codes(module: Any) -> None:
+    x, weight = guarded(3, 37, dtype=torch.float32), quantised("int8", 67, 37, dtype=torch.float32)
+    module.quantized_product_launch(x, weight.codes, weight.scales, weight.group)
+
+
+WRONG = {
+    "scales of the next inputs": ("scale + share, mask", "scale + (share + 1) % (inputs // shared), mask"),
+    "scales of the next output": ("(column // SCALE_OUTPUTS)", "((column + 1) % outputs // SCALE_OUTPUTS)"),
+    "halves of a byte exchanged": ("(byte & 15).to(tl.int8) - 8, (byte >> 4).to(tl.int8) - 8", "(byte >> 4).to(tl.int8) - 8, (byte & 15).to(tl.int8) - 8"),
+    "a group off by a byte": ("(start // 2 + b)", "(start // 2 + b + (start > 0))"),
+    "the next row's codes": ("column[:, None].to(tl.int64) * codes_output", "(column[:, None] + 1) % outputs * codes_output"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_code_or_scale_shows_in_the_product(fault: str, tmp_path: Path) -> None:
+    weight, x = quantised("int4", 9, 24, group=8, dtype=torch.float32), guarded(2, 24, dtype=torch.float32)
+    expected = (x.double() @ weight.dense().double().T).float()
+    faulty = altered(quantized, *WRONG[fault], tmp_path)
+    with pytest.raises(AssertionError):
+        assert_near([faulty.quantized_product_launch(x, weight.codes, weight.scales, weight.group)], [expected])
+
+
+WRONG_RECORDS = {
+    "the first tile's scale for all": ("at * s_token + tile", "at * s_token + tile * 0"),
+    "the next token's scales": ("scales + batch * s_batch + at * s_token", "scales + batch * s_batch + (at + 1) % kv_seq * s_token"),
+    "the rotated key with the latent's scale": ("mask=here[:, None] & in_rope, other=0.0)", "mask=here[:, None] & in_rope, other=0.0) * 0.1"),
+    "a value clamped": ("else k_latent.to(tl.float32)", "else tl.minimum(k_latent.to(tl.float32), 100.0)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", WRONG_RECORDS)
+def test_a_wrong_part_of_a_record_shows_in_attention(fault: str, tmp_path: Path) -> None:
+    record, records = records_of("int8", 256, 37, torch.float32)
+    query = guarded(2, 3, 1, 272, dtype=torch.float32)
+    expected = attended(query, record.decode(records), 256, 0.1)
+    faulty = altered(decode, *WRONG_RECORDS[fault], tmp_path)
+    with pytest.raises(AssertionError):
+        assert_near([faulty.mla_records_launch(query, records, record, 0.1)], [expected])
+
+
 LOST: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
     "sum": (norm, add_rmsnorm, "feature, h, mask=inside)", "feature, h)"),
     "norm": (norm, add_rmsnorm, "feature, y, mask=inside)", "feature, y)"),
@@ -449,6 +657,8 @@ LOST: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
     "columns of a product": (
         experts, multiply, "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(row < end)[:, None]",
     ),
+    "rows of codes": (quantized, multiply_codes, "mask=real_row & real_column[None, :],\n        )", "mask=real_column[None, :],\n        )"),
+    "columns of codes": (quantized, multiply_codes, "mask=real_row & real_column[None, :],\n        )", "mask=real_row,\n        )"),
 }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from bench import cuda, gpu, work
+from dsv2_ref.quantize import KINDS
+from dsv2_ref.records import Record
 from tests.peers import SMALL
 
 pytestmark = pytest.mark.usefixtures("as_shipped")
@@ -57,6 +59,34 @@ def test_the_kernel_is_timed_by_batch_whether_or_not_the_layer_would_choose_it(s
     assert {f"attend-decode-{batch}" for batch in (1, 8, 32, 64, 128)} <= cuda.CONTESTS.keys()
     row = cuda.measure(sizes("attend-decode")(torch.float32), torch.float32, gpu.from_python, rounds=1)
     assert list(row["seconds"]) == ["ours, kernel", "without kernels, products"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_in_fewer_bits_are_timed_against_the_same_weights(kind: str, small: None) -> None:
+    assert f"experts-decode-{kind}" in cuda.CONTESTS
+    contest = cuda._experts_in_fewer_bits(torch.float32, kind, 3)
+    row = cuda.measure(contest, torch.float32, gpu.from_python, rounds=1)
+    assert row["wrong"] == {}
+    assert list(row["seconds"]) == [f"ours, {kind}", "without kernels, float32"]
+    one = work.CONFIG.hidden_size * work.CONFIG.moe_intermediate_size * 3
+    assert contest.flops == 2 * one * 3 * work.CONFIG.num_experts_per_tok
+    bits = {"int4": 4, "int8": 8, "fp8": 8}[kind]
+    least = work.CONFIG.num_experts_per_tok * one * bits / 8
+    dense = 3 * work.CONFIG.num_experts_per_tok * one * 4  # of three tokens whose choices all differ
+    assert least < contest.nbytes < dense
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_a_cache_in_fewer_bits_is_timed_against_its_tokens(format: str, small: None) -> None:
+    assert f"attend-decode-{format}" in cuda.CONTESTS
+    contest = cuda._attend_records(torch.float32, format, 3, 20)
+    row = cuda.measure(contest, torch.float32, gpu.from_python, rounds=1)
+    assert row["wrong"] == {}
+    names = ["ours, kernel", "without kernels, float32 cache", "without kernels, tokens made anew"]
+    assert list(row["seconds"]) == names
+    assert contest.nbytes == 3 * 20 * sum(
+        Record(format, SMALL.kv_lora_rank, SMALL.qk_rope_head_dim, torch.float32).parts
+    )
 
 
 def test_backends_are_timed_and_one_that_cannot_is_left_out(small: None) -> None:

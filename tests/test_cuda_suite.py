@@ -66,6 +66,7 @@ FUSED = (
     "test_rotation",
     "test_mla_",
     "test_grouped_",
+    "test_quantised_",
     "kernels",
     "waits[experts",
     "replayed[experts",

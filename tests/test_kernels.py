@@ -1,5 +1,6 @@
 """The fused kernels without a GPU: their results in Triton's interpreter, their machine code, and how torch sees them."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -19,13 +20,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dsv2_ref import DeepseekV2DecoderLayer, ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast import products, triton
-from dsv2_ref.fast.triton import LARGEST_LATENT, LARGEST_ROPE, decode, experts, norm, operators, plan, rotate
+from dsv2_ref.fast.triton import LARGEST_LATENT, LARGEST_ROPE, decode, experts, norm, operators, plan, quantized, rotate
 from dsv2_ref.masks import Visibility
+from dsv2_ref.quantize import KINDS, QuantizedWeight, quantized_product
+from dsv2_ref.records import QuantizedLatentCache, Record, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary
 from tests.fake_cuda import DeviceFaultError, fake_cuda
 from tests.peers import SMALL
-from tools.kernel_report import KERNELS, RESERVED, SHARED_BYTES, Resources, launched_with, main, resources
+from tools.kernel_report import HALF_ONLY, KERNELS, RESERVED, SHARED_BYTES, Resources, launched_with, main, resources
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton, which is published for Linux alone, is not here"
@@ -70,6 +73,24 @@ VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     "one share without padding": ("mla_partial", {"ONE_SHARE": True, "HAS_PADDING": False}),
     "norm without a residual": ("add_rmsnorm", {"HAS_RESIDUAL": False}),
     "few rows a group": ("grouped_product", {"ROWS": 16}),
+    "few rows by codes": (
+        "quantized_product, int8",
+        {"ROWS": 16, "COLUMNS": 32, "INPUTS": 128} | quantized.options(16),
+    ),
+    "few rows by nibbles": (
+        "quantized_product, int4",
+        {"ROWS": 16, "COLUMNS": 32, "INPUTS": 64} | quantized.options(16),
+    ),
+    "few rows by float8": (
+        "quantized_product, fp8",
+        {"ROWS": 16, "COLUMNS": 32, "INPUTS": 128} | quantized.options(16),
+    ),
+    "one matrix of codes": ("quantized_product, int8", {"GROUPED": False, "GROUPS": 1}),
+    "nibbles in small groups": ("quantized_product, int4", {"INPUTS": 16}),
+    "records, one new token": ("mla_partial, fp8", {"seq": 1, "HAS_PADDING": False}),
+    "records, one share": ("mla_partial, fp8", {"ONE_SHARE": True}),
+    "records of int8, one share": ("mla_partial, int8", {"ONE_SHARE": True, "HAS_PADDING": False}),
+    "records, a latent of one tile": ("mla_partial, fp8", {"TILE": 512}),
     "weights transposed, as in the backward pass": ("grouped_product", {"weight_output": 1, "weight_input": 1536}),
 }
 
@@ -86,7 +107,7 @@ def test_every_form_of_a_launch_fits_and_spills_nothing(variant: str, capability
 
 @needs_triton
 @pytest.mark.parametrize("capability", SHARED_BYTES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel not in HALF_ONLY])
 def test_machine_code_fits_and_spills_nothing_in_float32(kernel: str, capability: int) -> None:
     found = resources(kernel, capability, "fp32")
     assert found.fits, found
@@ -116,6 +137,13 @@ def test_as_many_blocks_run_together_as_the_launch_is_planned_for(capability: in
         for padding in (True, False) if dtype == "bf16" else (True,):
             found = resources("mla_partial", capability, dtype, HAS_PADDING=padding, ONE_SHARE=one_share)
             assert found.at_once >= planned, found
+
+
+@needs_triton
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("capability", GPUS)
+def test_a_block_that_reads_records_is_planned_alone(capability: int, format: str) -> None:
+    assert resources(f"mla_partial, {format}", capability).at_once >= 1
 
 
 def test_few_rows_make_a_block() -> None:
@@ -177,7 +205,7 @@ def test_constants_that_a_kernel_does_not_have_are_refused(capsys: pytest.Captur
 # Launches: what the kernels are started with, where, and what the host does before
 
 
-MODULES = (norm, rotate, decode, experts)
+MODULES = (norm, rotate, decode, experts, quantized)
 
 
 @pytest.fixture
@@ -198,12 +226,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, dict[str, 
             self.name = name
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *args, **options: found.update({self.name: (current[0], options, grid)})
+            def start(*args: Any, **options: Any) -> None:
+                codes = options.get("FORMAT") or options.get("KIND")
+                found[self.name + (f", {codes}" if codes else "")] = current[0], options, grid
+
+            return start
 
     for name in ("_exchange_device", "_maybe_exchange_device"):
         monkeypatch.setattr(torch.cuda, name, exchange)
     for module in MODULES:
-        for name in KERNELS:
+        for name in {kernel.split(", ")[0] for kernel in KERNELS}:
             if hasattr(module, f"{name}_kernel"):
                 monkeypatch.setattr(module, f"{name}_kernel", Kernel(name))
     return found
@@ -224,6 +256,13 @@ def launch_all(itemsize: int) -> None:
     decode.mla_decode_launch(query, cache[:, :870], 512, 0.1, padding)
     ends = empty(160, dtype=torch.int32)
     experts.grouped_product_launch(empty(160 * 64, 5120), empty(160, 3072, 5120), ends)
+    for format in ("fp8", "int8") if itemsize == 2 else ():
+        record = Record(format, 512, 64, torch.bfloat16)
+        cache = empty(2, 900, 656, dtype=torch.uint8)
+        decode.mla_records_launch(query, cache[:, :870], record, 0.1, padding)
+    for kind in KINDS:
+        weight = QuantizedWeight(kind, (160, 3072, 5120), 64, x.dtype, x.device)
+        quantized.quantized_product_launch(empty(160 * 64, 5120), weight.codes, weight.scales, weight.group, ends)
 
 
 @needs_triton
@@ -233,7 +272,7 @@ def test_kernels_start_on_their_tensors_gpu_as_they_were_compiled(itemsize: int,
     """And nothing on the way to them is on the CPU or waits."""
     with fake_cuda() as watch, watch:
         launch_all(itemsize)
-    assert launches.keys() == set(KERNELS)
+    assert launches.keys() == set(KERNELS) - set(HALF_ONLY if itemsize == 4 else ())
     assert torch.cuda._exchange_device(0) == 0  # given back
     for name, (device, given, _) in launches.items():
         fixed, options = launched_with(name, itemsize)
@@ -518,6 +557,82 @@ def present(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     driver = pytest.importorskip("triton").runtime.driver
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: None))
+
+
+def decoding_records(
+    format: str = "fp8", latent: int = 16, seq: int = 1, dtype: torch.dtype = torch.float16, **options: Any
+) -> dict[str, str]:
+    record = Record(format, latent, 8, options.pop("cached", dtype))
+    cache = QuantizedLatentCache(0, on_cuda(2, 9, sum(record.parts), dtype=torch.uint8))
+    cache.record = record
+    heads, batch = options.pop("heads", 3), options.pop("batch", 2)
+    query = on_cuda(batch, heads, seq, latent + 8, dtype=dtype)
+    visible = Visibility(seq, 9, query.device, options.pop("mask", None))
+    options = {"implementation": "products"} | options
+    with ops.watch() as choices, contextlib.suppress(RuntimeError):  # of the definition, which these do not fit
+        attend_records(query, cache, visible, 0.2, **options)
+    return {"way": choices[0].way} | dict(choices[0].passed_over)
+
+
+@needs_triton
+@pytest.mark.usefixtures("as_shipped", "gpu")
+def test_the_kernel_for_records_serves_plain_steps_alone() -> None:
+    way = "triton decoding of records"
+    assert decoding_records()["way"] == way
+    assert decoding_records("int8", mask=on_cuda(2, 9, dtype=torch.bool))["way"] == way
+    said = {
+        "no records in int4": decoding_records("int4"),
+        "no records in fp8 of torch.bfloat16 for queries in torch.float16": decoding_records(cached=torch.bfloat16),
+        "not for torch.float32": decoding_records(dtype=torch.float32),
+        "records of 18 codes in 38 bytes hold no aligned float32": decoding_records(latent=18),
+        "no masks per query and no dropout": decoding_records(dropout=0.5),
+        "for up to 8 queries": decoding_records(seq=9),
+        "do not fit a tile": decoding_records(latent=LARGEST_LATENT + 128),
+        "implementation is 'eager'": decoding_records(implementation="eager"),
+    }
+    for reason, found in said.items():
+        assert reason in found[way], found
+        assert found["way"] != way
+
+
+def test_the_kernel_for_records_serves_where_it_has_less_to_do_by_count() -> None:
+    """V2-Lite at any batch, and V2 at fewer sequences than over tokens: eight blocks make the same values."""
+    for heads, batch in ((16, 1), (16, 1000), (128, 1), (128, 4)):
+        assert plan.records_pay(batch, heads, 1, 576, 512, 656, 132)
+    most = [
+        sum(pays(batch) for batch in range(1, 65))
+        for pays in (
+            lambda batch: plan.records_pay(batch, 128, 1, 576, 512, 656, 132),
+            lambda batch: plan.decoding_pays(batch, 128, 1, 576, 512, 132),
+        )
+    ]
+    assert 4 <= most[0] <= most[1] <= 16
+    # One sequence of 128 heads: 8 blocks make 512 values, 6 instructions each, 128 a cycle; plain, 1808 bytes pass memory.
+    assert 8 * plan.CONVERSION * 512 / 128 == 192
+    assert round(1808 / plan.BYTES_PER_CYCLE) == 125
+
+
+@needs_triton
+@pytest.mark.usefixtures("as_shipped", "gpu")
+def test_codes_are_multiplied_by_the_kernel_for_few_rows_of_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = QuantizedWeight("int4", (6, 8), 4, torch.float16, torch.device("cuda"))
+    stack = QuantizedWeight("int8", (3, 6, 8), 8, torch.float16, torch.device("cuda"))
+    x, way = on_cuda(2, 3, 8), "triton codes"
+    for args, shape in (((x, weight), (2, 3, 6)), ((x[0, 0], weight), (6,)), ((x, stack, 1), (2, 3, 6))):
+        assert why(quantized_product, *args)["way"] == way
+        assert quantized_product(*args).shape == shape
+    said = {
+        "for one matrix": (on_cuda(3, 3, 8), stack),
+        "not all of one dtype": (x.float(), weight),
+        "more than 512 rows": (on_cuda(plan.MOST_ROWS + 1, 8), weight),
+        "gives no gradients": (on_cuda(3, 8).requires_grad_(), weight),
+    }
+    for reason, args in said.items():
+        with ops.watch() as choices, contextlib.suppress(RuntimeError):
+            quantized_product(*args)
+        assert (way, reason) in [(name, why[: len(reason)]) for name, why in choices[0].passed_over], reason
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")  # fake CUDA has none
+    assert "autocast" in why(quantized_product, x, weight)[way]
 
 
 @needs_triton

@@ -5,11 +5,12 @@ Backward runs on the meta device, as the autograd engine has no stream for CUDA 
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +18,7 @@ from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast import products
 from dsv2_ref.masks import Visibility
+from dsv2_ref.quantize import KINDS, quantize
 from tests.fake_cuda import DeviceFaultError, Watch, fake_cuda
 from tests.peers import COMMON, SMALL
 
@@ -169,8 +171,42 @@ def test_a_step_does_not_copy_its_cache(fused: bool, padded: bool, gpu: Watch, m
         def copying(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
             return attend(query, key.clone(), *rest, **options)
 
-        monkeypatch.setattr("dsv2_ref.mla.attend", copying)
+        monkeypatch.setattr("dsv2_ref.cache.attend", copying)
         assert largest_in_a_step(padded) >= 1
+
+
+def quantised_layer(weights: str) -> DeepseekV2DecoderLayer:
+    """On CUDA, of empty codes: rounding weights asks whether they are finite, for which the host waits."""
+    config = replace(SMALL, mla_form="auto", hidden_size=128, moe_intermediate_size=128)
+    with torch.device("meta"):
+        layer = quantize(layer_of(config, 1, torch.bfloat16, False), weights, group=4)
+    for module in layer.modules():  # which torch cannot move where tensors are fake
+        for held in (module._parameters, module._buffers):
+            for name, x in held.items():
+                empty = None if x is None else torch.empty_like(x, device="cuda")
+                held[name] = nn.Parameter(empty) if isinstance(x, nn.Parameter) else empty
+    return layer
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton, which is published for Linux alone, is not here")
+@pytest.mark.parametrize("weights", KINDS)
+def test_a_layer_of_few_bits_never_waits(weights: str, gpu: Watch) -> None:
+    """A prompt and steps, with a cache in fewer bits as well, whose records are not made into tokens; and the planted
+    fault: without kernels the experts' definition asks which tokens chose each."""
+    layer = quantised_layer(weights)
+    with torch.no_grad():
+        cache = layer.self_attn.empty_cache(BATCH, capacity=40, format="fp8")
+        for seq in (SEQ, 20, 1, 1):
+            x = torch.empty(BATCH, seq, layer.hidden_size, dtype=torch.bfloat16)
+            with gpu, ops.watch() as choices:
+                out, cache = layer(x, past_key_value=cache, use_cache=True)
+            assert (out.device.type, out.shape, out.dtype) == ("cuda", x.shape, x.dtype)
+        ways = {choice.definition: choice.way for choice in choices}
+        assert ways["quantized_product"] == "triton codes"
+        assert ways["RoutedExperts.forward"] == "triton grouped codes"
+        assert ways["attend_records"] == "triton decoding of records"
+        with pytest.raises(DeviceFaultError, match="nonzero"), ops.without("triton"), gpu:
+            layer(x, past_key_value=cache, use_cache=True)
 
 
 def test_blocks_of_queries(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:

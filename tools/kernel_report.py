@@ -65,6 +65,9 @@ class Resources:
 DTYPES = ("fp16", "bf16", "fp32")
 """What the kernels know, as Triton calls it."""
 
+_DECODED = {"query": "*x", "ropes": "*x", "padding": "*u8", "sums": "*fp32", "log_sums": "*fp32", "scale": "fp32"}
+_DECODING = {"HAS_PADDING": True, "ONE_SHARE": False, "ROWS": plan.BLOCK_ROWS, "LATENT": 512, "ROPE": 64, "p_token": 1}
+
 _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, Any]]] = {
     # name: module, function, types of its arguments ("x" stands for the dtype), constants, options
     "add_rmsnorm": (
@@ -84,9 +87,18 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, An
     ),
     "mla_partial": (
         "decode", "mla_partial_kernel",
-        {"query": "*x", "keys": "*x", "padding": "*u8", "sums": "*fp32", "log_sums": "*fp32", "scale": "fp32"},
-        {"HAS_PADDING": True, "ONE_SHARE": False, "ROWS": plan.BLOCK_ROWS, "LATENT": 512, "ROPE": 64, "p_token": 1},
-        {"num_warps": 4, "num_stages": plan.STAGES},
+        _DECODED | {"latents": "*x", "scales": "*x"},
+        _DECODING | {"FORMAT": "", "TILE": 1}, {"num_warps": 4, "num_stages": plan.STAGES},
+    ),
+    "mla_partial, fp8": (
+        "decode", "mla_partial_kernel",
+        _DECODED | {"latents": "*u8", "scales": "*fp32"},
+        _DECODING | {"FORMAT": "fp8", "TILE": 128}, {"num_warps": plan.RECORD_WARPS, "num_stages": plan.STAGES},
+    ),
+    "mla_partial, int8": (
+        "decode", "mla_partial_kernel",
+        _DECODED | {"latents": "*i8", "scales": "*fp32"},
+        _DECODING | {"FORMAT": "int8", "TILE": 128}, {"num_warps": plan.RECORD_WARPS, "num_stages": plan.STAGES},
     ),
     "mla_combine": (
         "decode", "mla_combine_kernel",
@@ -98,7 +110,18 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, An
         {"rows": "*x", "weights": "*x", "group_ends": "*i32", "out": "*x"},
         {"GROUPS": 256, "weight_input": 1}, {"num_warps": 4, "num_stages": 3},
     ),
+    **{
+        f"quantized_product, {kind}": (
+            "quantized", "quantized_product_kernel",
+            {"rows": "*x", "codes": codes, "scales": scales, "group_ends": "*i32", "out": "*x"},
+            {"KIND": kind, "GROUPED": True, "SCALE_OUTPUTS": 128 if kind == "fp8" else 1, "GROUPS": 256}, {},
+        )
+        for kind, codes, scales in (("int8", "*i8", "*x"), ("int4", "*u8", "*x"), ("fp8", "*u8", "*fp32"))
+    },
 }  # fmt: skip
+
+HALF_ONLY = ("mla_partial, fp8", "mla_partial, int8")
+"""Kernels that are launched in half precision alone: in float32 they would spill."""
 
 KERNELS = tuple(_KERNELS)
 """Names that `resources` knows; sizes are those of DeepSeek-V2 (D up to 8192, C = 512, R = 64, up to 256 experts)."""
@@ -110,10 +133,14 @@ def launched_with(kernel: str, itemsize: int, capability: int = 90) -> tuple[dic
     place, _, _, fixed, options = _KERNELS[kernel]
     module = importlib.import_module(f"dsv2_ref.fast.triton.{place}")
     fixed, options = dict(fixed), dict(options)
-    if kernel == "mla_partial":
+    if kernel.startswith("mla_partial"):
         fixed["KEYS"] = plan.keys_at_once(itemsize, SHARED_BYTES[capability] + RESERVED)
     if kernel == "grouped_product":
         fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize), strict=True)
+    if kernel.startswith("quantized_product"):
+        shared = {"int8": 5120, "int4": 64, "fp8": 128}[fixed["KIND"]]
+        fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize, shared), strict=True)
+        options |= module.options(fixed["ROWS"])
     return fixed, options
 
 
@@ -190,15 +217,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.set and chosen.kernel is None:
         parser.error("--set is for one kernel: say which with --kernel")
-    print(f"{chosen.dtype:22}{'registers':>10}{'spilled':>9}{'shared':>9}{'at once':>9}")
+    print(f"{chosen.dtype:26}{'registers':>10}{'spilled':>9}{'shared':>9}{'at once':>9}")
     good = True
-    for kernel in KERNELS if chosen.kernel is None else (chosen.kernel,):
+    some = [kernel for kernel in KERNELS if chosen.dtype != "fp32" or kernel not in HALF_ONLY]
+    for kernel in some if chosen.kernel is None else (chosen.kernel,):
         for capability in SHARED_BYTES:
             found = resources(kernel, capability, chosen.dtype, **dict(chosen.set))
             good = good and found.fits and not found.stack
             at_once = found.at_once if found.fits else "none"
             place = f"sm_{capability}"
-            row = f"{kernel if capability == min(SHARED_BYTES) else '':21}{place:6}"
+            row = f"{kernel if capability == min(SHARED_BYTES) else '':24} {place:6}"
             print(f"{row}{found.registers:5}{found.stack:9}{found.shared:9,}{at_once:>9}")
     return 0 if good else 1
 

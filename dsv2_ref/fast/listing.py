@@ -7,6 +7,7 @@ import torch
 from dsv2_ref import ops
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.layer import DeepseekV2DecoderLayer
+from dsv2_ref.quantize import quantize
 
 
 def choices(
@@ -18,6 +19,8 @@ def choices(
     seq: int = 1,
     kv: int = 1,
     training: bool = False,
+    weights: str | None = None,
+    cache_format: str | None = None,
 ) -> Counter[ops.Choice]:
     """The choice for every call of a layer, and how often it is made, in the order of the layer.
 
@@ -28,14 +31,17 @@ def choices(
         device: ``cpu`` or ``cuda``. dtype: of weights and activations, such as ``bfloat16``.
         batch: sequences. seq: new tokens of each. kv: tokens attended to, the new ones included.
         training: with gradients, and without a cache.
+        weights: what `quantize` makes of them. cache_format: of a `QuantizedLatentCache`.
     """
     with torch.device("meta"), torch.set_grad_enabled(training):
         layer = DeepseekV2DecoderLayer(config, layer_idx).to(getattr(torch, dtype)).train(training)
+        layer = layer if weights is None else quantize(layer, weights)
         x = torch.empty(batch, seq, config.hidden_size, dtype=getattr(torch, dtype))
         cache = None
         if kv > seq:
             past = torch.empty(batch, kv - seq, *layer.self_attn.cache_features, dtype=x.dtype)
-            cache = layer.self_attn.empty_cache(batch, capacity=kv + 63).append(past)
+            form = {} if cache_format is None else {"format": cache_format}
+            cache = layer.self_attn.empty_cache(batch, capacity=kv + 63, **form).append(past)
         with ops.watch(device) as made:
             layer(x, past_key_value=cache)
     return Counter(made)

@@ -17,9 +17,11 @@ from dsv2_ref.cache import LatentCache
 from dsv2_ref.fast import products, triton
 from dsv2_ref.fast.triton import operators
 from dsv2_ref.masks import Visibility
+from dsv2_ref.quantize import KINDS, QuantizedWeight, quantize, quantized_product
+from dsv2_ref.records import Record
 from dsv2_ref.rope import rotate_interleaved
 
-__all__ = ["LatentCache", "ops", "rotate_interleaved"]
+__all__ = ["KINDS", "LatentCache", "Record", "ops", "quantize", "rotate_interleaved"]
 
 DEVICE = os.environ.get("DSV2_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -58,9 +60,35 @@ def grouped_product_definition(rows: Tensor, weights: Tensor, group_ends: Tensor
     return torch.cat([rows[start:end] @ weight.T for (start, end), weight in zip(groups, weights, strict=True)])
 
 
+def mla_decode_records_definition(
+    query: Tensor, records: Tensor, format: str, latent: int, scale: float, padding: Tensor | None = None
+) -> Tensor:
+    tokens = Record(format, latent, query.shape[-1] - latent, query.dtype).decode(records)
+    return mla_decode_definition(query, tokens, latent, scale, padding)
+
+
+def quantised(kind: str, *shape: int, dtype: torch.dtype) -> QuantizedWeight:
+    """Normal weights in few bits, on the CPU."""
+    weight = QuantizedWeight(kind, shape, 64, dtype, torch.device("cpu"))
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for place in range(len(dense)) if dense.ndim == 3 else (...,):
+        weight.fill(dense[place], place)
+    return weight
+
+
+def by_codes(rows: Tensor, weight: QuantizedWeight, group_ends: Tensor | None = None) -> Tensor:
+    """The product by the kernel, or by its definition."""
+    if ON_GPU:
+        return operators.quantized_product(rows, weight.codes, weight.scales, weight.group, group_ends)
+    if group_ends is None:
+        return quantized_product(rows, weight)
+    return grouped_product_definition(rows, weight.dense(), group_ends)
+
+
 grouped_product = products._grouped_product
 add_rms_norm = operators.add_rms_norm if ON_GPU else add_rms_norm_definition
 mla_decode = operators.mla_decode if ON_GPU else mla_decode_definition
+mla_decode_records = operators.mla_decode_records if ON_GPU else mla_decode_records_definition
 rotate = operators.rotate if ON_GPU else rotate_interleaved
 
 device_needed = pytest.mark.skipif(ON_GPU and not GPU_FOUND, reason="no CUDA device")
@@ -75,6 +103,11 @@ every_dtype = pytest.mark.parametrize(
         pytest.param(torch.float16, id="fp16"),
         pytest.param(torch.bfloat16, id="bf16", marks=no_bfloat16),
     ],
+)
+
+
+half_only = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16", marks=no_bfloat16)]
 )
 
 

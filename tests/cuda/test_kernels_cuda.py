@@ -12,16 +12,22 @@ from dsv2_ref import DeepseekV2RMSNorm
 from tests.cuda.place import (
     DEVICE,
     KERNELS,
+    KINDS,
+    Record,
     add_rms_norm,
     add_rms_norm_definition,
+    by_codes,
     device_needed,
     every_dtype,
     fused_only,
     grouped_product,
     grouped_product_definition,
+    half_only,
     mla_decode,
     mla_decode_definition,
+    mla_decode_records,
     ops,
+    quantised,
     rotate,
     rotate_interleaved,
 )
@@ -97,6 +103,46 @@ def test_mla_decode(batch: int, heads: int, kv_seq: int, seq: int, dtype: torch.
         with torch.no_grad():
             actual = mla_decode(query.to(DEVICE), cache.to(DEVICE)[:, :kv_seq], 512, 192**-0.5, mask)
         assert_near(actual, expected)
+
+
+@half_only
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("seq", [1, 4])
+@pytest.mark.parametrize(("batch", "heads", "kv_seq"), [(1, 128, 8191), (3, 16, 70), (1, 16, 40000)])
+def test_mla_decode_of_records(batch: int, heads: int, kv_seq: int, seq: int, format: str, dtype: torch.dtype) -> None:
+    """Of a cache in fewer bits: 656 bytes per token."""
+    query, record = normal(batch, heads, seq, 576, dtype=dtype), Record(format, 512, 64, dtype)
+    cache = record.encode(normal(batch, kv_seq + 50, 576, dtype=dtype, seed=1))
+    assert cache.shape[-1] == 656
+    tokens = record.decode(cache[:, :kv_seq]).double()
+    padding = torch.arange(kv_seq).expand(batch, -1) >= 7
+    for mask in (None, padding):
+        expected = mla_decode_definition(query.double(), tokens, 512, 192**-0.5, mask)
+        mask = None if mask is None else mask.to(DEVICE)
+        with torch.no_grad():
+            there = query.to(DEVICE), cache.to(DEVICE)[:, :kv_seq]
+            actual = mla_decode_records(*there, format, 512, 192**-0.5, mask)
+        assert_near(actual, expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 17, 700])
+def test_quantised_product(rows: int, kind: str, dtype: torch.dtype) -> None:
+    weight, x = quantised(kind, 1000, 1536, dtype=dtype), normal(rows, 1536, dtype=dtype)
+    expected = x.double() @ weight.dense().double().T
+    assert_near(by_codes(x.to(DEVICE), weight.to(DEVICE)), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [6, 3000])
+def test_grouped_product_of_codes(rows: int, kind: str, dtype: torch.dtype) -> None:
+    groups = torch.randint(0, 64, (rows,), generator=torch.Generator().manual_seed(0))
+    ends = torch.bincount(groups, minlength=64).cumsum(0).to(torch.int32)
+    weight, x = quantised(kind, 64, 384, 512, dtype=dtype), normal(rows, 512, dtype=dtype)
+    expected = grouped_product_definition(x.double(), weight.dense().double(), ends)
+    assert_near(by_codes(x.to(DEVICE), weight.to(DEVICE), ends.to(DEVICE)), expected)
 
 
 @every_dtype

@@ -27,6 +27,7 @@ from tests.cuda.place import (
     GPU_FOUND,
     HALF,
     KERNELS,
+    KINDS,
     NOT_FUSED,
     OLD,
     ON_GPU,
@@ -36,6 +37,7 @@ from tests.cuda.place import (
     fused_only,
     gpu_only,
     ops,
+    quantize,
 )
 
 pytestmark = [
@@ -202,6 +204,20 @@ def test_a_step_after_a_long_context(dtype: torch.dtype, with_kernels: bool) -> 
         cached = LatentCache.of(exact, 1, capacity=tokens).append(past.double())
         expected = exact(x.double(), position_ids=place, past_key_value=cached, use_cache=True)[0]
     assert_near(actual, expected.cpu(), dtype)
+
+
+@every_dtype
+@fused_only
+@pytest.mark.parametrize("weights", KINDS)
+def test_a_layer_of_few_bits_by_its_kernels(weights: str, dtype: torch.dtype) -> None:
+    """Against its definitions on the same device, which round every weight to ``dtype`` once more."""
+    layer = quantize(copy.deepcopy(pair("auto sdpa", 1, dtype)[0]), weights, group=32)
+    x = normal(2, SEQ + CHUNK + 3, MIDDLE.hidden_size, seed=1).to(DEVICE, dtype)
+    with torch.no_grad():
+        actual = pieces(layer, x, None)
+        with ops.without(KERNELS):
+            expected = pieces(layer, x, None)
+    assert_near(actual, expected.cpu().double(), dtype, off_at_most=0.0 if dtype == torch.float32 else 0.1)
 
 
 def test_a_model_generates_the_same_tokens() -> None:

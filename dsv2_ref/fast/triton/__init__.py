@@ -12,15 +12,19 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
+from dsv2_ref.fast.products import combine, sort_by_expert
 from dsv2_ref.fast.triton import operators, plan
 from dsv2_ref.fast.triton.plan import INTERPRETED
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
+from dsv2_ref.quantize import QuantizedExperts, QuantizedWeight, quantized_product
+from dsv2_ref.records import QuantizedLatentCache, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary
 
@@ -33,6 +37,8 @@ LARGEST_ROW = 8192  # features of a norm with a gradient: more do not fit the re
 # Up to which the decoding kernel serves: sizes of a cached token, by the shared memory of a multiprocessor; queries of
 # a sequence, as keys that causal order hides are read, too; and sequences, by the second axis of a launch.
 LARGEST_LATENT, LARGEST_ROPE, DECODED_AT_ONCE, MOST_SEQUENCES = 512, 64, 8, 2**16 - 1
+
+MOST_CHOICES = 2**21  # of quantised experts: half of the tiles of 64 rows that a launch's second axis takes
 
 
 @cache
@@ -115,18 +121,24 @@ def _processors(device: torch.device) -> int:
     return plan.gpu_of(device).processors
 
 
-def _not_decoding(
-    query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float, dropout: float = 0.0, **_: Any
-) -> str:
-    (batch, heads, seq, width), latent = query.shape, value.shape[-1]
+def _not_a_step(query: Tensor, latent: int, visible: Visibility, dropout: float) -> str:
+    """Why these are not the few queries of a decoding step that the kernel takes."""
+    batch, _, seq, width = query.shape
     if visible.mask is not None or dropout:
         return "no masks per query and no dropout"
     if latent > LARGEST_LATENT or width - latent > LARGEST_ROPE:
         return f"tokens of {latent} + {width - latent} features do not fit a tile"
-    if reason := alike(query, key):
-        return reason
     if seq > DECODED_AT_ONCE or batch > MOST_SEQUENCES:
         return f"for up to {DECODED_AT_ONCE} queries of {MOST_SEQUENCES} sequences"
+    return ""
+
+
+def _not_decoding(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float, dropout: float = 0.0, **_: Any
+) -> str:
+    (batch, heads, seq, width), latent = query.shape, value.shape[-1]
+    if reason := _not_a_step(query, latent, visible, dropout) or alike(query, key):
+        return reason
     if not plan.decoding_pays(batch, heads, seq, width, latent, _processors(query.device)):
         return f"{batch} · {heads} · {seq} queries suit plain products better, by count"
     return ""
@@ -139,6 +151,84 @@ def _decode(
     query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     return operators.mla_decode(query, key[:, 0], value.shape[-1], scale, visible.padding), None
+
+
+def _not_the_records(
+    query: Tensor, cache: QuantizedLatentCache, visible: Visibility, scale: float, dropout: float = 0.0, **_: Any
+) -> str:
+    (batch, heads, seq, width), record = query.shape, cache.record
+    stored = cache.stored
+    if record.format not in ("fp8", "int8") or record.dtype != query.dtype:
+        return f"no records in {record.format} of {record.dtype} for queries in {query.dtype}"
+    if record.latent % 4 or stored.shape[-1] % 4:
+        return f"records of {record.latent} codes in {stored.shape[-1]} bytes hold no aligned float32"
+    if reason := _not_a_step(query, record.latent, visible, dropout):
+        return reason
+    if query.device != stored.device:
+        return "not all on one GPU"
+    sizes = batch, heads, seq, width, record.latent
+    if not plan.records_pay(*sizes, stored.shape[-1], _processors(query.device)):
+        return f"{batch} · {heads} · {seq} queries suit plain products better, by count"
+    return cannot_run(query.device)
+
+
+@ops.faster(
+    attend_records,
+    "triton decoding of records",
+    where={"implementation": "products"},
+    gradients=False,
+    why_not=_not_the_records,
+    device=DEVICE,
+    dtypes=(torch.float16, torch.bfloat16),  # in float32 a token does not fit the registers
+)
+def _decode_records(
+    query: Tensor, cache: QuantizedLatentCache, visible: Visibility, scale: float, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    record = cache.record
+    padding = visible.padding
+    out = operators.mla_decode_records(query, cache.stored, record.format, record.latent, scale, padding)
+    return out, None
+
+
+def _not_by_codes(rows: Tensor, *weights: QuantizedWeight) -> str:
+    if not rows.is_meta and torch.is_autocast_enabled(rows.device.type):
+        return "torch.autocast chooses the dtype"
+    return alike(rows, *(weight.like for weight in weights))
+
+
+def _not_the_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
+    if weight.codes[place].ndim != 2:
+        return "for one matrix"
+    if rows[..., 0].numel() > plan.MOST_ROWS:
+        return f"more than {plan.MOST_ROWS} rows suit a dense matrix better, by count"
+    return _not_by_codes(rows, weight)
+
+
+@ops.faster(quantized_product, "triton codes", gradients=False, why_not=_not_the_product, **ON_GPU)
+def _quantized_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
+    flat = rows.reshape(-1, rows.shape[-1])
+    out = operators.quantized_product(flat, weight.codes[place], weight.scales[place], weight.group)
+    return out.view(*rows.shape[:-1], -1)
+
+
+def _not_the_experts(experts: QuantizedExperts, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> str:
+    if topk_idx.numel() > MOST_CHOICES:
+        return f"for up to {MOST_CHOICES} choices"
+    return _not_by_codes(hidden_states, experts.gate_up_proj, experts.down_proj)
+
+
+@ops.faster(QuantizedExperts.forward, "triton grouped codes", gradients=False, why_not=_not_the_experts, **ON_GPU)
+def _quantized_experts(
+    experts: QuantizedExperts, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor
+) -> Tensor:
+    """`dsv2_ref.fast.products.grouped_experts` over codes: those of chosen experts alone are read."""
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    order, group_ends, places = sort_by_expert(topk_idx, len(down))
+    rows = hidden_states[order // topk_idx.shape[1]]
+    rows = operators.quantized_product(rows, gate_up.codes, gate_up.scales, gate_up.group, group_ends)
+    gate, up = rows.chunk(2, dim=-1)
+    sorted_out = operators.quantized_product(F.silu(gate) * up, down.codes, down.scales, down.group, group_ends)
+    return combine(sorted_out, places, topk_weight).to(hidden_states.dtype)
 
 
 def _not_the_layer(layer: DeepseekV2DecoderLayer, hidden_states: Tensor, *_: Any, **__: Any) -> str:

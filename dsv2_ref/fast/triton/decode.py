@@ -13,11 +13,13 @@ DeepSeek-V2, section 2.1 and appendix C, for the absorbed form.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsv2_ref.fast.triton import plan
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
+from dsv2_ref.fast.triton.quantized import from_float8
+from dsv2_ref.records import Record
 
 
 # fmt: off
@@ -44,10 +46,11 @@ def attend_tile(
 
 @jit(do_not_specialize=["kv_seq", "p_batch"])  # these grow with every step
 def mla_partial_kernel(
-    query, keys, padding, sums, log_sums,
+    query, latents, scales, ropes, padding, sums, log_sums,
     heads, seq, kv_seq, share_size, latent, rope, scale,
     q_batch, q_head, q_token,  # strides, in elements
-    k_batch, k_token, p_batch, p_token,
+    k_batch, k_token, s_batch, s_token, r_batch, r_token, p_batch, p_token,
+    FORMAT: tl.constexpr, TILE: tl.constexpr,  # of latents: "" as they are, or codes
     HAS_PADDING: tl.constexpr, ONE_SHARE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr,
 ):
@@ -79,10 +82,19 @@ def mla_partial_kernel(
     for first in range(start, tl.minimum(start + share_size, kv_seq), KEYS):
         place = first + tl.arange(0, KEYS)
         here = place < kv_seq
-        k = keys + batch * k_batch + place.to(tl.int64)[:, None] * k_token
-        k_latent = tl.load(k + c[None, :], mask=here[:, None] & in_latent, other=0.0)
-        k = k + latent + r[None, :]
+        at = place.to(tl.int64)[:, None]
+        k = latents + batch * k_batch + at * k_token + c[None, :]
+        k_latent = tl.load(k, mask=here[:, None] & in_latent, other=0)
+        k = ropes + batch * r_batch + at * r_token + r[None, :]
         k_rope = tl.load(k, mask=here[:, None] & in_rope, other=0.0)
+        if FORMAT != "":
+            tile = tl.arange(0, LATENT // TILE)[None, :]
+            k = scales + batch * s_batch + at * s_token + tile
+            in_tile = here[:, None] & (tile * TILE < latent)
+            k_scale = tl.load(k, mask=in_tile, other=0.0)[:, :, None]
+            codes = from_float8(k_latent) if FORMAT == "fp8" else k_latent.to(tl.float32)
+            codes = tl.reshape(codes, (KEYS, LATENT // TILE, TILE)) * k_scale
+            k_latent = tl.reshape(codes, (KEYS, LATENT)).to(q_latent.dtype)
         keep = here[None, :] & (place[None, :] <= kv_seq - seq + token[:, None])
         if HAS_PADDING:
             flag = padding + batch * p_batch + place.to(tl.int64) * p_token
@@ -145,10 +157,54 @@ def mla_decode_launch(
 ) -> Float[Tensor, "batch heads seq latent"]:
     """`attend` to one key for all heads, causal from the bottom right, in the kernels; with ``splits`` shares of the
     keys, or as many as fill the GPU."""
-    batch, heads, seq, width = query.shape
-    kv_seq, rows, rope = tokens.shape[1], heads * seq, width - latent
-    query = query if query.stride(-1) == 1 else query.contiguous()
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+    latents, ropes = tokens[..., :latent], tokens[..., latent:]
+    return _launch(query, "", latents, latents, ropes, scale, padding, splits)
+
+
+def mla_records_launch(
+    query: Float[Tensor, "batch heads seq width"],
+    records: Int[Tensor, "batch kv_seq bytes"],
+    record: Record,
+    scale: float,
+    padding: Bool[Tensor, "batch kv_seq"] | None = None,
+    splits: int | None = None,
+) -> Float[Tensor, "batch heads seq latent"]:
+    """The same attention to what records of bytes stand for, which the kernel computes on the way: each key is read as
+    codes and never written as anything else. For `float_views`."""
+    latents, scales, ropes = float_views(records, record)
+    return _launch(query, record.format, latents, scales, ropes, scale, padding, splits, record.tile)
+
+
+def float_views(
+    records: Int[Tensor, "batch kv_seq bytes"], record: Record
+) -> tuple[Tensor, Float[Tensor, "batch kv_seq tiles"], Float[Tensor, "batch kv_seq rope"]]:
+    """Views of the codes, scales and rotated keys of records, each in its dtype, float8 as bytes (`from_float8`)."""
+    codes, scales, _ = record.parts
+    by_scale, by_feature = records.view(torch.float32), records.view(record.dtype)
+    first = (codes + scales) // record.dtype.itemsize
+    codes_dtype = torch.uint8 if record.format == "fp8" else torch.int8
+    return (
+        records[..., :codes].view(codes_dtype),
+        by_scale[..., codes // 4 : (codes + scales) // 4],
+        by_feature[..., first:],
+    )
+
+
+def _launch(
+    query: Tensor,
+    format: str,
+    latents: Tensor,
+    scales: Tensor,
+    ropes: Tensor,
+    scale: float,
+    padding: Tensor | None,
+    splits: int | None,
+    tile: int = 1,
+) -> Tensor:
+    batch, heads, seq, _ = query.shape
+    kv_seq, latent, rope, rows = latents.shape[1], latents.shape[2], ropes.shape[2], heads * seq
+    query = query if query.stride(-1) == 1 else query.contiguous()
     out = torch.empty(batch, heads, seq, latent, dtype=query.dtype, device=query.device)
     if not out.numel():
         return out
@@ -156,7 +212,8 @@ def mla_decode_launch(
     gpu, itemsize, row_blocks = plan.gpu_of(query.device), query.element_size(), -(-rows // plan.BLOCK_ROWS)
     keys = plan.keys_at_once(itemsize, gpu.shared)
     if splits is None:
-        slots = gpu.processors * plan.blocks_at_once(keys, wide + narrow, itemsize, gpu.shared)
+        at_once = 1 if format else plan.blocks_at_once(keys, wide + narrow, itemsize, gpu.shared)
+        slots = gpu.processors * at_once
         splits, size = plan.split_keys(kv_seq, batch * row_blocks, slots, keys)
     else:
         size = max(1, -(-kv_seq // (splits * keys))) * keys
@@ -167,10 +224,11 @@ def mla_decode_launch(
     mask = query if padding is None else padding.to(torch.uint8)
     with torch.cuda.device_of(query):
         mla_partial_kernel[(row_blocks, batch, splits)](
-            query, tokens, mask, sums, log_sums, heads, seq, kv_seq, size, latent, rope, scale,
-            *query.stride()[:3], *tokens.stride()[:2], *mask.stride()[:2],
-            HAS_PADDING=padding is not None, ONE_SHARE=splits == 1,
-            ROWS=plan.BLOCK_ROWS, KEYS=keys, LATENT=wide, ROPE=narrow, num_warps=4, num_stages=plan.STAGES,
+            query, latents, scales, ropes, mask, sums, log_sums, heads, seq, kv_seq, size, latent, rope, scale,
+            *query.stride()[:3], *latents.stride()[:2], *scales.stride()[:2], *ropes.stride()[:2], *mask.stride()[:2],
+            FORMAT=format, TILE=wide if tile == latent else tile, HAS_PADDING=padding is not None, ONE_SHARE=splits == 1,
+            ROWS=plan.BLOCK_ROWS, KEYS=keys, LATENT=wide, ROPE=narrow,
+            num_warps=plan.RECORD_WARPS if format else 4, num_stages=plan.STAGES,
         )  # fmt: skip
         if splits > 1:
             columns = min(128, wide)

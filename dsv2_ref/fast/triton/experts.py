@@ -1,7 +1,7 @@
 """Products of consecutive groups of rows, each with a matrix of its own, in one launch that never asks for the sizes.
 
 A program finds its group and rows from ``group_ends`` on the device. As many programs start as the groups could need at
-most, ⌈rows / ROWS⌉ + groups times the column blocks; those left over end at once. Only matrices of groups with rows are
+most, ⌈rows / ROWS⌉ + groups or one for each row, times the column blocks; those left over end at once. Only matrices of groups with rows are
 read. A loop in PyTorch needs the sizes on the host first, which makes the host wait for the device.
 
 Source: the mapping from programs to groups of MegaBlocks (Gale et al., 2022), with tiles instead of padding.
@@ -18,27 +18,32 @@ MOST_TILES = 2**16 - 1  # of a launch's second axis (CUDA C++ Programming Guide,
 
 
 @jit
-def grouped_product_kernel(
-    rows, weights, group_ends, out, groups, outputs, inputs,
-    row_stride, weight_group, weight_output, weight_input,  # strides, in elements
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
-):  # fmt: skip
-    """A program: ROWS rows of one group by COLUMNS outputs."""
-    tile = tl.program_id(1)
+def rows_of_tile(tile, group_ends, groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """A tile's group, its first row and the end of the group's rows; no rows for a tile that is left over."""
     group = tl.arange(0, GROUPS)
     ends = tl.load(group_ends + group, mask=group < groups, other=0)
     starts = tl.load(group_ends + group - 1, mask=(group > 0) & (group < groups), other=0)
     tiles = (ends - starts + ROWS - 1) // ROWS
     tiles = tl.where(group < groups, tiles, 0)
     tile_ends = tl.cumsum(tiles, 0)
-    if tile < tl.sum(tiles, 0):
-        mine = tl.sum((tile_ends <= tile).to(tl.int32), 0)
-        chosen = group == mine
-        start = tl.sum(tl.where(chosen, starts, 0), 0)
-        end = tl.sum(tl.where(chosen, ends, 0), 0)
-        first_tile = tl.sum(tl.where(chosen, tile_ends - tiles, 0), 0)
+    mine = tl.sum((tile_ends <= tile).to(tl.int32), 0)  # GROUPS, which is no group, if left over
+    chosen = group == mine
+    start = tl.sum(tl.where(chosen, starts, 0), 0)
+    end = tl.sum(tl.where(chosen, ends, 0), 0)
+    first_tile = tl.sum(tl.where(chosen, tile_ends - tiles, 0), 0)
+    return mine, start + (tile - first_tile) * ROWS, end
 
-        row = (start + (tile - first_tile) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+
+@jit
+def grouped_product_kernel(
+    rows, weights, group_ends, out, groups, outputs, inputs,
+    row_stride, weight_group, weight_output, weight_input,  # strides, in elements
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS rows of one group by COLUMNS outputs."""
+    mine, first_row, end = rows_of_tile(tl.program_id(1), group_ends, groups, GROUPS, ROWS)
+    if first_row < end:
+        row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         weight = weights + mine.to(tl.int64) * weight_group
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -71,7 +76,7 @@ def tile_sizes(rows: int, groups: int, itemsize: int) -> tuple[int, int, int]:
 def most_tiles(rows: int, groups: int, itemsize: int) -> int:
     """Tiles of rows that the groups could need at most."""
     tall, _, _ = tile_sizes(rows, groups, itemsize)
-    return -(-rows // tall) + groups
+    return min(rows, -(-rows // tall) + groups)
 
 
 def should_serve(rows: Float[Tensor, "rows inputs"], weights: Float[Tensor, "groups outputs inputs"]) -> bool:

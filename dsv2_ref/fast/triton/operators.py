@@ -1,5 +1,5 @@
 """The kernels as operators of torch (``dsv2_ref::…``): with shapes for the compiler, and gradients. Their meaning is
-the core's: `DeepseekV2RMSNorm`, `rotate_interleaved`, `attend`.
+the core's: `DeepseekV2RMSNorm`, `rotate_interleaved`, `attend`, `attend_records`, `quantized_product`.
 
 The kernels' modules are imported when an operator first runs, so that importing the package never imports Triton.
 """
@@ -7,10 +7,11 @@ The kernels' modules are imported when an operator first runs, so that importing
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dsv2_ref.fast.products import as_operator
+from dsv2_ref.records import Record
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -94,6 +95,27 @@ def _mla_decode(query: Tensor, tokens: Tensor, latent: int, scale: float, paddin
     return mla_decode_launch(query, tokens, latent, scale, padding)
 
 
+@as_operator(lambda query, records, format, latent, *_: query.new_empty(*query.shape[:3], latent), _no_gradients)
+def _mla_decode_records(
+    query: Tensor, records: Tensor, format: str, latent: int, scale: float, padding: Tensor | None
+) -> Tensor:
+    from dsv2_ref.fast.triton.decode import mla_records_launch
+
+    record = Record(format, latent, query.shape[-1] - latent, query.dtype)
+    return mla_records_launch(query, records, record, scale, padding)
+
+
+def _no_gradients_of_products(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError("quantized_product gives no gradients; run under torch.no_grad, or within ops.plain()")
+
+
+@as_operator(lambda rows, codes, *_: rows.new_empty(rows.shape[0], codes.shape[-2]), _no_gradients_of_products)
+def _quantized_product(rows: Tensor, codes: Tensor, scales: Tensor, shared: int, group_ends: Tensor | None) -> Tensor:
+    from dsv2_ref.fast.triton.quantized import quantized_product_launch
+
+    return quantized_product_launch(rows, codes, scales, shared, group_ends)
+
+
 def rms_norm(
     x: Float[Tensor, "*batch hidden"], weight: Float[Tensor, "hidden"], eps: float
 ) -> Float[Tensor, "*batch hidden"]:
@@ -143,3 +165,35 @@ def mla_decode(
         RuntimeError: when a gradient is asked for.
     """
     return _mla_decode(query, tokens, latent, scale, padding)
+
+
+def mla_decode_records(
+    query: Float[Tensor, "batch heads seq width"],
+    records: Int[Tensor, "batch kv_seq bytes"],
+    format: str,
+    latent: int,
+    scale: float,
+    padding: Bool[Tensor, "batch kv_seq"] | None = None,
+) -> Float[Tensor, "batch heads seq latent"]:
+    """`mla_decode` over the records of a `QuantizedLatentCache` of the dtype of the query, in ``fp8`` or ``int8``.
+
+    Raises:
+        RuntimeError: when a gradient is asked for.
+    """
+    return _mla_decode_records(query, records, format, latent, scale, padding)
+
+
+def quantized_product(
+    rows: Float[Tensor, "rows inputs"],
+    codes: Shaped[Tensor, "*groups outputs stored"],
+    scales: Float[Tensor, "*groups row_blocks column_blocks"],
+    shared: int,
+    group_ends: Int[Tensor, "groups"] | None = None,
+) -> Float[Tensor, "rows outputs"]:
+    """``rows @ weight.T`` for the codes and scales of a `QuantizedWeight`, of which ``shared`` neighbours in a row have
+    one scale; with ``group_ends``, of a stack of them for consecutive groups of rows.
+
+    Raises:
+        RuntimeError: when a gradient is asked for.
+    """
+    return _quantized_product(rows, codes, scales, shared, group_ends)

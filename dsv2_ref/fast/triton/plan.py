@@ -17,7 +17,13 @@ chained products wrongly on sm_100 (triton issue 10821)."""
 
 STAGES = 2  # of the pipeline: one tile of keys is in use while the next is on its way
 MAX_SHARES = 128  # of the keys: about one for each multiprocessor, so that adding them stays cheap
+RECORD_WARPS = 8  # of a block that reads records: with four, their values would not fit the registers beside the sums
 START_TILES = 4  # that a share costs besides its keys: its queries, the first tile's latency, its float32 result
+
+MOST_ROWS = 512
+"""Rows up to which a quantised product runs in its kernel. It computes each weight anew for every tile of rows; written
+once as a dense matrix, 4 bytes pass memory per weight. At half the rate of torch's products and an H100's, 300 of 600
+TFLOP/s and 3 TB/s, the kernel loses as much time as that takes at some 400 rows, by count."""
 
 FLOPS_PER_CYCLE, BYTES_PER_CYCLE = 2458, 14.5
 """For each multiprocessor of an H100, 60 % of its tensor cores' peak, and its share of the memory's bandwidth."""
@@ -109,3 +115,16 @@ def decoding_pays(batch: int, heads: int, seq: int, width: int, latent: int, pro
     """
     sizes = batch, heads * seq, width, latent, processors
     return kernel_cycles(*sizes) <= plain_cycles(*sizes)
+
+
+CONVERSION = 6  # instructions that make a value of a code: two masks, two shifts and an "or" of bits, or so, a product
+
+
+def records_pay(batch: int, heads: int, seq: int, width: int, latent: int, record: int, processors: int) -> bool:
+    """`decoding_pays` for a cache of records of so many bytes: every block of queries makes values of the codes, 128
+    instructions per cycle; before plain products they are written to memory, and read from there."""
+    sizes = batch, heads * seq, width, latent, processors
+    blocks = batch * -(-heads * seq // BLOCK_ROWS)
+    converting = blocks * CONVERSION * latent / 128 / processors
+    writing = batch * (record + 2 * width) / BYTES_PER_CYCLE / processors
+    return kernel_cycles(*sizes) + converting <= plain_cycles(*sizes) + writing

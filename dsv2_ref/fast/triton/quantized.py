@@ -1,0 +1,135 @@
+"""Products with weights of few bits, which are never written as anything else: a program reads codes and scales, makes
+its tile of the matrix in registers, and adds up in float32.
+
+Codes are exact in float16 and bfloat16 and are multiplied as they are; a scale multiplies the sum over the inputs that
+share it, so no weight is rounded a second time. The grouped form finds the rows of a group as
+`dsv2_ref.fast.triton.experts` does, and reads the codes of groups with rows alone.
+
+Source: the definition, `dsv2_ref.quantize.quantized_product`; blocks of DeepSeek-V3 (2024), section 3.3.2.
+"""
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from dsv2_ref.fast.triton.experts import rows_of_tile
+from dsv2_ref.fast.triton.language import jit, power_of_two, tl
+from dsv2_ref.quantize import FP8_BLOCK
+
+
+@jit
+def from_float8(code):
+    """What bytes stand for as float8_e4m3fn (s eeee mmm), exactly, as float32.
+
+    By bits, as every GPU can: Triton has no conversion from float8_e4m3fn before sm_89 (an A100 is sm_80). Moved to
+    float16's places (s eeeee mmm…), the exponent is too small by the difference of both biases, 15 - 7, in subnormals
+    as well. NaN (s 1111 111), which `to_codes` never gives, becomes 480.
+    """
+    code = code.to(tl.uint16)
+    half = ((code & 128) << 8) | ((code & 127) << 7)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@jit
+def quantized_product_kernel(
+    rows, codes, scales, group_ends, out, row_count, groups, outputs, inputs,
+    shared,  # inputs that share a scale
+    row_stride, codes_group, codes_output, scales_group, scales_output,  # strides, in elements
+    KIND: tl.constexpr, GROUPED: tl.constexpr, SCALE_OUTPUTS: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS rows of one group by COLUMNS outputs; INPUTS at a time, which share a scale."""
+    if GROUPED:
+        mine, first_row, end = rows_of_tile(tl.program_id(1), group_ends, groups, GROUPS, ROWS)
+    else:
+        mine, first_row, end = 0, tl.program_id(1) * ROWS, row_count
+    if first_row < end:
+        row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        real_row, real_column = (row < end)[:, None], column < outputs
+        group = tl.cast(mine, tl.int64)
+        code = codes + group * codes_group + column[:, None].to(tl.int64) * codes_output
+        scale = scales + group * scales_group + (column // SCALE_OUTPUTS) * scales_output
+        x = rows + row[:, None] * row_stride
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        pieces = tl.cdiv(shared, INPUTS)  # of the inputs that share a scale
+        for step in range(0, tl.cdiv(inputs, shared) * pieces):
+            share = step // pieces
+            start, size = share * shared, (step % pieces) * INPUTS
+            i = size + tl.arange(0, INPUTS)
+            here = (i < shared) & (start + i < inputs)
+            left = tl.load(x + (start + i)[None, :], mask=real_row & here[None, :], other=0.0)
+            if KIND == "int4":  # a byte holds two, and their scale is the same
+                b = size // 2 + tl.arange(0, INPUTS // 2)
+                mask = real_column[:, None] & (2 * b < shared)[None, :]
+                byte = tl.load(code + (start // 2 + b)[None, :], mask=mask, other=0)
+                pair = tl.join((byte & 15).to(tl.int8) - 8, (byte >> 4).to(tl.int8) - 8)
+                right = tl.reshape(pair, (COLUMNS, INPUTS)).to(left.dtype)
+            else:
+                mask = real_column[:, None] & here[None, :]
+                byte = tl.load(code + (start + i)[None, :], mask=mask, other=0)
+                right = from_float8(byte).to(left.dtype) if KIND == "fp8" else byte.to(left.dtype)
+            if KIND == "int8":  # one scale for all inputs
+                acc = tl.dot(left, tl.trans(right), acc, input_precision="ieee")
+            else:
+                factor = tl.load(scale + share, mask=real_column, other=0.0).to(tl.float32)
+                acc += tl.dot(left, tl.trans(right), input_precision="ieee") * factor[None, :]
+        if KIND == "int8":
+            acc *= tl.load(scale, mask=real_column, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            out + row[:, None] * outputs + column[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=real_row & real_column[None, :],
+        )
+
+
+KINDS = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
+"""What a weight's codes are, by their dtype."""
+
+
+def tile_sizes(rows: int, groups: int, itemsize: int, shared: int) -> tuple[int, int, int]:
+    """ROWS, COLUMNS and INPUTS of a tile. With few rows to a group, as in decoding, narrow tiles make programs enough to
+    read with the whole GPU, each many bytes of a row at a time. No tile has inputs of two scales."""
+    tall, wide, deep = (64, 128, 64) if rows > 32 * groups else (16, 32, 128)
+    wide, deep = (min(wide, 64), deep // 2) if itemsize == 4 else (wide, deep)
+    return tall, wide, max(16, min(deep, power_of_two(shared)))
+
+
+def options(tall: int) -> dict[str, int]:
+    """Warps and stages of a launch with ``tall`` rows to a tile: more warps for more sums, so that none is spilled, and
+    more stages for few rows, whose loads take longer than their products."""
+    return {"num_warps": 4, "num_stages": 4} if tall == 16 else {"num_warps": 8, "num_stages": 3}
+
+
+def most_tiles(rows: int, groups: int, tall: int) -> int:
+    """Tiles of ``tall`` rows that the groups could need at most."""
+    return min(rows, -(-rows // tall) + groups)
+
+
+def quantized_product_launch(
+    rows: Float[Tensor, "rows inputs"],
+    codes: Shaped[Tensor, "*groups outputs stored"],
+    scales: Float[Tensor, "*groups row_blocks column_blocks"],
+    shared: int,
+    group_ends: Int[Tensor, "groups"] | None = None,
+) -> Float[Tensor, "rows outputs"]:
+    """`quantized_product` in the kernel, for codes and scales of a `QuantizedWeight` of which ``shared`` neighbours in a
+    row have one scale; with ``group_ends``, of a stack of them for consecutive groups of rows, as in
+    `dsv2_ref.fast.products.grouped_product`."""
+    kind, outputs, inputs = KINDS[codes.dtype], codes.shape[-2], rows.shape[-1]
+    codes = codes.view(torch.uint8) if kind == "fp8" else codes  # Triton does not know it on every GPU
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    codes, scales = codes.contiguous(), scales.contiguous()
+    grouped = group_ends is not None
+    groups = len(group_ends) if group_ends is not None else 1
+    out = torch.empty(len(rows), outputs, dtype=rows.dtype, device=rows.device)
+    if out.numel():
+        tall, wide, deep = tile_sizes(len(rows), groups, rows.element_size(), shared)
+        with torch.cuda.device_of(rows):
+            quantized_product_kernel[(-(-outputs // wide), most_tiles(len(rows), groups, tall))](
+                rows, codes, scales, group_ends if grouped else rows, out, len(rows), groups, outputs, inputs,
+                shared, rows.stride(0), codes.stride(0), codes.stride(-2), scales.stride(0), scales.stride(-2),
+                KIND=kind, GROUPED=grouped, SCALE_OUTPUTS=FP8_BLOCK if kind == "fp8" else 1,
+                GROUPS=power_of_two(groups), ROWS=tall, COLUMNS=wide, INPUTS=deep, **options(tall),
+            )  # fmt: skip
+    return out
