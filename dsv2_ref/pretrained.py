@@ -299,8 +299,8 @@ class PretrainedLayer:
             mla_form: as ``mla_form`` of `DeepseekV2Config`.
             revision: a branch, tag or commit on the Hub.
             token: for what is not public: on the Hub, or sent with the requests to an address.
-            weights: quantise each tensor as it is read, as `quantize` does: ``int8``, ``int4`` or ``fp8``; a float8
-                checkpoint keeps its codes and scales in the last. None does not.
+            weights: quantise each tensor as it is read, as `dsv2_ref.quantize.quantize` does, to ``int8``, ``int4`` or
+                ``fp8``; a float8 checkpoint keeps its codes and scales in the last. None does not.
             group: weights of a row that share a scale, for ``int4``.
 
         Raises:
@@ -377,7 +377,7 @@ class PretrainedModel:
 
         Args:
             config: hyperparameters.
-            weights: ``int8``, ``int4`` or ``fp8``, as `quantize` makes them; None for weights of ``dtype``.
+            weights: ``int8``, ``int4`` or ``fp8``, by `dsv2_ref.quantize.quantize`; None for weights of ``dtype``.
             group: weights of a row that share a scale, for ``int4``.
             dtype: None is torch's default.
             device: None is the CPU.
