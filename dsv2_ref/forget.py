@@ -19,8 +19,8 @@ Cache = TypeVar("Cache", bound=LayerCache)
 
 
 def window(cache: Cache, sinks: int, last: int) -> Cache:
-    """The cache with the first ``sinks`` and the ``last`` tokens; itself while there are
-    no more.
+    """The cache with the first ``sinks`` and the ``last`` tokens, or itself while there
+    are no more.
 
     The next query sees these and its own token: `window_mask` with ``last + 1``.
 

@@ -40,6 +40,18 @@ class LightningIndexer(nn.Module):
         past: Float[Tensor, "batch past width"] | None = None,
     ) -> tuple[Int[Tensor, "batch seq top_k"], Float[Tensor, "batch kv width"]]:
         """The chosen tokens of each query, best first, and the keys to cache."""
+        scores, k = self.scores(hidden_states, q_latent, cos, sin, past)
+        return scores.topk(min(self.top_k, k.shape[1]), dim=-1).indices, k
+
+    def scores(
+        self,
+        hidden_states: Float[Tensor, "batch seq hidden"],
+        q_latent: Float[Tensor, "batch seq q_latent"],
+        cos: Float[Tensor, "#batch seq pairs"],
+        sin: Float[Tensor, "#batch seq pairs"],
+        past: Float[Tensor, "batch past width"] | None = None,
+    ) -> tuple[Float[Tensor, "batch seq kv"], Float[Tensor, "batch kv width"]]:
+        """How much each query wants each token, and the keys to cache."""
         q = self.wq_b(q_latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q = rotate_first(q, cos[:, None], sin[:, None])  # (B, H, S, d)
         k = rotate_first(self.k_norm(self.wk(hidden_states)), cos, sin)
@@ -50,8 +62,7 @@ class LightningIndexer(nn.Module):
 
         S, K = scores.shape[1:]
         future = torch.ones(S, K, device=k.device).triu(K - S + 1).bool()
-        scores = scores.masked_fill(future, -torch.inf)
-        return scores.topk(min(self.top_k, K), dim=-1).indices, k
+        return scores.masked_fill(future, -torch.inf), k
 
 
 def rotate_first(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv2_ref import DeepseekV2ForCausalLM, DeepseekV2MoE, rope
+from dsv2_ref.forget import window_mask
 from experiments import router
 from experiments.trained import bits, probabilities, trained
 
@@ -187,6 +188,15 @@ def positions(late: int | None, shift: int) -> Callable[[Model], None]:
     return lambda model: given(model, position_ids=made)
 
 
+def rows_for_positions(model: Model) -> None:
+    """Keep 15 rows after each byte, and take their number for the next position: it stays 15."""
+    given(
+        model,
+        attention_mask=lambda S: window_mask(S, S, sinks=0, last=16),
+        position_ids=lambda S: torch.arange(S)[None].clamp(max=15),
+    )
+
+
 def half_split(_: Model) -> AbstractContextManager[Any]:
     """Rotate pairs of halves, not of neighbours."""
     return patch.object(rope, "rotate_interleaved", rope.rotate_half_split)
@@ -202,6 +212,7 @@ BUGS = [
     Bug("all positions 0", "rope", lambda m: given(m, position_ids=lambda S: torch.zeros(1, S).long())),
     Bug("rope part of the score lost", "mla", lambda m: attentions(m, no_rope_key)),
     Bug("residual saved after the norm", "prenorm", residual_after_the_norm),
+    Bug("in a window of 16, positions counted by its rows", "sparse", rows_for_positions),
     Bug("routed experts silent", "experts", setting(routed_scaling_factor=0.0)),
     Bug("final norm forgotten", "prenorm", identity_at("model", "norm")),
     Bug("shared expert left out", "experts", lambda m: experts(m, no_shared_expert)),

@@ -16,6 +16,7 @@ EXPECTED = {  # bits per byte and P(5): planted once more by other means, in the
     "all positions 0": (5.26, 0.28),
     "rope part": (5.14, 0.05),
     "residual": (5.00, 0.00),
+    "window of 16": (4.94, 0.56),  # the prompt of the 5 fits in the window
     "silent": (3.71, 0.06),
     "final norm": (3.02, 0.17),
     "shared expert": (2.99, 0.01),

@@ -18,16 +18,18 @@ from dsv2_ref.plots.rmsnorm import circle_of_tokens, growth_through_layers, runn
 from dsv2_ref.plots.rooflines import roofline, step_times
 from dsv2_ref.plots.rope import bits_by_length, clocks, quarter_turns, scores_by_distance, stretch_by_pair
 from dsv2_ref.plots.source import show
+from dsv2_ref.plots.sparse import hidden_by, kept_and_read, lost_by_budget
 from dsv2_ref.plots.style import add_curves, new_axes
 from dsv2_ref.plots.weights import bytes_to_scale
 
 __all__ = [
     "add_curves", "attention_by_hand", "bits_by_length", "bits_lost", "by_layer", "bytes_moved", "bytes_to_scale",
     "cached_elements", "cached_per_token", "circle_of_tokens", "claimed_over_computed", "clocks", "crossover",
-    "decode_plan", "ends_by_rate", "expert_loads", "growth_through_layers", "latent_flow", "layer_changes",
-    "layer_kinds", "load_maps", "load_over_steps", "low_rank", "memory_passes", "moved_bracket", "narrow_networks",
-    "new_axes", "norm_places", "number_lines", "quarter_turns", "queries_by_distance", "records_to_scale", "roofline",
-    "routing_map", "running_sums", "scores_by_distance", "shares", "show", "sorted_choices", "step_times",
-    "stored_and_used", "stream_spiral", "stretch_by_pair", "three_counts", "three_ways", "training_curves",
-    "truncation_errors", "two_layers", "up_maps", "waves", "weights_to_scale", "what_heads_read",
+    "decode_plan", "ends_by_rate", "expert_loads", "growth_through_layers", "hidden_by", "kept_and_read",
+    "latent_flow", "layer_changes", "layer_kinds", "load_maps", "load_over_steps", "lost_by_budget", "low_rank",
+    "memory_passes", "moved_bracket", "narrow_networks", "new_axes", "norm_places", "number_lines",
+    "quarter_turns", "queries_by_distance", "records_to_scale", "roofline", "routing_map", "running_sums",
+    "scores_by_distance", "shares", "show", "sorted_choices", "step_times", "stored_and_used", "stream_spiral",
+    "stretch_by_pair", "three_counts", "three_ways", "training_curves", "truncation_errors", "two_layers",
+    "up_maps", "waves", "weights_to_scale", "what_heads_read",
 ]  # fmt: skip

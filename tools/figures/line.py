@@ -2,12 +2,11 @@
 
     python -m tools.figures.line        writes book/_static/figures/line-data.js
 
-Weights and probabilities are stored in hundredths, one byte each, because that is what the figure shows.
+Weights and probabilities are stored in hundredths, one character each, because that is what the figure shows.
 """
 
 import html
 import json
-from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 DATA = Path(__file__).resolve().parents[2] / "book" / "_static" / "figures" / "line-data.js"
 SCRIPTS = ("line-data",)
+POLICIES, BUDGETS = ("window", "best, shared by heads", "best, per head"), ("4", "8", "16")
 TOP = 3
 STATES = [(13, 2, 3), (13, 3, 0), (13, 3, 3), (13, 1, 2), (4, 0, 0)]
 
@@ -45,7 +45,13 @@ def walked() -> dict[str, Tensor]:
 
 
 def _packed(shares: Tensor) -> str:
-    return b64encode(bytes((100 * shares).round().int().flatten().tolist())).decode()
+    """Hundredths as characters from ``#`` on; the code of the few above 91 is larger, because 127 is no letter."""
+    hundredths = (100 * shares).round().int().flatten().tolist()
+    return "".join(chr(share + (35 if share < 92 else 72)) for share in hundredths)
+
+
+def _unpacked(packed: str) -> list[int]:
+    return [ord(character) - (35 if ord(character) < 127 else 72) for character in packed]
 
 
 def script() -> str:
@@ -61,15 +67,42 @@ def script() -> str:
         "weights": _packed(found["weights"]),
         "next": bytes(found["next"].flatten().tolist()).decode("ascii"),
         "probabilities": _packed(found["probabilities"]),
+        "lost": lost(),
     }
-    return f'// Made by tools/figures/line.py; numbers are in hundredths.\n"use strict";\n\nconst lineData = {json.dumps(data, indent=2)};\n'
+    written = json.dumps(data, indent=1, ensure_ascii=False)
+    return (
+        f'// Made by tools/figures/line.py; numbers are in hundredths.\n"use strict";\n\nconst lineData = {written};\n'
+    )
+
+
+def lost() -> dict[str, str]:
+    """Bits per byte that each policy of the menu loses in all layers, for each number of tokens read."""
+    from experiments.forgetting import stored as measured
+
+    bits = measured()["bits"]
+    return {
+        name: " ".join(f"{bits[name][budget] - bits['everything']['128']:.2f}" for budget in BUDGETS)
+        for name in POLICIES
+    }
+
+
+def kept(rows: list[list[int]], policy: str, budget: int, head: int) -> list[float]:
+    """What a policy leaves of a query's weights in one head, in hundredths with sum 100, given those of all heads.
+
+    Of equal weights the newer is kept. None is left where all kept weights round to 0.
+    """
+    size = len(rows[0])
+    rank = {"window": range(size), "best, shared by heads": [sum(column) for column in zip(*rows, strict=True)]}
+    order = sorted(range(size), key=lambda at: (-rank.get(policy, rows[head])[at], -at))[:budget]
+    total = sum(rows[head][at] for at in order)
+    return [100 * rows[head][at] / total if at in order and total else 0.0 for at in range(size)]
 
 
 def stored() -> dict[str, Any]:
     """The stored data by name: the text, and nested lists in the order of `walked`, the attention of past keys only."""
-    data = json.loads(DATA.read_text().partition("lineData = ")[2].rstrip(";\n"))
-    text, seen = data["text"], iter(b64decode(data["attention"]))
-    heads = len(b64decode(data["attention"])) // (len(text) * (len(text) + 1) // 2) // 4
+    data = json.loads(DATA.read_text(encoding="utf-8").partition("lineData = ")[2].rstrip(";\n"))
+    text, seen = data["text"], iter(_unpacked(data["attention"]))
+    heads = len(data["attention"]) // (len(text) * (len(text) + 1) // 2) // 4
     attention = [
         [[[next(seen) for _ in range(t + 1)] for t in range(len(text))] for _ in range(heads)] for _ in range(4)
     ]
@@ -82,9 +115,9 @@ def stored() -> dict[str, Any]:
         "text": text,
         "attention": attention,
         "experts": by_token([int(expert, 16) for expert in data["experts"]]),
-        "weights": by_token(b64decode(data["weights"])),
+        "weights": by_token(_unpacked(data["weights"])),
         "next": by_token(data["next"])[0],
-        "probabilities": by_token(b64decode(data["probabilities"]))[0],
+        "probabilities": by_token(_unpacked(data["probabilities"]))[0],
     }
 
 
@@ -114,4 +147,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    DATA.write_text(script())
+    DATA.write_text(script(), encoding="utf-8")

@@ -3,8 +3,8 @@
 
 const lineFigure = {
   // The data of line-data.js, unpacked: numbers are in hundredths.
-  read({ text, attention, experts, weights, next, probabilities }) {
-    const bytes = (packed) => Array.from(atob(packed), (character) => character.charCodeAt(0));
+  read({ text, attention, experts, weights, next, probabilities, lost }) {
+    const bytes = (packed) => Array.from(packed, (c) => c.charCodeAt(0) - (c < "\x7f" ? 35 : 72));
     const past = (text.length * (text.length + 1)) / 2;
     const seen = bytes(attention);
     const weight = bytes(weights);
@@ -13,6 +13,7 @@ const lineFigure = {
     const threes = (make) => [0, 1, 2].map(make);
     return {
       text,
+      lost,
       attention: (layer, head, token) => seen.slice((layer * heads + head) * past + (token * (token + 1)) / 2).slice(0, token + 1),
       experts(layer, token) {
         const from = 3 * ((layer - 1) * text.length + token);
@@ -22,18 +23,33 @@ const lineFigure = {
     };
   },
 
+  // What a policy leaves of a row, and how much that was; of equal weights the newer is kept.
+  kept(data, { policy, budget, token, layer, head }) {
+    const seen = data.attention(layer, head, token);
+    const heads = [0, 1, 2, 3].map((each) => data.attention(layer, each, token));
+    const rank = {
+      window: (at) => at,
+      "best, shared by heads": (at) => heads.reduce((sum, row) => sum + row[at], 0),
+      "best, per head": (at) => seen[at],
+    }[policy];
+    if (!rank) return { seen };
+    const order = seen.map((_, at) => at).sort((a, b) => rank(b) - rank(a) || b - a).slice(0, budget);
+    const sum = order.reduce((all, at) => all + seen[at], 0);
+    return { sum, order, seen: seen.map((weight, at) => (order.includes(at) && sum ? (100 * weight) / sum : 0)) };
+  },
+
   shown: (character) => ({ "\n": "⏎", " ": "␣" })[character] ?? character,
   said: (character) => ({ "\n": "the line end", " ": "a space" })[character] ?? `“${character}”`,
   decimals: (hundredths) => (hundredths / 100).toFixed(2),
 
   // The whole line, a bar over each byte that the token may read, and an arrow under the token.
-  strip(text, seen, token, label) {
+  strip(text, seen, token, label, order) {
     const { element } = figures;
     const wide = 20;
     const svg = element("svg", { viewBox: `0 0 ${wide * text.length} 112`, role: "img", "aria-label": label, class: "figure-strip" });
     for (const [at, character] of Array.from(text).entries()) {
       const middle = wide * (at + 0.5);
-      const masked = at > token;
+      const masked = at > token || (order && !order.includes(at));
       const high = masked ? 0 : Math.max(1, (64 * seen[at]) / 100);
       if (!masked) svg.append(element("rect", { x: middle - 8, y: 70 - high, width: 16, height: high }));
       const letter = { x: middle, y: 88, class: masked ? "masked" : at === token ? "current" : "" };
@@ -45,9 +61,10 @@ const lineFigure = {
     return svg;
   },
 
-  draw(data, { token, layer, head }) {
+  draw(data, state) {
+    const { token, layer, head, policy, budget } = state;
     const { shown, said, decimals } = lineFigure;
-    const seen = data.attention(layer, head, token);
+    const { seen, sum, order: left } = lineFigure.kept(data, state);
     const order = seen.map((weight, at) => ({ weight, at })).sort((a, b) => b.weight - a.weight);
     const name = (at) => `${shown(data.text[at])} at ${at}`;
     const bar = (label, value, kind) => ({ label, value, text: decimals(value), kind });
@@ -57,6 +74,7 @@ const lineFigure = {
     const who = `${said(data.text[token])} at position ${token}`;
     const read = `In layer ${layer}, head ${head}, ${who} reads ${said(data.text[most.at])} at ${most.at} most, with weight ${decimals(most.weight)}.`;
     const chosen = experts.length ? `Its experts there are ${experts.map(({ expert }) => expert).join(", ")}.` : "Layer 0 has an MLP in place of experts.";
+    const cost = left ? ` “${policy}” leaves ${left.length} tokens with ${decimals(Math.min(100, sum))} of this head's weight; in every layer it costs ${data.lost[policy].split(" ")[Math.log2(budget) - 2]} bits per byte.` : "";
     const best = `The model expects ${said(next[0].character)} next, with probability ${decimals(next[0].share)}.`;
     const groups = [
       { title: "Most read", bars: order.slice(0, 3).map(({ weight, at }) => bar(name(at), weight, "latent")) },
@@ -67,13 +85,13 @@ const lineFigure = {
       { title: "Next byte, probabilities", bars: next.map(({ character, share }) => bar(shown(character), share, "query")) },
     ];
     return {
-      sentence: `${read} ${chosen} ${best}`,
-      picture: [lineFigure.strip(data.text, seen, token, read)],
-      groups: groups.map((group) => ({ ...group, most: 100, layout: "compact" })),
+      sentence: left ? read + cost : `${read} ${chosen} ${best}`,
+      picture: [lineFigure.strip(data.text, seen, token, read, left)],
+      groups: (left ? groups.slice(0, 1) : groups).map((group) => ({ ...group, most: 100, layout: "compact" })),
       rows: [
-        ...Array.from(data.text, (_, at) => [`weight of ${name(at)}`, at > token ? "masked" : decimals(seen[at])]),
-        ...experts.map(({ expert, weight }) => [`expert ${expert}`, decimals(weight)]),
-        ...next.map(({ character, share }) => [`next ${shown(character)}`, decimals(share)]),
+        ...Array.from(data.text, (_, at) => [`weight of ${name(at)}`, at > token ? "masked" : left && !left.includes(at) ? "hidden" : decimals(seen[at])]),
+        ...(left ? [] : experts).map(({ expert, weight }) => [`expert ${expert}`, decimals(weight)]),
+        ...(left ? [] : next).map(({ character, share }) => [`next ${shown(character)}`, decimals(share)]),
       ],
     };
   },
@@ -86,6 +104,12 @@ document.addEventListener("DOMContentLoaded", () => {
     layer: { label: "Layer", min: 0, max: 3, step: 1, value: 2, show: String },
     head: { label: "Head", min: 0, max: 3, step: 1, value: 3, show: String },
   };
+  const policies = {
+    policy: { label: "Policy", options: ["everything", ...Object.keys(data.lost)] },
+    budget: { label: "Tokens read", options: ["4", "8", "16"] },
+  };
   const draw = (state) => lineFigure.draw(data, state);
-  for (const root of document.querySelectorAll('[data-figure="line"]')) figures.start(root, "line", controls, draw);
+  for (const root of document.querySelectorAll('[data-figure="line"]')) {
+    figures.start(root, "line", root.dataset.start?.includes("policy") ? { ...controls, ...policies } : controls, draw);
+  }
 });
