@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, files
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, MoEGate, files
 from dsv2_ref.published import encode
+from dsv2_ref.quantize import KINDS, QuantizedWeight, quantize, quantized_places
 from dsv2_ref.tensors import dequantize
 from tests.peers import SMALL, V3_GATE, YARN, native_config, native_of, native_weights, randomised
 
@@ -401,6 +402,325 @@ print(peak() - before)
     slack = 12_000_000  # what layer 0 left to be used again; a second copy of the layer would be 100 MB
     assert size < taken + slack
     assert taken <= size + largest + slack, f"{taken:,} for {size:,}"
+
+
+# Fewer bits
+
+# Widths that 4 divides; for float8, a block of 128 may not hold gates and ups.
+NARROW = replace(SMALL, moe_intermediate_size=128, n_routed_experts=4)
+NARROW_CONFIGS = {
+    "v2": NARROW,
+    "v3": replace(V3_GATE, moe_intermediate_size=128, n_routed_experts=8),
+    "tied": replace(NARROW, tie_word_embeddings=True),
+    "mha": replace(NARROW, use_mla=False, num_key_value_heads=2, q_lora_rank=None),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def same_bits(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(value.dtype == expected[name].dtype for name, value in found.items())
+    return all(torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)) for name, value in found.items())
+
+
+@every_kind
+@pytest.mark.parametrize("name", ["v2", "v3", "tied"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_quantised_while_loading_is_loaded_then_quantised(dtype: Any, name: str, kind: str, tmp_path: Path) -> None:
+    saved(tmp_path, NARROW_CONFIGS[name])
+    loaded = DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype, weights=kind, group=4)
+    expected = quantize(DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype), kind, 4)
+    assert same_bits(loaded, expected)
+    assert not loaded.training
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (name == "tied")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS)[0], expected(IDS)[0])
+    for index in (0, 1):
+        layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, index, dtype, weights=kind, group=4)
+        assert same_bits(layer, expected.model.layers[index])
+    meta = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1, device="meta", weights=kind, group=4)
+    assert all(value.is_meta for value in meta.state_dict().values())
+
+
+@every_kind
+@pytest.mark.parametrize("block", [[128, 128], [16, 16]])
+def test_a_checkpoint_in_eight_bits_quantised(block: list[int], kind: str, tmp_path: Path) -> None:
+    """Kept as it is where it is wanted in the same blocks, else by way of its floating-point values."""
+    config = NARROW_CONFIGS["v3"]
+    eight_bits(tmp_path, saved(tmp_path, config), block)
+    loaded = DeepseekV2ForCausalLM.from_pretrained(tmp_path, torch.bfloat16, weights=kind, group=4)
+    if kind != "fp8" or block == [16, 16]:
+        plain = DeepseekV2ForCausalLM.from_pretrained(tmp_path, torch.bfloat16)
+        assert same_bits(loaded, quantize(plain, kind, 4))
+        return
+    stored = load_file(tmp_path / "model.safetensors")
+    kept = 0
+    for name, (held, place) in quantized_places(loaded).items():
+        expert, rows = place if isinstance(place, tuple) else (place, slice(None))
+        codes = held.codes[expert][rows]
+        first = (rows.start or 0) // 128
+        scales = held.scales[expert][first : first + -(-len(codes) // 128)]
+        assert torch.equal(codes.view(torch.uint8), stored[name].view(torch.uint8)), name
+        assert torch.equal(scales, stored[name + "_scale_inv"]), name
+        kept += 1
+    assert kept == sum(name.endswith("_scale_inv") for name in stored)
+    for index in (0, 1):
+        layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, index, torch.bfloat16, weights="fp8")
+        assert same_bits(layer, loaded.model.layers[index])
+    folder = tmp_path / "again"
+    loaded.save_pretrained(folder)
+    assert same_bits(DeepseekV2ForCausalLM.from_pretrained(folder), loaded)
+
+
+@every_kind
+@pytest.mark.parametrize("name", NARROW_CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shard", [30_000, 10**9])
+def test_a_quantised_model_is_saved_and_comes_back(
+    shard: int, dtype: torch.dtype, name: str, kind: str, tmp_path: Path
+) -> None:
+    model = quantize(randomised(DeepseekV2ForCausalLM(NARROW_CONFIGS[name]), dtype), kind, 4)
+    for part in model.modules():
+        if isinstance(part, QuantizedWeight):
+            part.scales.mul_(1 + 2**-9)  # what float16 could not hold
+        elif isinstance(part, MoEGate) and part.e_score_correction_bias is not None:
+            part.e_score_correction_bias = part.e_score_correction_bias.float()  # as it is always loaded
+    model.save_pretrained(tmp_path, shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shard < 10**9)
+    if name == "mha":
+        return  # no published configuration has it
+    loaded = DeepseekV2ForCausalLM.from_pretrained(tmp_path)
+    assert same_bits(loaded, model)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (name == "tied")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS)[0], model(IDS)[0])
+    for index, expected in enumerate(model.model.layers):
+        assert same_bits(DeepseekV2DecoderLayer.from_pretrained(tmp_path, index), expected)
+    files = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    held = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}
+    assert sum(held.values()) < files < sum(held.values()) + 30_000  # headers
+
+
+def test_parts_are_saved_and_come_back(tmp_path: Path) -> None:
+    model = quantize(randomised(DeepseekV2ForCausalLM(NARROW), torch.float32), "int4", 4, ["experts"])
+    model.save_pretrained(tmp_path)
+    assert same_bits(DeepseekV2ForCausalLM.from_pretrained(tmp_path), model)
+    for index in (0, 1):  # the first is dense, and has nothing quantised
+        assert same_bits(DeepseekV2DecoderLayer.from_pretrained(tmp_path, index), model.model.layers[index])
+    wider = DeepseekV2ForCausalLM.from_pretrained(tmp_path, torch.float64)
+    assert same_bits(wider, model.double())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: quantize(model.model.layers[0], "int8"),
+            "q_a_proj is a Linear; wanted codes, as others of its part: quantise the whole model, or whole parts",
+        ),
+        (
+            lambda model: [quantize(model.model.layers[i], kind, 4) for i, kind in enumerate(("int8", "int4"))],
+            "the weights is 'int8, int4'; wanted codes of one kind",
+        ),
+        (
+            lambda model: [quantize(model.model.layers[i], "int4", group) for i, group in enumerate((4, 2))],
+            "group is '2 and 4'; wanted one for all weights",
+        ),
+    ],
+)
+def test_what_one_configuration_cannot_say_is_not_saved(change: Any, message: str, tmp_path: Path) -> None:
+    model = DeepseekV2ForCausalLM(NARROW)
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "new")
+    assert not list(tmp_path.glob("new/*"))
+
+
+OWN = {"quant_method": "dsv2_ref", "weights": "int8", "group": 64, "parts": ["attention", "experts", "mlp"]}
+CODES = "model.layers.1.self_attn.o_proj.codes"
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"weights": "int3"}, "quantization_config.weights is 'int3'; wanted int8, int4, fp8"),
+        ({"weights": None}, "quantization_config.weights is None; wanted int8, int4, fp8"),
+        ({"group": 7}, "quantization_config.group is 7; wanted an even number"),
+        ({"group": "64"}, "quantization_config.group is '64'; wanted an even number"),
+        ({"parts": ["head"]}, "quantization_config.parts is 'head'; wanted one or more of attention, experts, mlp"),
+        ({"parts": "experts"}, "quantization_config.parts is 'experts'; wanted one or more of"),
+        ({"parts": []}, "quantization_config.parts is a list of 0; wanted one or more of"),
+        ({"parts": None}, "quantization_config.parts is None; wanted one or more of"),
+        ({"zero_point": True}, "quantization_config is 'weights, group, parts, zero_point'; wanted weights, group and pa"),
+        ({"weights": "int4", "group": 4}, r"q_a_proj.codes is \(28, 48\); wanted \(28, 24\)"),
+        ({"weights": "fp8"}, r"q_a_proj.codes is 'I8'; wanted torch.float8_e4m3fn codes"),
+        ({"parts": ["attention", "mlp"]}, r"the checkpoint has no tensor model.layers.1.mlp.experts.0.gate_proj.weight"),
+        ({"quant_method": "gptq"}, "quantization_config.quant_method is 'gptq'; wanted fp8, or weights that"),
+    ],
+)  # fmt: skip
+def test_what_config_json_says_of_codes(told: dict[str, Any], message: str, tmp_path: Path) -> None:
+    quantize(randomised(DeepseekV2ForCausalLM(NARROW), torch.float32), "int8").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == OWN
+    change_config(tmp_path, quantization_config=OWN | told)
+    assert_rejected(tmp_path, message)
+
+
+@pytest.mark.parametrize("missing", ["weights", "group", "parts"])
+def test_what_config_json_does_not_say_of_codes(missing: str, tmp_path: Path) -> None:
+    quantize(DeepseekV2ForCausalLM(NARROW), "int8").save_pretrained(tmp_path)
+    change_config(tmp_path, quantization_config={key: value for key, value in OWN.items() if key != missing})
+    assert_rejected(tmp_path, "quantization_config is '.*'; wanted weights, group and parts beside quant_method")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(CODES), f"the checkpoint has no tensor {CODES}; wanted every weight"),
+        (lambda w: w.pop(CODES[:-5] + "scales"), "no tensor model.layers.1.self_attn.o_proj.scales; wanted every"),
+        (lambda w: w.update({CODES: w[CODES][1:].clone()}), rf"tensor {CODES} is \(47, 40\); wanted \(48, 40\)"),
+        (lambda w: w.update({CODES: w[CODES].float()}), rf"tensor {CODES} is 'F32'; wanted torch.int8 codes"),
+        (lambda w: w.update({CODES: w[CODES].int()}), rf"tensor {CODES} is 'I32'; wanted torch.int8 codes"),
+        (lambda w: w.update({CODES: w[CODES].bool()}), rf"tensor {CODES} is 'BOOL'; wanted torch.int8 codes"),
+        (lambda w: w.update({CODES: w[CODES].view(torch.uint8)}), rf"tensor {CODES} is 'U8'; wanted torch.int8 codes"),
+        (
+            lambda w: w.update({CODES[:-5] + "scales": torch.zeros(48, 1).int()}),
+            r"o_proj.scales is 'I32'; wanted floating point",
+        ),
+        (lambda w: w.update({CODES[:-5] + "weight": torch.zeros(48, 40)}), "o_proj.weight has no place; wanted only"),
+    ],
+)
+def test_damaged_codes(change: Any, message: str, tmp_path: Path) -> None:
+    quantize(randomised(DeepseekV2ForCausalLM(NARROW), torch.float32), "int8").save_pretrained(tmp_path)
+    change_weights(tmp_path, change)
+    assert_rejected(tmp_path, message)
+
+
+def test_bytes_of_another_dtype_are_no_codes_of_four_bits(tmp_path: Path) -> None:
+    """Each of four bytes would be read as two codes."""
+    quantize(randomised(DeepseekV2ForCausalLM(NARROW), torch.float32), "int4", 4).save_pretrained(tmp_path)
+    for change, code in ((Tensor.int, "I32"), (Tensor.bool, "BOOL"), (lambda x: x.view(torch.int8), "I8")):
+        whole = load_file(tmp_path / "model.safetensors")
+        change_weights(tmp_path, lambda w, change=change: w.update({CODES: change(w[CODES])}))
+        assert_rejected(tmp_path, rf"tensor {CODES} is '{code}'; wanted torch.uint8 codes")
+        save_file(whole, tmp_path / "model.safetensors")
+
+
+def test_how_a_checkpoint_cannot_be_quantised(tmp_path: Path) -> None:
+    def rejected(message: str, **how: Any) -> None:
+        for load in (
+            DeepseekV2ForCausalLM.from_pretrained,
+            partial(DeepseekV2DecoderLayer.from_pretrained, layer_idx=1),
+        ):
+            with pytest.raises(ValueError, match=message) as caught:
+                load(tmp_path, **how)
+            assert "\n" not in str(caught.value)
+
+    model = saved(tmp_path, shard=10**9)
+    rejected("weights is 'int3'; wanted int8, int4, fp8", weights="int3")
+    rejected("group is 3; wanted an even number", weights="int4", group=3)
+    rejected("group is 16; wanted a divisor of 28, the inputs of q_b_proj, such as 4", weights="int4", group=16)
+    rejected("weights is 'fp8'; wanted int8 or int4: 128 does not divide the experts' width 20", weights="fp8")
+    change_weights(tmp_path, lambda weights: weights[NAME].mul_(float("nan")))
+    rejected(f"tensor {NAME} is infinite or NaN somewhere; wanted finite", weights="int8")
+    quantize(model, "int8").save_pretrained(tmp_path)
+    rejected("weights is 'int8'; wanted None: the checkpoint holds int8 codes", weights="int8")
+
+
+@pytest.mark.parametrize("weights", [None, *KINDS])
+@pytest.mark.parametrize("name", NARROW_CONFIGS)
+def test_random_weights(name: str, weights: str | None) -> None:
+    config = replace(NARROW_CONFIGS[name], initializer_range=0.03)
+    torch.manual_seed(0)
+    model = DeepseekV2ForCausalLM.random(config, weights, 4, dtype=torch.float32)
+    expected = DeepseekV2ForCausalLM(config)
+    if weights:
+        quantize(expected, weights, 4)
+    told = {key: (value.shape, value.dtype) for key, value in expected.state_dict().items()}
+    assert {key: (value.shape, value.dtype) for key, value in model.state_dict().items()} == told
+    assert not model.training
+    for key, (held, _) in quantized_places(model).items():
+        dense = held.dense()
+        # The error of a standard deviation from n draws is about 1 / sqrt(2 n) of it; at least 384 here. Six of those.
+        assert dense.std() == pytest.approx(0.03, rel=6 / (2 * dense.numel()) ** 0.5), key
+        assert abs(float(dense.mean())) < 6 * 0.03 / dense.numel() ** 0.5
+        assert len(dense.unique()) > 10
+    for key, value in model.state_dict().items():
+        if key.endswith("norm.weight"):
+            assert (value == 1).all(), key
+        elif key.endswith("bias"):
+            assert (value == 0).all(), key
+    with torch.no_grad():
+        assert model(IDS)[0].isfinite().all()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "tied")
+    layer = DeepseekV2DecoderLayer.random(config, 1, weights, 4, torch.bfloat16)
+    assert layer(torch.zeros(1, 2, 48, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+    meta = DeepseekV2ForCausalLM.random(config, weights, 4, torch.bfloat16, "meta")
+    assert all(value.is_meta for value in meta.state_dict().values())
+
+
+def test_every_code_is_drawn() -> None:
+    torch.manual_seed(0)
+    for kind, codes in (("int8", range(-127, 128)), ("int4", range(-7, 8))):
+        layer = DeepseekV2DecoderLayer.random(NARROW, 1, kind, 4)
+        drawn = layer.mlp.experts.gate_up_proj.dense() / layer.mlp.experts.gate_up_proj.scales[0, 0, 0]
+        values, counts = drawn.round().long().unique(return_counts=True)
+        assert values.tolist() == list(codes)
+        # Equally often: of n draws of one in k, n / k each, give or take six times its root.
+        each = drawn.numel() / len(codes)
+        assert (counts - each).abs().max() < 6 * each**0.5
+
+
+BIG = replace(
+    SMALL, hidden_size=1024, moe_intermediate_size=512, n_routed_experts=32, num_attention_heads=8, q_lora_rank=64,
+    kv_lora_rank=64, qk_nope_head_dim=64, v_head_dim=64, qk_rope_head_dim=64, intermediate_size=1024, vocab_size=128,
+    num_hidden_layers=2, n_shared_experts=1,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process its peak")
+@pytest.mark.parametrize(
+    ("how", "kind"), [("from_pretrained", "int8"), ("from_pretrained", "int4"), ("random", "int4"), ("random", "fp8")]
+)
+def test_the_peak_of_a_quantised_layer(kind: str, how: str, tmp_path: Path) -> None:
+    """In a process of its own. Beside the layer there is one tensor (for random weights: of the stack) in float32, four
+    times over: it, its sizes, its quotients and their rounding."""
+    with torch.device("meta"):
+        layer = quantize(DeepseekV2DecoderLayer(BIG, 1).bfloat16(), kind)
+    size = sum(value.nbytes for value in layer.state_dict().values())
+    if how == "from_pretrained":
+        DeepseekV2ForCausalLM(BIG).bfloat16().save_pretrained(tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(encode(BIG)))
+    largest = 1024 * 512 * 4
+    if how == "random":
+        largest = max(value.nbytes for value in layer.state_dict().values())
+    code = f"""
+import json, re, sys, torch
+from pathlib import Path
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def load(index):
+    if {how == "random"}:
+        config = DeepseekV2Config.from_published(json.loads((Path(sys.argv[1]) / "config.json").read_text()))
+        return DeepseekV2DecoderLayer.random(config, index, "{kind}", dtype=torch.bfloat16)
+    return DeepseekV2DecoderLayer.from_pretrained(sys.argv[1], index, weights="{kind}")
+
+load(0)  # what is imported on the way, and what the allocator keeps
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = peak()
+layer = load(1)
+print(peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    taken = int(run.stdout)
+    slack = 16_000_000  # what layer 0 left to be used again, and back; the layer in bfloat16 would be 100 MB
+    assert size < taken + slack, f"{taken:,} for {size:,}"
+    assert taken <= size + 4 * largest + slack, f"{taken:,} for {size:,}"
 
 
 # From afar
