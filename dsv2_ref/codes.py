@@ -30,7 +30,7 @@ def to_codes(
         ``(codes, scales)``: int8 or float8_e4m3fn; and what to multiply them by.
     """
     largest = largest_code(kind)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(x.dtype, torch.promote_types(scale_dtype, torch.float32))
     groups = x.to(wide).unflatten(-1, (-1, group))  # (…, G, group)
     limits = torch.finfo(scale_dtype)  # a code times its scale must stay finite
     scales = groups.abs().amax(dim=-1) / largest  # (…, G)

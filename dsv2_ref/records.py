@@ -63,17 +63,24 @@ class Record:
         parts = (codes, scales, k_pe.contiguous())
         return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
-    def decode(
+    def split(
         self, records: UInt8[Tensor, "batch kv_seq bytes"]
-    ) -> Float[Tensor, "batch kv_seq features"]:
-        """Latents and rotated keys, in the dtype of the model."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (B, K, C), scales (B, K, tiles) and rotated keys (B, K, R)."""
         codes, scales, k_pe = records.split(self.parts, dim=-1)
         if self.format == "int4":
             codes = unpack_nibbles(codes)
         else:
             codes = codes.view(torch.int8 if self.format == "int8" else FLOAT8)
-        latent = from_codes(codes, read_as(scales, torch.float32))
-        return torch.cat((latent.to(self.dtype), read_as(k_pe, self.dtype)), dim=-1)
+        return codes, read_as(scales, torch.float32), read_as(k_pe, self.dtype)
+
+    def decode(
+        self, records: UInt8[Tensor, "batch kv_seq bytes"]
+    ) -> Float[Tensor, "batch kv_seq features"]:
+        """Latents and rotated keys, in the dtype of the model."""
+        codes, scales, k_pe = self.split(records)
+        latent = from_codes(codes, scales).to(self.dtype)
+        return torch.cat((latent, k_pe), dim=-1)
 
 
 def read_as(

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from bench import bits
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, ops, pack_weights
+from dsv2_ref.attention import attend
 from dsv2_ref.codes import pack_nibbles
+from dsv2_ref.fast import quantized
 from dsv2_ref.fast.quantized import can_lay_out, kernel_block_rows, lay_out, lay_out_codes
+from dsv2_ref.masks import Visibility
 from dsv2_ref.quantize import QuantizedExperts, QuantizedWeight, in_rows, quantize, quantized_product
+from dsv2_ref.records import attend_records
 
 BFLOAT16_STEP = 2**-8
 """Half a step of bfloat16, relative: by so much a sum differs that is rounded once."""
@@ -175,6 +179,49 @@ def experts_of(experts: Any, expert: int, x: Tensor) -> Tensor:
     """One expert by the definition of SwiGLU."""
     gate, up = (experts.gate_up_proj.dense(expert).double() @ x).chunk(2)
     return experts.down_proj.dense(expert).double() @ (torch.nn.functional.silu(gate) * up)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_seq", [1, 7, 64, 150])
+@pytest.mark.parametrize("latent", [64, 256])
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_one_query_attends_to_records_as_to_what_they_stand_for(
+    format: str, latent: int, kv_seq: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over more than one piece of the cache, with scales that differ from token to token by a thousand times."""
+    monkeypatch.setattr(quantized, "RECORDS_AT_ONCE", 64)
+    torch.manual_seed(0)
+    attention = DeepseekV2DecoderLayer(replace(CONFIG, kv_lora_rank=latent), 0).bfloat16().self_attn
+    held = torch.randn(2, kv_seq, latent + 8)
+    held[..., :latent] *= 10 ** (3 * torch.rand(2, kv_seq, 1) - 3)
+    cache: Any = attention.empty_cache(2, kv_seq + 3, format).append(held.bfloat16())
+    query = torch.randn(2, 4, 1, latent + 8).bfloat16()
+    visible = Visibility(1, kv_seq, query.device)
+    with ops.watch() as made:
+        out, _ = attend_records(query, cache, visible, 0.1, implementation="products")
+    assert made[0].way == ("definition" if format == "int4" else "cpu records")
+    tokens = cache.tokens.double()[:, None]
+    if format != "int4":
+        codes, scales, _ = cache.record.split(cache.stored)
+        exact_latent = (codes.double().unflatten(-1, (scales.shape[-1], -1)) * scales.double()[..., None]).flatten(2)
+        tokens = torch.cat((exact_latent, tokens[:, 0, :, latent:]), dim=-1)[:, None]
+    with ops.plain():
+        exact, _ = attend(query.double(), tokens, tokens[..., :latent], visible, 0.1)
+        rounded, _ = attend_records(query, cache, visible, 0.1)
+    error, by_definition = ((x - exact).norm() / exact.norm() for x in (out, rounded))
+    # As for the other ways: queries and weights are rounded once more, by 2⁻⁸ at most.
+    assert error < 2 * max(by_definition, 2**-8)
+
+
+@torch.no_grad()
+def test_masks_and_more_queries_go_to_the_definition() -> None:
+    attention = DeepseekV2DecoderLayer(CONFIG, 0).bfloat16().self_attn
+    cache: Any = attention.empty_cache(1, 9, "fp8").append(torch.randn(1, 9, 72).bfloat16())
+    for seq, mask in ((2, None), (1, torch.ones(1, 9, dtype=torch.bool))):
+        query = torch.randn(1, 4, seq, 72).bfloat16()
+        with ops.watch() as made:
+            attend_records(query, cache, Visibility(seq, 9, query.device, mask), 0.1, implementation="products")
+        assert made[0].way == "definition"
 
 
 def test_weights_that_others_did_not_quantise_stay_where_bfloat16_cannot_be_packed() -> None:

@@ -18,7 +18,9 @@ from dsv2_ref import ops
 from dsv2_ref.codes import pack_nibbles
 from dsv2_ref.fast.cpu import HALF_ON_CPU, has_bfloat16
 from dsv2_ref.fast.products import combine, sort_by_expert
+from dsv2_ref.masks import Visibility
 from dsv2_ref.quantize import QuantizedExperts, QuantizedWeight, quantized_product
+from dsv2_ref.records import QuantizedLatentCache, attend_records
 
 FEW_ROWS = 16
 """Up to so many rows torch's kernels over codes are used: they read a code once per row."""
@@ -101,6 +103,58 @@ def _few_by_int4(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Ten
     scales = weight.scales_and_zeros[place]
     out = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight.codes[place], group, scales)
     return out.view(*rows.shape[:-1], -1)
+
+
+# The latent cache in fewer bits
+
+RECORDS_AT_ONCE = 1024
+"""Records whose codes are widened together, so that they stay in the processor's cache."""
+
+
+def _not_one_query(query: Tensor, cache: QuantizedLatentCache, visible: Visibility, *_: Any, **__: Any) -> str:
+    if query.shape[2] != 1:
+        return "for one query at a time"
+    if visible.attention_mask is not None:
+        return "for queries that see every record"
+    return "for fp8 and int8" if cache.record.format == "int4" else ""
+
+
+@ops.faster(attend_records, "cpu records", where={"implementation": "products"}, why_not=_not_one_query, **HALF_ON_CPU)
+def attend_by_tiles(
+    query: Float[Tensor, "batch heads 1 features"],
+    cache: QuantizedLatentCache,
+    visible: Visibility,
+    scale: float,
+    *_: Any,
+    **__: Any,
+) -> tuple[Float[Tensor, "batch heads 1 latent"], None]:
+    """`attend_records` of one query, some records at a time, with a running softmax.
+
+    Scales stay outside of the products: a tile's multiplies its scores, and then the weights of its values. So codes are
+    only widened, to bfloat16, which holds them exactly, or to float32 where no instruction multiplies bfloat16.
+    """
+    record, wide = cache.record, query.dtype if has_bfloat16() else torch.float32
+    (B, H), C, tiles = query.shape[:2], record.latent, record.latent // record.tile
+    q_latent, q_pe = (query[:, :, 0] * scale).to(wide).split((C, record.rope), dim=-1)
+    q_tiles = q_latent.unflatten(-1, (tiles, -1)).transpose(1, 2)  # (B, tiles, H, tile)
+    largest = query.new_full((B, H, 1), -torch.inf, dtype=torch.float32)
+    total, out = torch.zeros_like(largest), query.new_zeros(B, tiles, H, record.tile, dtype=torch.float32)
+    for start in range(0, cache.length, RECORDS_AT_ONCE):
+        codes, scales, k_pe = record.split(cache.stored[:, start : start + RECORDS_AT_ONCE])
+        keys = codes.to(wide).unflatten(-1, (tiles, -1)).transpose(1, 2)  # (B, tiles, n, tile)
+        per_tile = (q_tiles @ keys.mT).float() * scales.mT[:, :, None]  # (B, tiles, H, n)
+        scores = per_tile.sum(dim=1) + (q_pe @ k_pe.to(wide).mT).float()  # (B, H, n)
+        new = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
+        weights, shrink = (scores - new).exp(), (largest - new).exp()
+        total = total * shrink + weights.sum(dim=-1, keepdim=True)
+        weighted = (weights[:, None] * scales.mT[:, :, None]).to(wide)  # (B, tiles, H, n)
+        out = out * shrink[:, None] + (weighted @ keys).float()
+        largest = new
+    out = (out / total[:, None]).transpose(1, 2).flatten(2)  # (B, H, C)
+    return out[:, :, None].to(query.dtype), None
+
+
+# Codes laid out for torch's kernel
 
 
 @functools.cache
