@@ -19,7 +19,7 @@ STATES = [("int4", 64, 1), ("int4", 64, 20), ("int4", 16, 20), ("int3", 16, 1), 
 
 def weights() -> Tensor:
     """The first row of ``o_proj`` of layer 1, in thousandths: 64 weights."""
-    row = trained().model.layers[1].self_attn.o_proj.weight[0].double()
+    row = trained().get_parameter("model.layers.1.self_attn.o_proj.weight")[0].double()
     return (1000 * row).round() / 1000
 
 
