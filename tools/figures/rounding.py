@@ -4,7 +4,6 @@ The figure's weights are in its table, with three decimals, so that it and Pytho
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ STATES = [("int4", 64, 1), ("int4", 64, 20), ("int4", 16, 20), ("int3", 16, 1), 
 
 def weights() -> Tensor:
     """The first row of ``o_proj`` of layer 1, in thousandths: 64 weights."""
-    layers: Any = trained().model.layers
-    row = layers[1].self_attn.o_proj.weight[0].double()
+    row = trained().get_parameter("model.layers.1.self_attn.o_proj.weight")[0].double()
     return (1000 * row).round() / 1000
 
 

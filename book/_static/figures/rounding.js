@@ -75,5 +75,5 @@ figures.run("rounding", {
   format: { label: "Format", options: ["whole numbers", "e4m3"] },
   bits: { label: "Bits", min: 2, max: 8, step: 1, value: 4, show: String },
   group: { label: "Weights per scale", options: ["8", "16", "32", "64"], value: "64" },
-  factor: { label: `Weight ${few.outlier}, times`, min: 1, max: 40, step: 1, value: 1, show: (x) => `×${x}` },
+  factor: { label: `Weight ${few.outlier}, times`, min: 1, max: 40, step: 1, value: 1, show: String },
 }, few.draw);
