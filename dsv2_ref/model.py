@@ -210,7 +210,7 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
         """A cache without tokens for every layer: ``past_key_values`` of a first call;
         arguments as for `DeepseekV2Attention.empty_cache`."""
         settings = () if format is None else (format,)
-        layers = self.model.layers
+        layers: Any = self.model.layers
         return tuple(
             x.self_attn.empty_cache(batch, capacity, *settings) for x in layers
         )

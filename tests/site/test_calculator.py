@@ -581,7 +581,11 @@ def test_every_kind_of_model_is_accessible_and_fits_a_phone(browser: Browser, or
 def test_the_page_has_the_packages_table() -> None:
     written = (SITE / "_static/published.js").read_text(encoding="utf-8")
     assert written == known_configurations(), "build the book again"
-    pages = [path.name for path in (SITE / "book").glob("*.html") if "_static/published.js" in path.read_text(encoding="utf-8")]
+    pages = [
+        path.name
+        for path in (SITE / "book").glob("*.html")
+        if "_static/published.js" in path.read_text(encoding="utf-8")
+    ]
     assert pages == ["calculator.html"]
 
 
