@@ -84,7 +84,7 @@ def window_mask(
     seq: int, kv_seq: int, sinks: int, last: int, device: torch.device | str = "cpu"
 ) -> Bool[Tensor, "1 1 seq kv_seq"]:
     """The first ``sinks`` rows and the ``last`` up to each query's own: what a layer
-    takes as ``attention_mask``. The cache may be whole, or one that `window` left."""
+    takes as ``attention_mask``. The cache may be whole, or what a window left of it."""
     checks.budget(sinks=sinks, last=last)
     own = torch.arange(kv_seq - seq, kv_seq, device=device)[:, None]
     keys = torch.arange(kv_seq, device=device)

@@ -116,10 +116,9 @@ def best_per_head(budget: int) -> Choose:
 def indexed(indexers: nn.ModuleList, budget: int) -> Choose:
     """The tokens that the layer's indexer scores highest."""
 
-    each: Any = indexers
-
     def choose(weights: Tensor, u: Tensor, layer: int) -> Tensor:
-        scores, _ = each[layer].scores(u, u, *tables(u))
+        indexer: Any = indexers[layer]
+        scores, _ = indexer.scores(u, u, *tables(u))
         return chosen_mask(scores.topk(budget, dim=-1).indices, u.shape[1])
 
     return choose

@@ -74,7 +74,7 @@ const lineFigure = {
     const who = `${said(data.text[token])} at position ${token}`;
     const read = `In layer ${layer}, head ${head}, ${who} reads ${said(data.text[most.at])} at ${most.at} most, with weight ${decimals(most.weight)}.`;
     const chosen = experts.length ? `Its experts there are ${experts.map(({ expert }) => expert).join(", ")}.` : "Layer 0 has an MLP in place of experts.";
-    const cost = left ? ` “${policy}” leaves ${left.length} tokens with ${decimals(Math.min(100, sum))} of this head's weight; in every layer it costs ${data.lost[policy].split(" ")[Math.log2(budget) - 2]} bits per byte.` : "";
+    const cost = left ? ` “${policy}” leaves ${left.length} tokens with ${decimals(Math.min(100, sum))} of this head's weight; applied in every layer, it costs ${data.lost[policy].split(" ")[Math.log2(budget) - 2]} bits per byte.` : "";
     const best = `The model expects ${said(next[0].character)} next, with probability ${decimals(next[0].share)}.`;
     const groups = [
       { title: "Most read", bars: order.slice(0, 3).map(({ weight, at }) => bar(name(at), weight, "latent")) },
