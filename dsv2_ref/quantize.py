@@ -127,19 +127,20 @@ class QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def random_(self, std: float) -> None:
-        """Draw codes, all equally often, and give them the scale with which their
-        standard deviation is ``std``."""
+        """Draw whole-number codes, or floats, all equally often, and give them the scale
+        with which their standard deviation is ``std``."""
         largest = int(largest_code(self.kind))
         spread = (largest * (largest + 1) / 3) ** 0.5  # of whole numbers
-        if self.kind == "int4":  # both halves of a byte from 1 to 15
-            self.codes.random_(0, (2 * largest + 1) ** 2)
-            low = self.codes % (2 * largest + 1) + 1
-            self.codes.floor_divide_(2 * largest + 1).add_(1).bitwise_left_shift_(4)
-            self.codes.bitwise_or_(low)
-        elif self.kind == "int8":
-            self.codes.random_(-largest, largest + 1)
-        else:
-            for codes in self.codes.view(-1, *self.codes.shape[-2:]):
+        kinds = 2 * largest + 1
+        for codes in self.codes.view(-1, *self.codes.shape[-2:]):
+            if self.kind == "int4":  # both halves of a byte from 1 to 15
+                codes.random_(0, kinds**2)
+                low = codes % kinds + 1
+                codes.floor_divide_(kinds).add_(1).bitwise_left_shift_(4)
+                codes.bitwise_or_(low)
+            elif self.kind == "int8":
+                codes.random_(-largest, largest + 1)
+            else:
                 uniform = torch.rand(codes.shape, device=codes.device) * 2 - 1
                 codes.copy_(uniform * largest)
         self.scales.fill_(std / spread)
