@@ -310,7 +310,8 @@ class PretrainedLayer:
             OSError: for a server that fails.
             ImportError: for a name on the Hub without huggingface_hub.
 
-        Memory: the layer, and its largest tensor once more; that in float32, where it is quantised.
+        Memory: the layer, and its largest tensor once more; where tensors are quantised, the largest of those four times
+        in float32.
 
         Source: the safetensors format; float8 blocks as in DeepSeek-V3's published ``inference/fp8_cast_bf16.py``.
         """
