@@ -94,7 +94,10 @@ def _match(
             raise ValueError(f"{entry.file.name}: tensor {name} is {entry.shape}; wanted {shape}")
         if not target.is_floating_point() or (target.dtype.itemsize == 1 and block is None):
             require(
-                tensors.DTYPES.get(entry.code) == target.dtype, f"{entry.file.name}: tensor {name}", entry.code, f"{target.dtype} codes"
+                tensors.DTYPES.get(entry.code) == target.dtype,
+                f"{entry.file.name}: tensor {name}",
+                entry.code,
+                f"{target.dtype} codes",
             )
             continue
         fits = entry.code in WEIGHTS and (entry.code != "F8_E4M3" or block is not None)
@@ -310,7 +313,8 @@ class PretrainedLayer:
             OSError: for a server that fails.
             ImportError: for a name on the Hub without huggingface_hub.
 
-        Memory: the layer, and its largest tensor once more; that in float32, where it is quantised.
+        Memory: the layer, and its largest tensor once more; where tensors are quantised, the largest of those four times
+        in float32.
 
         Source: the safetensors format; float8 blocks as in DeepSeek-V3's published ``inference/fp8_cast_bf16.py``.
         """
@@ -436,7 +440,12 @@ def _codes_in(model: nn.Module) -> dict[str, Any]:
     parts = parts_of(model)
     wanted = "codes of one kind, to be saved as one checkpoint"
     require(len(kinds) == 1, "the weights", ", ".join(kinds), wanted)
-    require(len(groups) == 1, "group", " and ".join(map(str, sorted(groups))), "one for all weights, to be saved as one checkpoint")
+    require(
+        len(groups) == 1,
+        "group",
+        " and ".join(map(str, sorted(groups))),
+        "one for all weights, to be saved as one checkpoint",
+    )
     for _, name, child in weights_of(model, parts):
         wanted = "codes, as others of its part: quantise the whole model, or whole parts, to save it"
         require(isinstance(child, Loading), name, child, wanted)

@@ -46,6 +46,8 @@ class QuantizedWeight(nn.Module):
     float16, in which they could vanish), for ``fp8`` (…, row blocks, column blocks) in
     float32.
 
+    ``to`` and its like change the dtype of what the codes stand for, and never a code.
+
     Args:
         kind: one of `KINDS`.
         shape: (…, outputs, inputs).
@@ -370,7 +372,9 @@ def quantize(
 
     Each matrix is rounded by itself, to the nearest (no calibration). What is computed
     is ``forward`` of the same layer with rounded weights, in every form, with every
-    cache; on CPUs `pack_weights` afterwards makes it fast.
+    cache; on CPUs `pack_weights` afterwards makes it fast. Its `state_dict`
+    has codes and scales; `load_state_dict` takes these, or weights under their
+    published names, and quantises them, as ``from_pretrained(weights=...)`` does.
 
     Args:
         module: it is returned. On the meta device it becomes an empty quantised one.

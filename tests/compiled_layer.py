@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast import products  # noqa: F401  # ways registered later are tried first
+from dsv2_ref.quantize import quantize
 from tests.fake_cuda import fake_cuda
 from tests.peers import SMALL, assert_close, randomised, tokens
 
@@ -269,3 +270,45 @@ def assert_on_cuda_alone(program: torch.export.ExportedProgram) -> None:
     devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}
     assert devices == {"cuda"}
     assert {torch.device(device).type for device in named} == {"cuda"}
+
+
+# Fewer bits
+
+
+def rounded_layer(config: DeepseekV2Config, kind: str) -> DeepseekV2DecoderLayer:
+    config = replace(config, moe_intermediate_size=128, n_routed_experts=4)
+    return quantize(layer_of(config), kind, 4)
+
+
+@pytest.mark.parametrize(("config", "kind"), [(SMALL, "int4"), (SMALL, "fp8"), (MHA, "int8")])
+def test_compiled_with_quantised_weights(
+    config: DeepseekV2Config, kind: str, compiler: CompileCounterWithBackend
+) -> None:
+    layer, x = rounded_layer(config, kind), tokens(2, 7, torch.float64)
+    with torch.no_grad():
+        assert_close(compiled(layer, compiler)(x)[0], layer(x)[0], "output")
+    assert compiler.frame_count == 1
+
+
+@pytest.mark.parametrize(("format", "form"), [("fp8", "absorbed"), ("int8", "absorbed"), ("int4", "expanded")])
+def test_compiled_steps_with_records(format: str, form: str, compiler: CompileCounterWithBackend) -> None:
+    """A prompt and four tokens: a graph for the prompt, for a token, and at most one with symbolic sizes."""
+    layer, x = layer_of(replace(SMALL, mla_form=form)), tokens(2, 9, torch.float64)
+    run, outputs = compiled(layer, compiler), []
+    with torch.no_grad():
+        for step in (run, layer):
+            cache, parts = layer.self_attn.empty_cache(2, 9, format), []
+            for piece in x.split([5, 1, 1, 1, 1], dim=1):
+                out, cache = step(piece, past_key_value=cache, use_cache=True)
+                parts.append(out)
+            outputs.append((torch.cat(parts, dim=1), cache.tokens))
+    for actual, expected in zip(*outputs, strict=True):
+        assert_close(actual, expected, "output or cache")
+    assert compiler.frame_count <= 5
+
+
+def test_exported_with_quantised_weights() -> None:
+    layer, x = rounded_layer(replace(SMALL, mla_form="expanded"), "int4"), tokens(2, 7, torch.float64)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        assert_close(program.module()(x)[0], layer(x)[0], "output")
