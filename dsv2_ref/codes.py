@@ -5,7 +5,7 @@ Letters: G groups of a row. A *code* is what is stored of a value.
 """
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 
@@ -46,13 +46,13 @@ def from_codes(
     return (groups * scales[..., None]).flatten(-2)
 
 
-def pack_nibbles(codes: Int[Tensor, "*rows inputs"]) -> Int[Tensor, "*rows half"]:
+def pack_nibbles(codes: Int[Tensor, "*rows inputs"]) -> UInt8[Tensor, "*rows half"]:
     """Two four-bit codes in a byte, each plus 8: the first of them in the low half."""
     low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(dim=-1)
     return low | high << 4
 
 
-def unpack_nibbles(packed: Int[Tensor, "*rows half"]) -> Int[Tensor, "*rows inputs"]:
+def unpack_nibbles(packed: UInt8[Tensor, "*rows half"]) -> Int[Tensor, "*rows inputs"]:
     """The codes that `pack_nibbles` packed, as int8."""
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     return codes.char() - 8

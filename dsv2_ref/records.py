@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dsv2_ref import checks, ops
@@ -53,7 +53,7 @@ class Record:
 
     def encode(
         self, tokens: Float[Tensor, "batch seq features"]
-    ) -> Int[Tensor, "batch seq bytes"]:
+    ) -> UInt8[Tensor, "batch seq bytes"]:
         """The records of normalised latents and rotated keys. Each token has scales of
         its own, so nothing that comes later can be out of range."""
         latent, k_pe = tokens.split((self.latent, self.rope), dim=-1)
@@ -63,7 +63,7 @@ class Record:
         return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
     def decode(
-        self, records: Int[Tensor, "batch kv_seq bytes"]
+        self, records: UInt8[Tensor, "batch kv_seq bytes"]
     ) -> Float[Tensor, "batch kv_seq features"]:
         """Latents and rotated keys, in the dtype of the model."""
         codes, scales, k_pe = records.split(self.parts, dim=-1)
