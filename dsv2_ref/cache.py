@@ -35,8 +35,9 @@ class LayerCache:
         length: number of cached tokens of each sequence: rows in memory.
         seen: number of tokens that have passed, those dropped since (`keep`) included:
             the position of the next one.
-        stored: everything cached as it lies in memory, ``(batch, length, …)``; a view,
-            only to be read.
+        tokens: everything cached, ``(batch, length, *features)``; only to be read.
+        stored: the same as it lies in memory; a view, only to be read.
+        record: how a token lies there in fewer bits (`Record`), or None.
 
     Use `LatentCache` for multi-head latent attention and `KeyValueCache` for multi-head
     attention.
@@ -48,10 +49,14 @@ class LayerCache:
         stored: Shaped[Tensor, "batch kv_seq *stored"],
         _storage: _Storage | None = None,
         seen: int | None = None,
+        record: Any = None,
     ) -> None:
         self.layer_idx, self.length, self.stored = layer_idx, stored.shape[1], stored
         self.seen = self.length if seen is None else seen
         self._storage = _storage or _Storage(stored, self.length)
+        self.record = record
+        if record is None:
+            self.tokens = stored
 
     @classmethod
     def empty(
@@ -93,19 +98,10 @@ class LayerCache:
         return self.length
 
     @property
-    def tokens(self) -> Float[Tensor, "batch kv_seq *features"]:
-        """Everything cached, ``(batch, length, *features)``; only to be read."""
-        return self.stored
-
-    @property
     def like(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         """Batch and features, dtype and device of the tokens that can be appended."""
         held = self._storage.buffer  # not `stored`: see `append`
         return (*held.shape[:1], *held.shape[2:]), held.dtype, held.device
-
-    def _encoded(self, new: Tensor) -> Tensor:
-        """New tokens as they are stored."""
-        return new
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +124,11 @@ class LayerCache:
         storage, past = self._storage, self.length
         # Not from `stored`: the compiler fails where two inputs share memory.
         buffer, eager = storage.buffer, not torch.compiler.is_compiling()
-        checks.appended(self, new)
+        alike = isinstance(new, Tensor) and new.dtype == buffer.dtype
+        alike = alike and new.device == buffer.device
+        alike = alike and new.shape[:1] == buffer.shape[:1]
+        if not alike or new.shape[2:] != buffer.shape[2:]:
+            checks.appended(self, new)  # raises, but for what a record encodes
         length, seen = past + new.shape[1], self.seen + new.shape[1]
         derived = new.requires_grad or buffer.requires_grad
         derived = derived and torch.is_grad_enabled()
@@ -136,10 +136,12 @@ class LayerCache:
             # Tangents and batches of torch.func and of forward mode would be lost, too.
             derived = torch._C._functorch.is_functorch_wrapped_tensor(new)
             derived = derived or torch.autograd.forward_ad._current_level >= 0
-        new = self._encoded(new)
+        if self.record is not None:
+            checks.without_derivatives(derived, new)
+            new = self.record.encode(new)
         if derived:
             longer = torch.cat((buffer[:, :past], new), dim=1)
-            return self._with(longer, None, seen)
+            return self._with(longer, seen)
         sealed = eager and buffer.is_inference()
         sealed = sealed and not torch.is_inference_mode_enabled()
         if past != storage.used or length > buffer.shape[1] or sealed:
@@ -150,16 +152,17 @@ class LayerCache:
         # No graph holds these places, so autograd need not hear of the write.
         storage.buffer.data[:, past:length] = new
         storage.used = length
-        return self._with(storage.buffer[:, :length], storage, seen)
+        longer = storage.buffer[:, :length]
+        return type(self)(self.layer_idx, longer, storage, seen, self.record)
 
-    def _with(self, stored: Tensor, storage: _Storage | None, seen: int) -> Self:
+    def _with(self, stored: Tensor, seen: int) -> Self:
         """A cache of this kind that holds something else."""
-        return type(self)(self.layer_idx, stored, storage, seen)
+        return type(self)(self.layer_idx, stored, None, seen, self.record)
 
     def select(self, sequences: Int[Tensor, "chosen"]) -> Self:
         """A copy with the given sequences of the batch, in that order; repeats are
         allowed (beam search)."""
-        return self._with(self.stored[sequences], None, self.seen)
+        return self._with(self.stored[sequences], self.seen)
 
     def keep(self, rows: Int[Tensor, "#batch kept"]) -> Self:
         """A copy with only these rows of each sequence, in that order. A row keeps the
@@ -167,7 +170,7 @@ class LayerCache:
         checks.kept_rows(self, rows)
         rows = rows.expand(len(self.stored), -1)
         each = torch.arange(len(rows), device=rows.device)[:, None]
-        return self._with(self.stored[each, rows], None, self.seen)
+        return self._with(self.stored[each, rows], self.seen)
 
     def __repr__(self) -> str:
         kind, held = type(self).__name__, checks.describe(self.stored)
@@ -218,8 +221,3 @@ class KeyValueCache(LayerCache):
     def values(self) -> Float[Tensor, "batch kv_seq kv_heads head_dim"]:
         """View of the values."""
         return self.tokens[:, :, 1]
-
-
-def rows_and_seen(cache: LayerCache | None) -> tuple[int, int]:
-    """How many tokens a cache holds, and how many have passed."""
-    return (0, 0) if cache is None else (cache.length, cache.seen)

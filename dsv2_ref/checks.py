@@ -496,7 +496,10 @@ def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor 
     if not isinstance(cache, kind) or cache.layer_idx != attention.layer_idx:
         reject("past_key_value", cache, f"the {kind.__name__} that layer {attention.layer_idx} returned")
     shape = (len(hidden_states), *attention.cache_features)
-    sizes, held, place = cache.like
+    buffer = cache._storage.buffer  # not its tokens: see `LayerCache.append`
+    sizes, held, place = (*buffer.shape[:1], *buffer.shape[2:]), buffer.dtype, buffer.device
+    if cache.record is not None:
+        sizes, held, place = cache.like
     dtype = held if weight is None else weight.dtype
     record = getattr(cache, "record", None)
     if record is not None and record.latent != attention.kv_lora_rank:
@@ -513,15 +516,10 @@ def appended(cache: Any, new: "Tensor") -> None:
         require(False, "past_key_value", cache, "one that fits the new tokens, {} {} on {}", *alike)
 
 
-def without_derivatives(new: "Tensor", why: str) -> None:
-    """Reject tokens whose derivatives are wanted."""
-    import torch
-
-    derived = new.requires_grad and torch.is_grad_enabled()
-    if not torch.compiler.is_compiling():
-        derived = derived or torch._C._functorch.is_functorch_wrapped_tensor(new)
-        derived = derived or torch.autograd.forward_ad._current_level >= 0
-    require(not derived, "hidden_states", new, f"no derivatives: {why}, use torch.no_grad()")
+def without_derivatives(derived: bool, new: "Tensor") -> None:
+    """Reject tokens whose derivatives are wanted, for a cache in fewer bits."""
+    wanted = "no derivatives: a cache in fewer bits gives none, use torch.no_grad()"
+    require(not derived, "hidden_states", new, wanted)
 
 
 def cache_format(format: object, formats: tuple[str, ...], latent: int, name: str = "format") -> None:

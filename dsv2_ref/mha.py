@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dsv2_ref import checks, ops
 from dsv2_ref.attention import attend
-from dsv2_ref.cache import KeyValueCache, rows_and_seen
+from dsv2_ref.cache import KeyValueCache
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.linear import linear
 from dsv2_ref.masks import Visibility
@@ -63,7 +63,8 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Float[Tensor, "batch seq hidden"], Tensor | None, KeyValueCache | None]:
         """See `DeepseekV2Attention.forward`."""
         config, (B, S, _) = self.config, hidden_states.shape
-        rows, seen = rows_and_seen(past_key_value)
+        past = past_key_value
+        rows, seen = (0, 0) if past is None else (past.length, past.seen)
         K, device, width = rows + S, hidden_states.device, self.head_dim
         if position_ids is None:
             position_ids = torch.arange(seen, seen + S, device=device)[None]

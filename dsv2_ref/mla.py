@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dsv2_ref import checks, ops
 from dsv2_ref.attention import attend
-from dsv2_ref.cache import LatentCache, rows_and_seen
+from dsv2_ref.cache import LatentCache
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.linear import linear
 from dsv2_ref.masks import Visibility
@@ -112,7 +112,8 @@ class DeepseekV2Attention(nn.Module):
         config, (B, S, _) = self.config, hidden_states.shape
         H, C, R = self.num_heads, self.kv_lora_rank, self.rotary_dim
         N, V = self.qk_nope_head_dim, self.v_head_dim
-        rows, seen = rows_and_seen(past_key_value)
+        past = past_key_value
+        rows, seen = (0, 0) if past is None else (past.length, past.seen)
         K, device = rows + S, hidden_states.device
         if position_ids is None:
             position_ids = torch.arange(seen, seen + S, device=device)[None]

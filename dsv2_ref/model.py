@@ -201,7 +201,8 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
             caches = self.empty_caches(*room, cache_format)
         return self._stream(
             input_ids, max_new_tokens, None if policy else attention_mask, ends, pad,
-            lambda logits: choose(logits, temperature, top_p, generator), caches, policy,
+            lambda logits: choose(logits, temperature, top_p, generator), caches,
+            policy,
         )  # fmt: skip
 
     def empty_caches(

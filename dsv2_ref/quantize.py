@@ -86,6 +86,7 @@ class QuantizedWeight(nn.Module):
     scales_and_zeros: Tensor
     like: Tensor  #: empty; its dtype is that of the matrix
     block_rows = 0  #: of codes that `pack_weights` laid out for the CPU's kernel
+    kept: tuple[Tensor, Tensor] | None = None  #: by `pack_weights`, of ``kv_b_proj``
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `to` moves codes and scales as they are; a dtype is that of what they mean.
@@ -97,6 +98,10 @@ class QuantizedWeight(nn.Module):
 
         super()._apply(move, recurse)
         self.scales = self.scales.to(scale_dtype(self.kind, self.like.dtype))
+        if self.block_rows and self.codes.device.type != "cpu":  # no kernel there
+            self.codes, self.block_rows = in_rows(self.codes, self.block_rows), 0
+            del self.scales_and_zeros
+        self.kept = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,10 +191,14 @@ class QuantizedWeight(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
+        self.require_plain(prefix[:-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def require_plain(self, name: str) -> None:
+        """Raise RuntimeError if `pack_weights` has laid the codes out otherwise."""
         if self.block_rows:
             wanted = "wanted a layer to load into: load first, then pack"
-            raise RuntimeError(f"{prefix[:-1]} holds packed weights; {wanted}")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            raise RuntimeError(f"{name} holds packed weights; {wanted}")
 
     def __getitem__(self, expert: int) -> Float[Tensor, "outputs inputs"]:
         return self.dense(expert)
@@ -262,6 +271,7 @@ class Loading(nn.Module):
         if given:
             missing += [name for name, *_ in wanted if name not in state_dict]
         for name, held, at in given:
+            held.require_plain(name)
             weight = state_dict.pop(name)
             shape = torch.empty(held.shape, device="meta")[at].shape
             if weight.shape != shape:
@@ -316,8 +326,6 @@ class QuantizedUpProjection(QuantizedLinear):
     def __init__(self, attention: DeepseekV2Attention, kind: str, group: int) -> None:
         super().__init__(attention.kv_b_proj, kind, group)
         self.heads, self.nope = attention.num_heads, attention.qk_nope_head_dim
-
-    kept: tuple[Tensor, Tensor] | None = None  #: by `pack_weights`
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor]:

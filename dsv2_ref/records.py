@@ -97,7 +97,7 @@ class QuantizedLatentCache(LatentCache):
     """A `LatentCache` that stores records of bytes. `tokens` computes what they stand
     for; all else is as there. It gives no gradients."""
 
-    record: Record
+    record: Record  # as it is never without one
 
     @classmethod
     def of(
@@ -115,11 +115,10 @@ class QuantizedLatentCache(LatentCache):
         record = Record(str(format), latent, rope, dtype)
         place: dict[str, Any] = {"dtype": torch.uint8, "device": device}
         size = (sum(record.parts),)
-        cache = cls.empty(attention.layer_idx, batch, size, capacity=capacity, **place)
-        cache.record = record
-        return cache
+        room = cls.empty(attention.layer_idx, batch, size, capacity=capacity, **place)
+        return cls(attention.layer_idx, room.stored, room._storage, record=record)
 
-    @property
+    @property  # type: ignore[override]
     def tokens(self) -> Float[Tensor, "batch kv_seq features"]:
         """A copy of what the records stand for, in the dtype of the model."""
         return self.record.decode(self.stored)
@@ -144,15 +143,6 @@ class QuantizedLatentCache(LatentCache):
         held, record = self._storage.buffer, self.record
         features = record.latent + record.rope
         return (held.shape[0], features), record.dtype, held.device
-
-    def _encoded(self, new: Tensor) -> Tensor:
-        checks.without_derivatives(new, "a cache in fewer bits gives none")
-        return self.record.encode(new)
-
-    def _with(self, stored: Tensor, storage: _Storage | None, seen: int) -> Self:
-        cache = super()._with(stored, storage, seen)
-        cache.record = self.record
-        return cache
 
 
 @ops.defines(autocast=False)

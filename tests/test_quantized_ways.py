@@ -143,6 +143,13 @@ def test_a_packed_layer_is_the_quantised_one(layer_idx: int, form: str, kind: st
     if any(held.block_rows for held in packed.modules() if isinstance(held, QuantizedWeight)):
         with pytest.raises(RuntimeError, match="q_proj holds packed weights; wanted a layer to load into: load first"):
             packed.load_state_dict(before)
+        with pytest.raises(RuntimeError, match="holds packed weights"):
+            packed.load_state_dict(DeepseekV2DecoderLayer(CONFIG, layer_idx).state_dict())
+        assert all(torch.equal(packed.state_dict()[name], before[name]) for name in before)
+    elsewhere = copy.deepcopy(packed).to("meta")
+    assert not any(held.block_rows for held in elsewhere.modules() if isinstance(held, QuantizedWeight))
+    wide = copy.deepcopy(packed).double()
+    torch.testing.assert_close(wide(x.double())[0], copy.deepcopy(layer).double()(x.double())[0])
 
 
 @torch.no_grad()

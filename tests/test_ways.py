@@ -24,6 +24,14 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             ["--device", "cuda", "--kv", "90"],
             ["apply_rotary triton rotation", "attend triton decoding", "Ampere generation or newer"],
         ),
+        (
+            ["--device", "cuda", "--kv", "90", "--weights", "int8", "--cache", "fp8"],
+            [
+                "quantized_product x 7 triton codes",
+                "RoutedExperts.forward triton grouped codes",
+                "attend_records triton decoding of records",
+            ],
+        ),
         (["--device", "cuda", "--seq", "9", "--training"], ["attend sdpa", "training"]),
     ],
 )
@@ -38,6 +46,8 @@ def test_the_way_of_each_call(arguments: list[str], lines: list[str], capsys: py
     [
         (["--device", "tpu"], "device is 'tpu'; wanted cpu or cuda"),
         (["--layer", "9"], "layer_idx is 9; wanted"),
+        (["--weights", "int3"], "weights is 'int3'; wanted int8, int4, fp8"),
+        (["--kv", "9", "--cache", "fp9"], "format is 'fp9'; wanted None or one of fp8"),
         (["--dtype", "int8"], "dtype is 'int8'; wanted a floating-point dtype"),
         (["--seq", "9", "--kv", "3"], "kv is 3; wanted at least the 9 new tokens"),
     ],

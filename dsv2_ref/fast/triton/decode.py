@@ -13,7 +13,7 @@ DeepSeek-V2, section 2.1 and appendix C, for the absorbed form.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from dsv2_ref.fast.triton import plan
@@ -164,20 +164,22 @@ def mla_decode_launch(
 
 def mla_records_launch(
     query: Float[Tensor, "batch heads seq width"],
-    records: Int[Tensor, "batch kv_seq bytes"],
+    records: UInt8[Tensor, "batch kv_seq bytes"],
     record: Record,
     scale: float,
     padding: Bool[Tensor, "batch kv_seq"] | None = None,
     splits: int | None = None,
 ) -> Float[Tensor, "batch heads seq latent"]:
     """The same attention to what records of bytes stand for, which the kernel computes on the way: each key is read as
-    codes and never written as anything else. For `float_views`."""
+    codes and never written as anything else.
+
+    Triton 3.7 pipelines the scales and rotated keys, but not the codes, for which a block waits at every tile."""
     latents, scales, ropes = float_views(records, record)
     return _launch(query, record.format, latents, scales, ropes, scale, padding, splits, record.tile)
 
 
 def float_views(
-    records: Int[Tensor, "batch kv_seq bytes"], record: Record
+    records: UInt8[Tensor, "batch kv_seq bytes"], record: Record
 ) -> tuple[Tensor, Float[Tensor, "batch kv_seq tiles"], Float[Tensor, "batch kv_seq rope"]]:
     """Views of the codes, scales and rotated keys of records, each in its dtype, float8 as bytes (`from_float8`)."""
     codes, scales, _ = record.parts

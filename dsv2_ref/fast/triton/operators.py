@@ -7,7 +7,7 @@ The kernels' modules are imported when an operator first runs, so that importing
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from dsv2_ref.fast.products import as_operator
@@ -169,7 +169,7 @@ def mla_decode(
 
 def mla_decode_records(
     query: Float[Tensor, "batch heads seq width"],
-    records: Int[Tensor, "batch kv_seq bytes"],
+    records: UInt8[Tensor, "batch kv_seq bytes"],
     format: str,
     latent: int,
     scale: float,

@@ -22,8 +22,8 @@ START_TILES = 4  # that a share costs besides its keys: its queries, the first t
 
 MOST_ROWS = 512
 """Rows up to which a quantised product runs in its kernel. It computes each weight anew for every tile of rows; written
-once as a dense matrix, 4 bytes pass memory per weight. At half the rate of torch's products and an H100's, 300 of 600
-TFLOP/s and 3 TB/s, the kernel loses as much time as that takes at some 400 rows, by count."""
+once as a dense matrix, 4 bytes pass memory per weight. If the kernel has half the rate of torch's products, 300 of an
+H100's 600 TFLOP/s, which was not measured, it loses as much time as those bytes take at 3 TB/s with some 400 rows."""
 
 FLOPS_PER_CYCLE, BYTES_PER_CYCLE = 2458, 14.5
 """For each multiprocessor of an H100, 60 % of its tensor cores' peak, and its share of the memory's bandwidth."""
@@ -117,7 +117,7 @@ def decoding_pays(batch: int, heads: int, seq: int, width: int, latent: int, pro
     return kernel_cycles(*sizes) <= plain_cycles(*sizes)
 
 
-CONVERSION = 6  # instructions that make a value of a code: two masks, two shifts and an "or" of bits, or so, a product
+CONVERSION = 8  # instructions that make a value of a float8: five on bits, a change of dtype, two products
 
 
 def records_pay(batch: int, heads: int, seq: int, width: int, latent: int, record: int, processors: int) -> bool:
