@@ -45,11 +45,13 @@ class Call:
     form: str = "auto"  #: of latent attention, one of `FORMS`
     causal: bool = True  #: count only pairs of a query and a key that it sees, not all S · K
     dtype: str = "bfloat16"  #: of weights, activations and cache, one of `DTYPE_BYTES`
-    weights: str | None = None  #: what quantised weights are stored as, one of `WEIGHTS`; None: the dtype
+    weights: str | None = None  #: what quantised weights are stored as, one of `WEIGHTS`, or None for the dtype
     group: int = 64  #: neighbours in a row that share a scale, for weights in ``int4``
-    cache: str | None = None  #: what cached latents are stored as, one of `CACHES`; None: the dtype
-    kept: int | None = None  #: rows per sequence that the cache holds, new ones included (a window); None: all K
-    read: int | None = None  #: rows of them that each query reads (an indexer); None: all that it sees
+    cache: str | None = None  #: what cached latents are stored as, one of `CACHES`, or None for the dtype
+    kept: int | None = (
+        None  #: rows per sequence that the cache holds, new ones included, as a window leaves them; None for all K
+    )
+    read: int | None = None  #: rows of them that each query reads, as an indexer chooses; None for all that it sees
 
     def __post_init__(self) -> None:
         require_ints(self, ("batch", "seq", "kv"), 1)

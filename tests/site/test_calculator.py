@@ -174,19 +174,18 @@ def random_call(draw: random.Random) -> dict[str, Any]:
     return {
         "batch": draw.randrange(1, 512), "seq": seq, "kv": kv, "form": draw.choice(acc.FORMS),
         "causal": draw.random() < 0.5, "dtype": draw.choice(list(acc.DTYPE_BYTES)),
-        "weights": draw.choice([None, None, *acc.WEIGHTS]), "group": draw.choice([2, 2, 4, 16, 64, 7]),
+        "weights": draw.choice([None, None, *acc.WEIGHTS]), "group": draw.choice([2, 2, 2, 2, 4, 64, 64, 7]),
         "cache": draw.choice([None, None, None, *acc.CACHES]), "kept": kept,
         "read": draw.choice([None, None, draw.randrange(1, kv + 2), draw.randrange(1, (kept or kv) + 1), 1]),
     }  # fmt: skip
 
 
-def rejection(config: DeepseekV2Config, call: dict[str, Any]) -> str | None:
-    """What the package says against a call of a model."""
+def reported(config: DeepseekV2Config, call: dict[str, Any]) -> dict[str, Any] | str:
+    """The package's report on a call of a model, or what it says against it."""
     try:
-        acc.report(config, acc.Call(**call))
+        return acc.report(config, acc.Call(**call))
     except ValueError as error:
         return str(error)
-    return None
 
 
 def refusal(**fields: Any) -> str | None:
@@ -235,8 +234,8 @@ def by_part(counts: dict[str, int], part_of: Callable[[str], str | None]) -> dic
     return {part: str(count) for part, count in sums.items()}
 
 
-def expected(config: DeepseekV2Config, call: acc.Call) -> dict[str, Any]:
-    found = acc.report(config, call)
+def expected(config: DeepseekV2Config, call: acc.Call, found: Any = None) -> dict[str, Any]:
+    found = found or acc.report(config, call)
     parameters, flops, sizes = found["parameters"], found["flops"], found["bytes"]
     expanded = "expanded" if config.use_mla else "mha"
     return {
@@ -276,7 +275,11 @@ def answered(answer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_models_are_accepted_and_refused_as_by_the_package_and_cost_the_same(page: Page) -> None:
+def test_models_are_accepted_and_refused_as_by_the_package_and_cost_the_same(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The page shows no peaks, and the layer would have to run for each.
+    monkeypatch.setattr(acc.summary, "activation_peak", lambda *args: None)
     draw = random.Random(0)
     models = [random_sizes(draw) for _ in range(400)]
     refused = [refusal(**fields) for fields in models]
@@ -295,26 +298,27 @@ def test_models_are_accepted_and_refused_as_by_the_package_and_cost_the_same(pag
         "num_experts_per_tok",
     }
     built = [DeepseekV2Config(**fields) for fields, wanted in zip(models, refused, strict=True) if wanted is None]
-    tried = [(config, random_call(draw)) for config in built for _ in range(4)]
+    tried = [(config, random_call(draw)) for config in built for _ in range(3)]
     sent = [(given(config), call) for config, call in tried]
-    wanted_of_calls = [rejection(config, call) for config, call in tried]
-    for case, wanted, said in zip(tried, wanted_of_calls, page.evaluate(REFUSE, sent), strict=True):
-        assert (wanted in said) if wanted else said == [], (case, wanted, said)
-    kinds = {re.sub(r"\d+", "0", sentence).split(",")[0] for sentence in wanted_of_calls if sentence}
-    assert {kind.split(" is ")[0] for kind in kinds} == {"weights", "group", "cache", "kept", "read"}
-    assert len(kinds) > 12
+    found = [reported(config, call) for config, call in tried]
+    for case, one, said in zip(tried, found, page.evaluate(REFUSE, sent), strict=True):
+        assert (one in said) if isinstance(one, str) else said == [], (case, one, said)
+    against = {re.sub(r"\d+", "0", one).split(",")[0] for one in found if isinstance(one, str)}
+    assert {sentence.split(" is ")[0] for sentence in against} == {"weights", "group", "cache", "kept", "read"}
 
     cases = [
-        (config, acc.Call(**call)) for (config, call), said in zip(tried, wanted_of_calls, strict=True) if not said
+        (config, acc.Call(**call), one)
+        for (config, call), one in zip(tried, found, strict=True)
+        if not isinstance(one, str)
     ]
     assert len(cases) > 100
     for name in ("weights", "cache"):
-        assert {getattr(call, name) for _, call in cases} == {None, "fp8", "int8", "int4"}
-    sent = [(given(config), {name: getattr(call, name) for name in CALL}) for config, call in cases]
+        assert {getattr(call, name) for _, call, _ in cases} == {None, "fp8", "int8", "int4"}
+    sent = [(given(config), {name: getattr(call, name) for name in CALL}) for config, call, _ in cases]
     answers = page.evaluate(ACCOUNT, json.loads(json.dumps(sent)))
-    for (config, call), answer in zip(cases, answers, strict=True):
-        assert answered(answer) == expected(config, call), (config, call)
-        read = acc.report(config, call)["bytes"]["weights_read"]
+    for (config, call, one), answer in zip(cases, answers, strict=True):
+        assert answered(answer) == expected(config, call, one), (config, call)
+        read = one["bytes"]["weights_read"]
         assert math.isclose(int(answer["bytes"]["weights_read"]), read, rel_tol=1e-12), (config, call)
 
 
