@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv2_ref import checks, ops
 from dsv2_ref.attention import attend
-from dsv2_ref.cache import LatentCache, _Storage
+from dsv2_ref.cache import LatentCache
 from dsv2_ref.codes import from_codes, pack_nibbles, to_codes, unpack_nibbles
 from dsv2_ref.masks import Visibility
 
