@@ -255,7 +255,7 @@ def number_of_experts(config: "DeepseekV2Config") -> int:
 def quantization(
     weights: object, group: object, parts: Any, known_parts: tuple[str, ...], kinds: tuple[str, ...]
 ) -> None:
-    """Check of `quantize`."""
+    """Check of `dsv2_ref.quantize.quantize`."""
     require(weights in kinds, "weights", weights, ", ".join(kinds))
     require(is_int(group, 2) and int(group) % 2 == 0, "group", group, "an even number")  # type: ignore[call-overload]
     several = isinstance(parts, list | tuple | set | frozenset) and len(parts) > 0

@@ -42,7 +42,7 @@ OWN_METHOD = "dsv2_ref"
 
 
 def _own_codes(told: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments of `quantize` for a checkpoint that holds codes of ours."""
+    """Arguments of `dsv2_ref.quantize.quantize` for a checkpoint that holds codes of ours."""
     name, how = "quantization_config", told.get("quantization_config")
     if not isinstance(how, Mapping) or how.get("quant_method") != OWN_METHOD:
         return None
@@ -94,7 +94,10 @@ def _match(
             raise ValueError(f"{entry.file.name}: tensor {name} is {entry.shape}; wanted {shape}")
         if not target.is_floating_point() or (target.dtype.itemsize == 1 and block is None):
             require(
-                tensors.DTYPES.get(entry.code) == target.dtype, f"{entry.file.name}: tensor {name}", entry.code, f"{target.dtype} codes"
+                tensors.DTYPES.get(entry.code) == target.dtype,
+                f"{entry.file.name}: tensor {name}",
+                entry.code,
+                f"{target.dtype} codes",
             )
             continue
         fits = entry.code in WEIGHTS and (entry.code != "F8_E4M3" or block is not None)
@@ -299,8 +302,8 @@ class PretrainedLayer:
             mla_form: as ``mla_form`` of `DeepseekV2Config`.
             revision: a branch, tag or commit on the Hub.
             token: for what is not public: on the Hub, or sent with the requests to an address.
-            weights: quantise each tensor as it is read, as `quantize` does: ``int8``, ``int4`` or ``fp8``; a float8
-                checkpoint keeps its codes and scales in the last. None does not.
+            weights: quantise each tensor as it is read, as `dsv2_ref.quantize.quantize` does: ``int8``, ``int4`` or
+                ``fp8``; a float8 checkpoint keeps its codes and scales in the last. None does not.
             group: weights of a row that share a scale, for ``int4``.
 
         Raises:
@@ -378,7 +381,7 @@ class PretrainedModel:
 
         Args:
             config: hyperparameters.
-            weights: ``int8``, ``int4`` or ``fp8``, as `quantize` makes them; None for weights of ``dtype``.
+            weights: ``int8``, ``int4`` or ``fp8``, as `dsv2_ref.quantize.quantize` makes them; None for weights of ``dtype``.
             group: weights of a row that share a scale, for ``int4``.
             dtype: None is torch's default.
             device: None is the CPU.
@@ -437,7 +440,12 @@ def _codes_in(model: nn.Module) -> dict[str, Any]:
     parts = parts_of(model)
     wanted = "codes of one kind, to be saved as one checkpoint"
     require(len(kinds) == 1, "the weights", ", ".join(kinds), wanted)
-    require(len(groups) == 1, "group", " and ".join(map(str, sorted(groups))), "one for all weights, to be saved as one checkpoint")
+    require(
+        len(groups) == 1,
+        "group",
+        " and ".join(map(str, sorted(groups))),
+        "one for all weights, to be saved as one checkpoint",
+    )
     for _, name, child in weights_of(model, parts):
         wanted = "codes, as others of its part: quantise the whole model, or whole parts, to save it"
         require(isinstance(child, Loading), name, child, wanted)

@@ -26,13 +26,14 @@ from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear, offers_matrices
 from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, RoutedExperts
 
 KINDS = ("int8", "int4", "fp8")
-"""What a weight can become: a whole number from -127 to 127, with a scale per row; from
--7 to 7, with a scale per group; or a float8 (e4m3), with a scale per 128 x 128 block,
-as in DeepSeek-V3's checkpoints."""
+"""What a weight can become. ``int8`` is a whole number from -127 to 127, with a scale
+per row; ``int4`` one from -7 to 7, with a scale per group; ``fp8`` a float8 (e4m3), with
+a scale per 128 x 128 block, as in DeepSeek-V3's checkpoints."""
 
 PARTS = ("attention", "experts", "mlp")
-"""Where weights are quantised: projections of attention, routed experts, and dense and
-shared networks. Gates, norms, embeddings and the head keep their bits."""
+"""Where weights are quantised. These are the projections of attention, the routed
+experts, and the dense and shared networks; gates, norms, embeddings and the head keep
+their bits."""
 
 FP8_BLOCK = 128
 
@@ -122,7 +123,12 @@ class QuantizedWeight(nn.Module):
         scales.copy_(scale)
 
     @torch.no_grad()
-    def take(self, codes: Tensor, scales: Tensor, place: Any = ...) -> None:
+    def take(
+        self,
+        codes: Shaped[Tensor, "..."],
+        scales: Float[Tensor, "..."],
+        place: Any = ...,
+    ) -> None:
         """Hold these codes and scales, as they are."""
         self.codes[place].copy_(codes)
         self.scales[self._in_grid(place)].copy_(scales)
@@ -329,7 +335,7 @@ def quantize(
 
     Each matrix is rounded by itself, to the nearest (no calibration). What is computed
     is ``forward`` of the same layer with rounded weights, in every form, with every
-    cache; on CPUs `dsv2_ref.pack_weights` afterwards makes it fast. Its `state_dict`
+    cache; on CPUs `pack_weights` afterwards makes it fast. Its `state_dict`
     has codes and scales; `load_state_dict` takes these, or weights under their
     published names, and quantises them, as ``from_pretrained(weights=...)`` does.
 

@@ -12,8 +12,8 @@ from dsv2_ref.cache import LatentCache, _Storage
 from dsv2_ref.codes import from_codes, pack_nibbles, to_codes, unpack_nibbles
 
 CACHE_FORMATS = ("fp8", "int8", "int4")
-"""What a latent can become in a cache: eight-bit floating-point numbers (e4m3), or whole
-numbers of eight or four bits."""
+"""What a latent can become in a cache. ``fp8`` stands for eight-bit floating-point numbers
+(e4m3), the others for whole numbers of eight or four bits."""
 
 TILE = 128
 
@@ -40,7 +40,7 @@ class Record:
 
     @property
     def tile(self) -> int:
-        """Neighbours that share a scale: 128, or all where that does not divide C."""
+        """How many neighbours share a scale, 128, or all where that does not divide C."""
         return self.latent if self.latent % TILE else TILE
 
     @property
@@ -112,7 +112,7 @@ class QuantizedLatentCache(LatentCache):
 
     @property
     def tokens(self) -> Float[Tensor, "batch kv_seq features"]:
-        """What the records stand for, in the dtype of the model: a copy."""
+        """A copy of what the records stand for, in the dtype of the model."""
         return self.record.decode(self.stored)
 
     @property
