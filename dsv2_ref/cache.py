@@ -8,8 +8,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dsv2_ref import checks
-from dsv2_ref.attention import attend
-from dsv2_ref.masks import Visibility
 
 
 @dataclass
@@ -190,22 +188,6 @@ class LatentCache(LayerCache):
         """Views of the normalised latents and of the rotated keys."""
         tokens = self.tokens
         return tokens[..., :latent], tokens[..., latent:]
-
-    def attend(
-        self,
-        query: Float[Tensor, "batch heads seq features"],
-        latent: int,
-        visible: Visibility,
-        scale: float,
-        dropout: float = 0.0,
-        *,
-        implementation: str = "eager",
-    ) -> tuple[Float[Tensor, "batch heads seq latent"], Tensor | None]:
-        """`attend` of all heads to what is cached: one key (B, 1, K, C + R), whose
-        first C features are the value."""
-        key, how = self.stored[:, None], implementation
-        value = key[..., :latent]
-        return attend(query, key, value, visible, scale, dropout, implementation=how)
 
 
 class KeyValueCache(LayerCache):

@@ -18,7 +18,7 @@ from dsv2_ref.cache import LatentCache
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.linear import linear
 from dsv2_ref.masks import Visibility
-from dsv2_ref.records import QuantizedLatentCache
+from dsv2_ref.records import QuantizedLatentCache, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary, rotary_tables, softmax_temperature
 
@@ -143,9 +143,8 @@ class DeepseekV2Attention(nn.Module):
             present = past_key_value.append(new)
 
         form = self.cheaper_form(S, K) if self.form == "auto" else self.form
-        kernel, visible = self.implementation, Visibility(S, K, device, attention_mask)
-        scale, dropout = self.softmax_scale, self.attention_dropout
-        dropout = dropout if self.training else 0.0
+        how, dropout = self.implementation, self.attention_dropout * self.training
+        rest = Visibility(S, K, device, attention_mask), self.softmax_scale, dropout
         if form == "expanded":
             # Every head's keys and values are made from the latents (equations 10 and
             # 11); what follows is multi-head attention (equations 17 and 18).
@@ -154,18 +153,20 @@ class DeepseekV2Attention(nn.Module):
             k_nope, value = kv.split((N, V), dim=-1)  # (B, H, K, N), (B, H, K, V)
             key = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), dim=-1)
             query = torch.cat((q_nope, q_pe), dim=-1)  # (B, H, S, N + R)
-            out, weights = attend(
-                query, key, value, visible, scale, dropout, implementation=kernel
-            )
+            out, weights = attend(query, key, value, *rest, implementation=how)
         else:
             # The queries come to the latents instead: q · (W_UK c) = (W_UKᵀ q) · c. All
             # heads share one key, whose latent is also the value.
             w_uk, w_uv = self.up_matrices()  # (H, N, C), (H, V, C)
             query = torch.cat((by_head(q_nope, w_uk), q_pe), dim=-1)  # (B, H, S, C + R)
-            kernel = "eager" if kernel == "eager" else "products"
-            out, weights = present.attend(
-                query, C, visible, scale, dropout, implementation=kernel
-            )
+            how = "eager" if how == "eager" else "products"
+            if present.record is None:
+                key = present.tokens[:, None]  # (B, 1, K, C + R)
+                out, weights = attend(
+                    query, key, key[..., :C], *rest, implementation=how
+                )
+            else:
+                out, weights = attend_records(query, present, *rest, implementation=how)
             out = by_head(out, w_uv.mT)  # Σ p (W_UV c) = W_UV Σ p c
         attn_output = self.o_proj(out.transpose(1, 2).flatten(2))  # equation 19
         weights = weights if output_attentions else None
@@ -192,8 +193,7 @@ class DeepseekV2Attention(nn.Module):
     def up_matrices(
         self,
     ) -> tuple[Float[Tensor, "heads nope latent"], Float[Tensor, "heads v latent"]]:
-        """Every head's W_UK and W_UV, the parts of ``kv_b_proj``: of its weight, or
-        what it offers itself as ``matrices`` (as a packed module does)."""
+        """W_UK and W_UV of every head: parts of ``kv_b_proj``, or its ``matrices``."""
         if hasattr(self.kv_b_proj, "matrices"):
             w_uk, w_uv = cast(tuple[Tensor, Tensor], self.kv_b_proj.matrices)
             return w_uk, w_uv

@@ -42,7 +42,7 @@ OWN_METHOD = "dsv2_ref"
 
 
 def _own_codes(told: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments of `quantize` for a checkpoint that holds codes of ours."""
+    """Arguments of `dsv2_ref.quantize.quantize` for a checkpoint that holds codes of ours."""
     name, how = "quantization_config", told.get("quantization_config")
     if not isinstance(how, Mapping) or how.get("quant_method") != OWN_METHOD:
         return None

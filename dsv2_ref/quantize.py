@@ -129,7 +129,12 @@ class QuantizedWeight(nn.Module):
         scales.copy_(scale)
 
     @torch.no_grad()
-    def take(self, codes: Tensor, scales: Tensor, place: Any = ...) -> None:
+    def take(
+        self,
+        codes: Shaped[Tensor, "..."],
+        scales: Float[Tensor, "..."],
+        place: Any = ...,
+    ) -> None:
         """Hold these codes and scales, as they are."""
         self.codes[place].copy_(codes)
         self.scales[self._in_grid(place)].copy_(scales)

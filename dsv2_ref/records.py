@@ -118,24 +118,10 @@ class QuantizedLatentCache(LatentCache):
         room = cls.empty(attention.layer_idx, batch, size, capacity=capacity, **place)
         return cls(attention.layer_idx, room.stored, room._storage, record=record)
 
-    @property  # type: ignore[override]
-    def tokens(self) -> Float[Tensor, "batch kv_seq features"]:
+    @property
+    def tokens(self) -> Float[Tensor, "batch kv_seq features"]:  # type: ignore[override]
         """A copy of what the records stand for, in the dtype of the model."""
         return self.record.decode(self.stored)
-
-    def attend(
-        self,
-        query: Float[Tensor, "batch heads seq features"],
-        latent: int,
-        visible: Visibility,
-        scale: float,
-        dropout: float = 0.0,
-        *,
-        implementation: str = "eager",
-    ) -> tuple[Float[Tensor, "batch heads seq latent"], Tensor | None]:
-        """`attend_records`."""
-        how = implementation
-        return attend_records(query, self, visible, scale, dropout, implementation=how)
 
     @property
     def like(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:

@@ -78,15 +78,17 @@ class RoundedCache(LatentCache):
     kinds: tuple[str | None, str | None] = (None, None)
     latent: int
 
-    def _encoded(self, new: Tensor) -> Tensor:
+    def rounded_tokens(self, new: Tensor) -> Tensor:
+        """Latents and rope keys, each rounded to its own kind."""
         parts = new.split((self.latent, new.shape[-1] - self.latent), dim=-1)
         pairs = zip(parts, self.kinds, strict=True)
-        return torch.cat([rounded(part, kind) for part, kind in pairs], dim=-1)
+        return torch.cat([rounded(*pair) for pair in pairs], dim=-1)
 
-    def _with(self, stored: Tensor, storage: Any, seen: int) -> Self:
-        cache = super()._with(stored, storage, seen)
-        cache.kinds, cache.latent = self.kinds, self.latent
-        return cache
+    def append(self, new: Tensor) -> Self:
+        """The cache with these tokens, rounded, after its own."""
+        longer = super().append(self.rounded_tokens(new))
+        longer.kinds, longer.latent = self.kinds, self.latent
+        return longer
 
 
 def rounding_caches(

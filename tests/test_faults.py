@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref import DeepseekV2Attention, DeepseekV2RMSNorm, MoEGate, mha, mla, moe, rope
+from dsv2_ref import DeepseekV2Attention, DeepseekV2RMSNorm, MoEGate, mha, mla, moe, quantize, records, rope
 from dsv2_ref.attention import Visibility
+from dsv2_ref.codes import from_codes, to_codes
+from dsv2_ref.records import QuantizedLatentCache, Record
 from dsv2_ref.rope import rotate_half_split, rotate_interleaved
 from tests import test_against_transformers as transformers_tests
 from tests import test_bfloat16 as bfloat16_tests
 from tests import test_oracle as oracle_tests
+from tests import test_quantize as quantize_tests
+from tests import test_records as records_tests
 from tests.peers import CALLS, COMMON
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -85,6 +89,49 @@ def rounded_once(self: DeepseekV2RMSNorm, hidden_states: Tensor) -> Tensor:
 
 def loss_added_to_the_output(hidden_states: Tensor, loss: Tensor) -> Tensor:
     return hidden_states + (loss - loss.detach())
+
+
+def scales_swapped(codes: Tensor, scales: Tensor) -> Tensor:
+    """Of two neighbouring groups."""
+    return from_codes(
+        codes, torch.cat((scales[..., 1::2], scales[..., ::2]), dim=-1).unflatten(-1, (2, -1)).mT.flatten(-2)
+    )
+
+
+def a_group_off_by_one(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Scales are those of the elements one place to the right."""
+    scales = to_codes(x.roll(-1, dims=-1), *args, **kwargs)[1]
+    wide = scales.repeat_interleave(x.shape[-1] // scales.shape[-1], dim=-1)
+    return (x / wide).round().clamp(-7, 7).char(), scales
+
+
+def rope_key_with_the_latents_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Record.encode
+
+    def rounding(self: Record, tokens: Tensor) -> Tensor:
+        whole = from_codes(*to_codes(tokens, self.format, tokens.shape[-1])).to(tokens.dtype)
+        return encode(self, torch.cat((tokens[..., : self.latent], whole[..., self.latent :]), dim=-1))
+
+    monkeypatch.setattr(Record, "encode", rounding)
+
+
+def scale_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of each test finds it, and all later tokens are rounded with it."""
+    frozen: list[Tensor] = []
+
+    def rounding(x: Tensor, kind: str, *args: Any) -> tuple[Tensor, Tensor]:
+        codes, scales = to_codes(x, kind, *args)
+        frozen.append(scales[:1, :1])
+        scale = frozen[0].expand_as(scales)
+        largest = 448.0 if kind == "fp8" else float(codes.abs().max())
+        units = (x.float() / scale).clamp(-largest, largest)
+        return units.to(codes.dtype) if kind == "fp8" else units.round().to(codes.dtype), scale
+
+    monkeypatch.setattr(records, "to_codes", rounding)
+
+
+def row_position_lost(self: QuantizedLatentCache, stored: Tensor, seen: int) -> Any:
+    return type(self)(self.layer_idx, stored, seen=stored.shape[1], record=self.record)
 
 
 def attend(name: str, calls: str = "prefill", form: str = "expanded") -> Callable[[], None]:
@@ -171,6 +218,31 @@ FAULTS: Mapping[str, Fault] = {
         replaced(MoEGate, "forward", scores_in_bfloat16),
         bfloat16_tests.check_gate_is_not_rounded,
         found="tokens go elsewhere",
+    ),
+    "scales swapped between two groups": Fault(
+        replaced(quantize, "from_codes", scales_swapped),
+        partial(quantize_tests.check_half_a_step, "int4", torch.float32),
+        found="more than half a step off",
+    ),
+    "a group off by one": Fault(
+        replaced(quantize, "to_codes", a_group_off_by_one),
+        partial(quantize_tests.check_half_a_step, "int4", torch.float32),
+        found="more than half a step off",
+    ),
+    "rope key quantised with the latent's scale": Fault(
+        rope_key_with_the_latents_scale,
+        partial(records_tests.check_records, 256, torch.float32, "fp8"),
+        found="the rope key has changed",
+    ),
+    "a scale frozen at the first call": Fault(
+        scale_frozen,
+        partial(records_tests.check_scales_are_never_frozen, "fp8"),
+        found="another scale",
+    ),
+    "a row's position lost": Fault(
+        replaced(QuantizedLatentCache, "_with", row_position_lost),
+        partial(records_tests.check_chosen_rows, "int8"),
+        found="position",
     ),
     "norm rounded once": Fault(
         replaced(DeepseekV2RMSNorm, "forward", rounded_once),

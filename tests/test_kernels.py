@@ -563,8 +563,7 @@ def decoding_records(
     format: str = "fp8", latent: int = 16, seq: int = 1, dtype: torch.dtype = torch.float16, **options: Any
 ) -> dict[str, str]:
     record = Record(format, latent, 8, options.pop("cached", dtype))
-    cache = QuantizedLatentCache(0, on_cuda(2, 9, sum(record.parts), dtype=torch.uint8))
-    cache.record = record
+    cache = QuantizedLatentCache(0, on_cuda(2, 9, sum(record.parts), dtype=torch.uint8), record=record)
     heads, batch = options.pop("heads", 3), options.pop("batch", 2)
     query = on_cuda(batch, heads, seq, latent + 8, dtype=dtype)
     visible = Visibility(seq, 9, query.device, options.pop("mask", None))

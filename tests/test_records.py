@@ -69,8 +69,8 @@ class RoundingCache(LatentCache):
 
     form_of_cache = ""
 
-    def _encoded(self, new: Tensor) -> Tensor:
-        return rounded(new, SMALL.kv_lora_rank, self.form_of_cache)
+    def append(self, new: Tensor) -> Any:
+        return super().append(rounded(new, SMALL.kv_lora_rank, self.form_of_cache))
 
 
 def rounding_cache(attention: Any, batch: int, form_of_cache: str) -> LatentCache:
@@ -110,11 +110,7 @@ def test_a_record_by_hand() -> None:
     assert record.encode(token)[0, 0, :4].tolist() == [0x7E, 0xC4, 0x30, 0x3B]
 
 
-@pytest.mark.parametrize(("form_of_cache", "latent"), SIZES)
-@DTYPES
-def test_records_hold_the_nearest_codes_and_the_rope_key_bit_by_bit(
-    latent: int, dtype: torch.dtype, form_of_cache: str
-) -> None:
+def check_records(latent: int, dtype: torch.dtype, form_of_cache: str) -> None:
     record = Record(form_of_cache, latent, 8, dtype)
     for batch, seq in ((2, 5), (1, 1), (1, 3), (3, 1)):
         new = random_tokens(record, seq, batch)
@@ -125,8 +121,16 @@ def test_records_hold_the_nearest_codes_and_the_rope_key_bit_by_bit(
         assert records.dtype == torch.uint8
         for start in range(seq):  # parts of a storage begin at any byte
             back = record.decode(records[:, start:])
+            assert torch.equal(back[..., latent:], new[:, start:, latent:]), "the rope key has changed"
             assert torch.equal(back, rounded(new, latent, form_of_cache)[:, start:])
-            assert torch.equal(back[..., latent:], new[:, start:, latent:])
+
+
+@pytest.mark.parametrize(("form_of_cache", "latent"), SIZES)
+@DTYPES
+def test_records_hold_the_nearest_codes_and_the_rope_key_bit_by_bit(
+    latent: int, dtype: torch.dtype, form_of_cache: str
+) -> None:
+    check_records(latent, dtype, form_of_cache)
 
 
 @pytest.mark.parametrize(("form_of_cache", "latent"), SIZES)
@@ -258,6 +262,10 @@ def test_an_older_cache_keeps_its_value_and_goes_on_again(form_of_cache: str) ->
 
 @every_format
 def test_sequences_and_rows_are_chosen(form_of_cache: str) -> None:
+    check_chosen_rows(form_of_cache)
+
+
+def check_chosen_rows(form_of_cache: str) -> None:
     cache, new = cache_with(form_of_cache, length=6)
     expected = rounded(new, 16, form_of_cache)
     beams = cache.select(torch.tensor([1, 1, 0]))
@@ -267,7 +275,8 @@ def test_sequences_and_rows_are_chosen(form_of_cache: str) -> None:
     assert torch.equal(longer.tokens[:, 6:], expected[[0, 1, 1], 6:7])
     assert torch.equal(cache.tokens, expected[:, :6])
     kept = cache.keep(torch.tensor([[0, 4, 5]]))
-    assert (kept.length, kept.seen, kept.nbytes) == (3, 6, 2 * 3 * sum(cache.record.parts))
+    assert (kept.length, kept.nbytes) == (3, 2 * 3 * sum(cache.record.parts))
+    assert kept.seen == 6, "the next token has another position"
     assert torch.equal(kept.tokens, expected[:, [0, 4, 5]])
     each = cache.keep(torch.tensor([[0, 1], [4, 5]])).append(new[:, 6:7])
     assert torch.equal(each.tokens[1], expected[1, [4, 5, 6]])
@@ -389,6 +398,10 @@ def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any], form_of_cache: s
 
 @every_format
 def test_a_scale_is_never_frozen(form_of_cache: str) -> None:
+    check_scales_are_never_frozen(form_of_cache)
+
+
+def check_scales_are_never_frozen(form_of_cache: str) -> None:
     """A later token 1,000 times as large is as right as it would have been alone, and a later small one, too."""
     cache, new = cache_with(form_of_cache)
     before, size = cache.stored.clone(), SMALL.kv_lora_rank
@@ -396,7 +409,9 @@ def test_a_scale_is_never_frozen(form_of_cache: str) -> None:
         later = new[:, 3:4] * factor
         longer = cache.append(later)
         alone = cache.record.decode(cache.record.encode(later))
-        assert torch.equal(longer.tokens[:, 3:], alone)
+        assert torch.equal(longer.tokens[:, 3:], alone), "a later token has another scale than alone"
+        expected = rounded(later, size, form_of_cache)
+        assert torch.equal(alone, expected), "a later token has another scale than its own"
         off = (alone - later)[..., :size].double().abs().amax(-1)
         assert (off <= later[..., :size].double().abs().amax(-1) * 2**-3).all()
         assert torch.equal(longer.stored[:, :3], before)
