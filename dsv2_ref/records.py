@@ -115,7 +115,8 @@ class QuantizedLatentCache(LatentCache):
         record = Record(str(format), latent, rope, dtype)
         place: dict[str, Any] = {"dtype": torch.uint8, "device": device}
         size = (sum(record.parts),)
-        room = cls.empty(attention.layer_idx, batch, size, capacity=capacity, **place)
+        place |= {"capacity": capacity}
+        room = LatentCache.empty(attention.layer_idx, batch, size, **place)
         return cls(attention.layer_idx, room.stored, room._storage, record=record)
 
     @property

@@ -507,7 +507,11 @@ def through_safetensors(state: dict[str, Tensor], folder: Path) -> dict[str, Ten
 
 @every_layer
 @every_kind
-@pytest.mark.parametrize("through", [lambda state, _: state, through_torch_save, through_safetensors])
+@pytest.mark.parametrize(
+    "through",
+    [lambda state, _: state, through_torch_save, through_safetensors],
+    ids=["as it is", "torch", "safetensors"],
+)
 @pytest.mark.parametrize("assign", [False, True])
 def test_codes_are_saved_and_loaded(assign: bool, through: Any, kind: str, name: str, tmp_path: Path) -> None:
     quantised = quantize(layer_of(name, torch.bfloat16), kind, GROUP)
@@ -571,7 +575,9 @@ def through_a_file(module: nn.Module) -> nn.Module:
 @every_layer
 @every_kind
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), through_a_file], ids=str
+    "copied",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), through_a_file],
+    ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_copies(copied: Callable[[Any], Any], kind: str, name: str) -> None:
     quantised, x = quantize(layer_of(name), kind, GROUP), tokens(1, 4, torch.float64)
