@@ -385,7 +385,9 @@ def saved_and_loaded(cache: LayerCache) -> LayerCache:
 
 @every_format
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), saved_and_loaded], ids=str
+    "copied",
+    [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any], form_of_cache: str) -> None:
     cache, new = cache_with(form_of_cache)
