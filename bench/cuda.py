@@ -146,9 +146,9 @@ def _attend_records(dtype: torch.dtype, format: str, batch: int = 1, kv_seq: int
     these in every step."""
     config = work.CONFIG
     heads, latent, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
-    cache = QuantizedLatentCache(0, torch.empty(0, 0, 0))
-    cache.record = Record(format, latent, rope, dtype)
-    cache.stored = cache.record.encode(torch.randn(batch, kv_seq, latent + rope, dtype=dtype))
+    record = Record(format, latent, rope, dtype)
+    held = torch.randn(batch, kv_seq, latent + rope, dtype=dtype)
+    cache = QuantizedLatentCache(0, record.encode(held), record=record)
     query, tokens = torch.randn(batch, heads, 1, latent + rope, dtype=dtype), cache.tokens
     visible, scale = Visibility(1, kv_seq, tokens.device), (latent + rope) ** -0.5
 

@@ -160,6 +160,7 @@ class DeepseekV2Attention(nn.Module):
             w_uk, w_uv = self.up_matrices()  # (H, N, C), (H, V, C)
             query = torch.cat((by_head(q_nope, w_uk), q_pe), dim=-1)  # (B, H, S, C + R)
             how = "eager" if how == "eager" else "products"
+            del compressed_kv, k_pe  # not alive beside the scores
             if present.record is None:
                 key = present.tokens[:, None]  # (B, 1, K, C + R)
                 out, weights = attend(

@@ -180,8 +180,7 @@ class DeepseekV2MoE(nn.Module):
             many times as wide.
 
     Raises:
-        ValueError: if the configuration has no routed experts, and for an input that
-            does not fit the weights.
+        ValueError: without routed experts, and for an input that does not fit.
 
     Source: DeepSeek-V2, equation 20; ``DeepseekV2MoE`` of the published code.
     """

@@ -31,7 +31,7 @@ def choices(
         device: ``cpu`` or ``cuda``. dtype: of weights and activations, such as ``bfloat16``.
         batch: sequences. seq: new tokens of each. kv: tokens attended to, the new ones included.
         training: with gradients, and without a cache.
-        weights: what `quantize` makes of them. cache_format: of a `QuantizedLatentCache`.
+        weights: what `dsv2_ref.quantize.quantize` makes of them. cache_format: of a `QuantizedLatentCache`.
     """
     with torch.device("meta"), torch.set_grad_enabled(training):
         layer = DeepseekV2DecoderLayer(config, layer_idx).to(getattr(torch, dtype)).train(training)

@@ -139,7 +139,7 @@ def pack_weights(module: Module) -> Module:
     and load the state dict. What is more than a plain linear map or the package's own experts (an adapter, a wrapper,
     hooks, a parametrization, a map that others quantised) is left as it is and keeps its effect.
 
-    Weights that `quantize` made are packed, too, where torch has a kernel for their codes; then ``kv_b_proj`` keeps a copy
+    Weights that `dsv2_ref.quantize.quantize` made are packed, too, where torch has a kernel for their codes; then ``kv_b_proj`` keeps a copy
     in the module's dtype for the absorbed form.
 
     Args:

@@ -181,7 +181,7 @@ def mla_records_launch(
 def float_views(
     records: UInt8[Tensor, "batch kv_seq bytes"], record: Record
 ) -> tuple[Tensor, Float[Tensor, "batch kv_seq tiles"], Float[Tensor, "batch kv_seq rope"]]:
-    """Views of the codes, scales and rotated keys of records, each in its dtype, float8 as bytes (`from_float8`)."""
+    """Views of the codes, scales and rotated keys of records, each in its dtype, float8 as bytes (``from_float8``)."""
     codes, scales, _ = record.parts
     by_scale, by_feature = records.view(torch.float32), records.view(record.dtype)
     first = (codes + scales) // record.dtype.itemsize

@@ -113,7 +113,7 @@ def quantized_product_launch(
     shared: int,
     group_ends: Int[Tensor, "groups"] | None = None,
 ) -> Float[Tensor, "rows outputs"]:
-    """`quantized_product` in the kernel, for codes and scales of a `QuantizedWeight` of which ``shared`` neighbours in a
+    """`dsv2_ref.quantize.quantized_product` in the kernel, for codes and scales of a `QuantizedWeight` of which ``shared`` neighbours in a
     row have one scale; with ``group_ends``, of a stack of them for consecutive groups of rows, as in
     `dsv2_ref.fast.products.grouped_product`."""
     kind, outputs, inputs = KINDS[codes.dtype], codes.shape[-2], rows.shape[-1]
