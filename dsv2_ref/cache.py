@@ -122,7 +122,8 @@ class LayerCache:
         storage, past = self._storage, self.length
         # Not from `stored`: the compiler fails where two inputs share memory.
         buffer, eager = storage.buffer, not torch.compiler.is_compiling()
-        alike = isinstance(new, Tensor) and new.dtype == buffer.dtype
+        alike = self.record is None and isinstance(new, Tensor)
+        alike = alike and new.dtype == buffer.dtype
         alike = alike and new.device == buffer.device
         alike = alike and new.shape[:1] == buffer.shape[:1]
         if not alike or new.shape[2:] != buffer.shape[2:]:

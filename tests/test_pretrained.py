@@ -644,7 +644,7 @@ def test_random_weights(name: str, weights: str | None) -> None:
         # The error of a standard deviation from n draws is about 1 / sqrt(2 n) of it; at least 384 here. Six of those.
         assert dense.std() == pytest.approx(0.03, rel=6 / (2 * dense.numel()) ** 0.5), key
         assert abs(float(dense.mean())) < 6 * 0.03 / dense.numel() ** 0.5
-        assert len(dense.unique()) > 10
+        assert len(dense.unique()) >= 8
     for key, value in model.state_dict().items():
         if key.endswith("norm.weight"):
             assert (value == 1).all(), key
@@ -661,14 +661,16 @@ def test_random_weights(name: str, weights: str | None) -> None:
 
 def test_every_code_is_drawn() -> None:
     torch.manual_seed(0)
-    for kind, codes in (("int8", range(-127, 128)), ("int4", range(-7, 8))):
+    for kind, codes in (("int8", range(-127, 128)), ("int4", range(-7, 8, 2))):
         layer = DeepseekV2DecoderLayer.random(NARROW, 1, kind, 4)
         drawn = layer.mlp.experts.gate_up_proj.dense() / layer.mlp.experts.gate_up_proj.scales[0, 0, 0]
         values, counts = drawn.round().long().unique(return_counts=True)
         assert values.tolist() == list(codes)
-        # Equally often: of n draws of one in k, n / k each, give or take six times its root.
-        each = drawn.numel() / len(codes)
-        assert (counts - each).abs().max() < 6 * each**0.5
+        # Equally often, but for the least of 256 bytes, which is cut to the next: of n draws of one in k, n / k each,
+        # give or take six times its root.
+        each = torch.full((len(codes),), drawn.numel() / (256 if kind == "int8" else 8))
+        each[0] *= 2 if kind == "int8" else 1
+        assert ((counts - each).abs() < 6 * each**0.5).all()
 
 
 BIG = replace(

@@ -80,6 +80,16 @@ def test_strided_rows_and_one_expert_of_a_stack() -> None:
             assert_rounded_once(out, x.double() @ dense[expert].T)
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 48), (48, 64), (1, 32), (64, 50)])
+def test_widths_that_the_kernel_would_read_past_take_the_dense_matrix(outputs: int, inputs: int) -> None:
+    held = QuantizedWeight("int8", (outputs, inputs), 2, torch.bfloat16, torch.device("cpu"))
+    held.fill(torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out, way = served(x, held)
+    assert way in ("definition", "cpu float32")
+    assert_rounded_once(out, x.double() @ held.dense().double().T)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_dtypes_take_the_dense_matrix(dtype: torch.dtype) -> None:
     held = weight("int8", 64, 64, dtype=dtype)

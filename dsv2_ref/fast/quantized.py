@@ -25,6 +25,9 @@ from dsv2_ref.records import QuantizedLatentCache, attend_records
 FEW_ROWS = 16
 """Up to so many rows torch's kernels over codes are used: they read a code once per row."""
 
+STEP = 32
+"""What divides every width that the kernel for int8 is given."""
+
 GROUPS = (32, 64, 128, 256)
 """Groups that the kernel for int4 takes."""
 
@@ -83,6 +86,9 @@ def _not_few(rows: Tensor, weight: QuantizedWeight, kind: str) -> str:
 
 
 def _not_few_int8(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
+    outputs, inputs = weight.shape[-2:]
+    if inputs % STEP or outputs % STEP:  # torch's kernel reads past the end of others
+        return f"for widths that {STEP} divides"
     return _not_few(rows, weight, "int8")
 
 
