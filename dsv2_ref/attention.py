@@ -79,7 +79,7 @@ def equally_wide(*tensors: Float[Tensor, "..."]) -> list[Tensor]:
 
 
 FEW_QUERIES = 8
-"""Up to so many, cuDNN is left out: it makes a plan for every new number of keys."""
+"""Up to so many, cuDNN is left out. It makes a plan for every new number of keys."""
 
 FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 NOT_CUDNN = [FLASH, EFFICIENT, SDPBackend.MATH]
