@@ -23,7 +23,7 @@ from dsv2_ref.quantize import QuantizedExperts, QuantizedWeight, quantized_produ
 from dsv2_ref.records import QuantizedLatentCache, attend_records
 
 FEW_ROWS = 16
-"""Up to so many rows torch's kernels over codes are used: they read a code once per row."""
+"""Up to so many rows torch's kernels over codes are used. They read a code once per row."""
 
 STEP = 32
 """What divides every width that the kernel for int8 is given."""
