@@ -18,17 +18,8 @@ from torch import Tensor, nn
 from dsv2_ref import checks, files, published, tensors
 from dsv2_ref.checks import require, require_object, require_values
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.quantize import (
-    FP8_BLOCK,
-    KINDS,
-    PARTS,
-    Loading,
-    QuantizedWeight,
-    parts_of,
-    quantize,
-    quantized_places,
-    weights_of,
-)
+from dsv2_ref.quantize import KINDS, PARTS, parts_of, quantize, weights_of
+from dsv2_ref.quantized import FP8_BLOCK, Loading, QuantizedWeight, quantized_places
 from dsv2_ref.tensors import WEIGHTS, Entry, dequantize, read_headers, read_tensor
 
 LONG = 1 << 28  # bytes from which on a progress bar is shown

@@ -25,7 +25,8 @@ from dsv2_ref.fast.triton import decode, experts, norm, operators, plan, quantiz
 from dsv2_ref.fast.triton.language import tl
 from dsv2_ref.fast.triton.language import triton as triton_itself
 from dsv2_ref.masks import Visibility
-from dsv2_ref.quantize import QuantizedWeight, quantize
+from dsv2_ref.quantize import quantize
+from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.records import Record
 from dsv2_ref.rope import rotate_interleaved
 from tests.peers import SMALL, randomised, tokens

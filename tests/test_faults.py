@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref import DeepseekV2Attention, DeepseekV2RMSNorm, MoEGate, mha, mla, moe, quantize, records, rope
+from dsv2_ref import DeepseekV2Attention, DeepseekV2RMSNorm, MoEGate, mha, mla, moe, quantized, records, rope
 from dsv2_ref.attention import Visibility
 from dsv2_ref.codes import from_codes, to_codes
 from dsv2_ref.records import QuantizedLatentCache, Record
@@ -220,12 +220,12 @@ FAULTS: Mapping[str, Fault] = {
         found="tokens go elsewhere",
     ),
     "scales swapped between two groups": Fault(
-        replaced(quantize, "from_codes", scales_swapped),
+        replaced(quantized, "from_codes", scales_swapped),
         partial(quantize_tests.check_half_a_step, "int4", torch.float32),
         found="more than half a step off",
     ),
     "a group off by one": Fault(
-        replaced(quantize, "to_codes", a_group_off_by_one),
+        replaced(quantized, "to_codes", a_group_off_by_one),
         partial(quantize_tests.check_half_a_step, "int4", torch.float32),
         found="more than half a step off",
     ),

@@ -22,7 +22,8 @@ from dsv2_ref.attention import attend
 from dsv2_ref.fast import products, triton
 from dsv2_ref.fast.triton import LARGEST_LATENT, LARGEST_ROPE, decode, experts, norm, operators, plan, quantized, rotate
 from dsv2_ref.masks import Visibility
-from dsv2_ref.quantize import KINDS, QuantizedWeight, quantized_product
+from dsv2_ref.quantize import KINDS
+from dsv2_ref.quantized import QuantizedWeight, quantized_product
 from dsv2_ref.records import QuantizedLatentCache, Record, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary

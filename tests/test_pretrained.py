@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, MoEGate, files
 from dsv2_ref.published import encode
-from dsv2_ref.quantize import KINDS, QuantizedWeight, quantize, quantized_places
+from dsv2_ref.quantize import KINDS, quantize
+from dsv2_ref.quantized import QuantizedWeight, quantized_places
 from dsv2_ref.tensors import dequantize
 from tests.peers import SMALL, V3_GATE, YARN, native_config, native_of, native_weights, randomised
 

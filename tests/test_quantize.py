@@ -20,16 +20,8 @@ from torch.func import jvp
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, ops, pack_weights
 from dsv2_ref.codes import from_codes, pack_nibbles, to_codes, unpack_nibbles
 from dsv2_ref.moe import RoutedExperts
-from dsv2_ref.quantize import (
-    FP8_BLOCK,
-    KINDS,
-    QuantizedExperts,
-    QuantizedLinear,
-    QuantizedWeight,
-    parts_of,
-    quantize,
-    quantized_places,
-)
+from dsv2_ref.quantize import KINDS, parts_of, quantize
+from dsv2_ref.quantized import FP8_BLOCK, QuantizedExperts, QuantizedLinear, QuantizedWeight, quantized_places
 from tests.peers import SMALL, V3_GATE, assert_close, randomised, tokens
 
 GROUP = 4  # of SMALL's widths 48, 40, 28, 20 and 16 a divisor

@@ -15,7 +15,8 @@ from dsv2_ref.fast.cpu import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
 from dsv2_ref.moe import RoutedExperts
-from dsv2_ref.quantize import QuantizedUpProjection, QuantizedWeight, is_plain
+from dsv2_ref.quantize import is_plain
+from dsv2_ref.quantized import QuantizedUpProjection, QuantizedWeight
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from dsv2_ref.cache import LatentCache
 from dsv2_ref.fast import products, triton
 from dsv2_ref.fast.triton import operators
 from dsv2_ref.masks import Visibility
-from dsv2_ref.quantize import KINDS, QuantizedWeight, quantize, quantized_product
+from dsv2_ref.quantize import KINDS, quantize
+from dsv2_ref.quantized import QuantizedWeight, quantized_product
 from dsv2_ref.records import Record
 from dsv2_ref.rope import rotate_interleaved
 

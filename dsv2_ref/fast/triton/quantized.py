@@ -5,7 +5,7 @@ Codes are exact in float16 and bfloat16 and are multiplied as they are; a scale 
 share it, so no weight is rounded a second time. The grouped form finds the rows of a group as
 `dsv2_ref.fast.triton.experts` does, and reads the codes of groups with rows alone.
 
-Source: the definition, `dsv2_ref.quantize.quantized_product`; blocks of DeepSeek-V3 (2024), section 3.3.2.
+Source: the definition, `dsv2_ref.quantized.quantized_product`; blocks of DeepSeek-V3 (2024), section 3.3.2.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv2_ref.fast.triton.experts import rows_of_tile
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
-from dsv2_ref.quantize import FP8_BLOCK
+from dsv2_ref.quantized import FP8_BLOCK
 
 
 @jit
@@ -113,7 +113,7 @@ def quantized_product_launch(
     shared: int,
     group_ends: Int[Tensor, "groups"] | None = None,
 ) -> Float[Tensor, "rows outputs"]:
-    """`dsv2_ref.quantize.quantized_product` in the kernel, for codes and scales of a `QuantizedWeight` of which ``shared`` neighbours in a
+    """`dsv2_ref.quantized.quantized_product` in the kernel, for codes and scales of a `QuantizedWeight` of which ``shared`` neighbours in a
     row have one scale; with ``group_ends``, of a stack of them for consecutive groups of rows, as in
     `dsv2_ref.fast.products.grouped_product`."""
     kind, outputs, inputs = KINDS[codes.dtype], codes.shape[-2], rows.shape[-1]
