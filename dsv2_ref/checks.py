@@ -529,6 +529,12 @@ def cache_format(format: object, formats: tuple[str, ...], latent: int, name: st
     require(format != "int4" or latent % 2 == 0, name, format, wanted, latent)
 
 
+def latent_format(config: "DeepseekV2Config", name: str, format: object) -> None:
+    """Raise ValueError for a format of latents where a model has none."""
+    has_latent = config.use_mla or format is None
+    require(has_latent, name, format, "None: multi-head attention caches no latent")
+
+
 def budget(**rows: object) -> None:
     """Check of numbers of rows that a policy keeps."""
     for name, number in rows.items():
@@ -671,8 +677,7 @@ def generation(
     policy: object,
 ) -> None:
     """Check of `DeepseekV2ForCausalLM.stream`; the model checks the tokens themselves."""
-    has_latent = config.use_mla or cache_format is None
-    require(has_latent, "cache_format", cache_format, "None: multi-head attention caches no latent")
+    latent_format(config, "cache_format", cache_format)
     require(policy is None or callable(policy), "policy", policy, "None, or a callable that takes a layer's cache")
     if cache_format is not None:
         require_tensor(input_ids, "input_ids")

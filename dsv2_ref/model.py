@@ -210,6 +210,7 @@ class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
     ) -> Caches:
         """A cache without tokens for every layer: ``past_key_values`` of a first call;
         arguments as for `DeepseekV2Attention.empty_cache`."""
+        checks.latent_format(self.config, "format", format)
         settings = () if format is None else (format,)
         layers: Any = self.model.layers
         return tuple(

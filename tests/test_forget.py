@@ -336,6 +336,10 @@ KEPT = r"layer 0's LatentCache, perhaps with fewer rows \(`keep`\), and as many 
             lambda: model_of(use_mla=False).stream(PROMPT, 2, cache_format="fp8"),
             "cache_format is 'fp8'; wanted None: multi-head attention caches no latent",
         ),
+        (
+            lambda: model_of(use_mla=False).empty_caches(1, 4, "fp8"),
+            "format is 'fp8'; wanted None: multi-head attention",
+        ),
         (lambda: model_of().stream([[1]], 2, cache_format="fp8"), "input_ids is a list of 1; wanted a tensor"),
         (lambda: model_of().generate(PROMPT, 2, policy=lambda cache: None), f"policy is None; wanted {KEPT}"),
         (lambda: model_of().generate(PROMPT, 2, policy=other_positions), f"policy is LatentCache.*; wanted {KEPT}"),
