@@ -9,13 +9,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from dsv2_ref import ops
@@ -45,11 +45,8 @@ def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-CONTEXTS: dict[str, Callable[[], Any]] = {
-    "full": noop_context_fn,
-    "selective": partial(create_selective_checkpoint_contexts, policy),
-}
-"""What a forward pass, and later its repetition, run inside of."""
+CONTEXTS = {"selective": partial(create_selective_checkpoint_contexts, policy)}
+"""By mode, what makes the contexts of the forward pass and of its repetition."""
 
 
 def checkpointed(
@@ -73,13 +70,21 @@ def checkpointed(
     """
     require(mode in CHECKPOINTING, "mode", mode, " or ".join(CHECKPOINTING))
 
-    options = {"use_reentrant": False, "context_fn": CONTEXTS[mode]} | options
+    if mode in CONTEXTS:
+        options = {"context_fn": CONTEXTS[mode]} | options
 
     def run(*args: Any, **kwargs: Any) -> Any:
         again = layer if is_compiling() else ops.as_now(layer)
-        return checkpoint(again, *args, **options, **kwargs)
+        return checkpoint(again, *args, use_reentrant=False, **options, **kwargs)
 
     return run
+
+
+def is_recomputing() -> bool:
+    """Whether this is a backward pass, in which a forward pass is a repetition: what a
+    forward hook counts has been counted."""
+    # As torch's own checkpoint asks. Compiled code runs each hook once.
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class GradientCheckpointing(nn.Module):

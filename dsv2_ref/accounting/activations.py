@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import noop_context_fn
 
 from dsv2_ref.accounting.call import Call, layers_alike
 from dsv2_ref.accounting.sizes import Sizes
@@ -156,7 +157,7 @@ def _count(live: LiveBytes, module: nn.Module, run: Callable[[], Tensor], traini
 
 def _checkpointed(layer: DeepseekV2DecoderLayer, mode: str) -> None:
     def contexts() -> tuple[Any, Any]:
-        first, again = CONTEXTS[mode]()
+        first, again = CONTEXTS.get(mode, noop_context_fn)()
         return first, _both(again, Fused())  # function modes are off in a backward pass
 
     layer.forward = checkpointed(layer.forward, mode, preserve_rng_state=False, context_fn=contexts)

@@ -86,26 +86,26 @@ def step_flops(
         ValueError: for a layer that the model does not have, for a call that is no training step and for an unknown mode.
     """
     require_training(call, checkpointing)
-    forward, again = Counter[str](), Counter[str]()
+    parts: dict[str, Counter[str]] = {name: Counter() for name in ("forward", "backward", "recomputed")}
     for index, alike in layers_alike(config) if layer_idx is None else [(layer_idx, 1)]:
-        for total, counts in (
-            (forward, products(config, index, call)),
-            (again, recomputed(config, index, call, checkpointing)),
-        ):
+        of_layer = (
+            products(config, index, call),
+            backward(config, index, call),
+            recomputed(config, index, call, checkpointing),
+        )
+        for total, counts in zip(parts.values(), of_layer, strict=True):
             total.update({name: alike * count for name, count in counts.items()})
     if layer_idx is None:
         s = Sizes.of(config)
-        forward["lm_head"] = 2 * call.tokens * s.D * s.vocab
-    return {
-        "forward": dict(forward),
-        "backward": {name: 2 * count for name, count in forward.items()},
-        "recomputed": dict(again),
-    }
+        head = 2 * call.tokens * s.D * s.vocab
+        parts["forward"]["lm_head"], parts["backward"]["lm_head"] = head, 2 * head
+    return {name: dict(counts) for name, counts in parts.items()}
 
 
 def model_flops(config: DeepseekV2Config, call: Call) -> int:
     """FLOPs of the products of a model's training step, forward and backward, without what is computed twice."""
-    return 3 * sum(step_flops(config, call)["forward"].values())
+    flops = step_flops(config, call)
+    return _total(flops["forward"]) + _total(flops["backward"])
 
 
 def six_nd(config: DeepseekV2Config, call: Call) -> Counts:
