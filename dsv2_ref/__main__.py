@@ -11,8 +11,9 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Never
 
-from dsv2_ref.accounting import CACHES, CHECKPOINTING, DTYPE_BYTES, FORMS, OPTIMIZERS, WEIGHTS, Call, report
-from dsv2_ref.checks import IMPLEMENTATIONS, require
+from dsv2_ref.accounting import CACHES, DTYPE_BYTES, FORMS, WEIGHTS, Call, report
+from dsv2_ref.accounting.training import OPTIMIZERS
+from dsv2_ref.checks import CHECKPOINTING, IMPLEMENTATIONS, require
 from dsv2_ref.config import DeepseekV2Config
 
 PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr", "deepseek_v3", "moonlight")

@@ -236,9 +236,10 @@ def updated_bias(
 class LossFreeBalancing:
     """Balance a model by its gates' ``e_score_correction_bias``, without a loss.
 
-    It counts what the gates choose in training, once where layers are checkpointed; `step`, called after each step of the
-    optimizer, moves every bias by `updated_bias` and starts counting anew. In data
-    parallel training, sum ``loads`` over the processes first.
+    It counts what the gates choose in training, also where layers are checkpointed;
+    `step`, called after each step of the optimizer, moves every bias by `updated_bias`
+    and starts counting anew. In data parallel training, sum ``loads`` over the
+    processes first.
 
     Args:
         model: any module with `MoEGate` inside, of ``topk_method`` ``noaux_tc``.

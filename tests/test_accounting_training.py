@@ -1,5 +1,6 @@
 """What the accounting says of training, against what PyTorch counts while real layers and models are trained."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -145,3 +146,142 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(training, *PLANTED[fault])
     wrong = [counted(config, 1, call, mode) != seen_in_a_layer(config, 1, call, mode) for mode in MODES]
     assert any(wrong)
+
+
+# The rule 6ND, and utilisation
+
+
+@given(step=steps())
+def test_six_nd_and_its_error_make_the_sum(step: Step) -> None:
+    config, call, _ = step
+    rule = acc.six_nd(config, call)
+    assert rule["6ND"] == 6 * sum(acc.model_parameters(config, active=True).values()) * call.tokens
+    assert sum(rule.values()) == acc.model_flops(config, call)
+    longer = replace(call, seq=2 * call.seq, kv=2 * call.seq)
+    more = acc.six_nd(config, longer)
+    assert more["6ND"] == 2 * rule["6ND"]
+    assert more["attention"] == 4 * rule["attention"] > 0 > more["not multiplied"] == 2 * rule["not multiplied"]
+
+
+def test_what_the_rule_does_not_multiply() -> None:
+    """By hand, for V2: an embedding's row, and the norms."""
+    v2 = preset("deepseek_v2")
+    vectors = 5120 + 60 * (2 * 5120 + 1536 + 512) + 5120
+    assert acc.six_nd(v2, acc.Call(seq=64, kv=64))["not multiplied"] == -6 * 64 * vectors
+
+
+def test_utilisation_in_the_training_of_v2() -> None:
+    """172.8 thousand hours of H800s for a trillion tokens (DeepSeek-V2, section 3.2.3), at 989 TFLOP/s each: 20 % by 6ND."""
+    v2, call, peak = preset("deepseek_v2"), acc.Call(seq=4096, kv=4096), 989e12
+    each = 1e12 / (172_800 * 3600)
+    by_rule = acc.six_nd(v2, call)["6ND"] / call.tokens * each / peak
+    assert by_rule == pytest.approx(0.2, abs=0.01)
+    assert acc.mfu(v2, call, each, peak) == pytest.approx(
+        by_rule * acc.model_flops(v2, call) / acc.six_nd(v2, call)["6ND"]
+    )
+    assert acc.mfu(v2, call, 8 * each, 8 * peak) == pytest.approx(acc.mfu(v2, call, each, peak), rel=1e-15)
+    assert acc.mfu(v2, replace(call, batch=7), each, peak) == acc.mfu(v2, call, each, peak)
+
+
+# Bytes from step to step
+
+
+def optimised(optimizer: str, weights: list[torch.Tensor]) -> torch.optim.Optimizer:
+    if optimizer == "adamw":
+        return torch.optim.AdamW(weights)
+    return torch.optim.SGD(weights, lr=0.1, momentum=0.9 if optimizer == "momentum" else 0)
+
+
+@pytest.mark.parametrize("optimizer", acc.OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("layer_idx", [None, 0, 1])
+def test_states_are_those_of_pytorchs_optimizers(layer_idx: int | None, dtype: str, optimizer: str) -> None:
+    """After a step; what is one number per tensor is left out."""
+    config, call = replace(preset("tiny"), num_hidden_layers=2), acc.Call(seq=9, kv=9, dtype=dtype)
+    whole = DeepseekV2ForCausalLM(config).to(getattr(torch, dtype)).train()
+    module = whole if layer_idx is None else whole.model.layers[layer_idx]
+    whole(torch.randint(config.vocab_size, (1, 9)))[0].square().mean().backward()
+    weights = list(module.parameters())
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    masters = [weight.detach().float().requires_grad_() for weight in weights] if dtype == "bfloat16" else []
+    for master, weight in zip(masters, weights, strict=False):
+        master.grad = weight.grad.float()
+    stepped = optimised(optimizer, masters or weights)
+    stepped.step()
+    states = [x for state in stepped.state.values() for x in state.values() if isinstance(x, torch.Tensor) and x.ndim]
+
+    def size(tensors: list[Any]) -> int:
+        return sum(x.nbytes for x in tensors)
+
+    assert acc.state_bytes(config, call, layer_idx, optimizer) == {
+        "weights": size(weights),
+        "gradients": size([weight.grad for weight in weights]),
+        "master_weights": size(masters),
+        "optimizer": size(states),
+    }
+
+
+def test_sixteen_bytes_per_parameter_of_v2_lite() -> None:
+    lite, call = preset("deepseek_v2_lite"), acc.Call(seq=4096, kv=4096)
+    for dtype in ("bfloat16", "float32"):
+        found = acc.state_bytes(lite, replace(call, dtype=dtype))
+        assert sum(found.values()) == 16 * sum(acc.model_parameters(lite).values())
+
+
+# What is printed
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["account", "--training", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_command_tells_of_training(mode: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny, call = preset("tiny"), acc.Call(batch=2, seq=24, kv=24)
+    arguments = ["--preset", "tiny", "--batch", "2", "--seq", "24", "--optimizer", "momentum"]
+    arguments += [] if mode is None else ["--checkpointing", mode]
+    found = json.loads(printed(capsys, *arguments, "--json"))
+    step, flops = found["training"], acc.step_flops(tiny, call, None, mode)
+    sums = {part: sum(counts.values()) for part, counts in flops.items()}
+    by_operation = step["flops"].pop("by_operation")
+    assert step["flops"] == sums | {"total": sum(sums.values())}
+    assert sums["forward"] == found["flops"]["products"]
+    assert {part: {n: one[part] for n, one in by_operation.items() if one[part]} for part in sums} == flops
+    assert step["six_nd"] == acc.six_nd(tiny, call)
+    sizes = acc.state_bytes(tiny, call, None, "momentum")
+    peak = acc.activation_peak(tiny, call, None, True, mode)
+    assert step["bytes"] == sizes | {"activations": peak, "total": sum(sizes.values()) + peak}
+    assert sizes["weights"] == found["bytes"]["weights"]
+    assert found["config"]["call"]["checkpointing"] == mode
+    table = printed(capsys, *arguments)
+    for name, number in (step["flops"] | step["bytes"]).items():
+        assert f"{name.replace('_', ' '):46}".strip() in table
+        assert f"{number:,}" in table, name
+    assert max(map(len, table.splitlines())) < 100
+
+
+def test_one_layer_has_no_rule_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(printed(capsys, "--preset", "tiny", "--layer", "1", "--seq", "5", "--json"))["training"]
+    assert found["six_nd"] is None
+    assert found["optimizer"] == "adamw"
+    assert "6ND" not in printed(capsys, "--preset", "tiny", "--layer", "1", "--seq", "5")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda config, call: acc.mfu(config, call, -1.0, 1.0), r"tokens_per_second is -1\.0; wanted 0 or more"),
+        (lambda config, call: acc.mfu(config, call, 1.0, 0.0), r"peak is 0\.0; wanted above 0"),
+        (lambda config, call: acc.recomputed(config, 1, call, "some"), "checkpointing is 'some'; wanted None, full or"),
+        (lambda config, call: acc.backward(config, 4, call), "layer is 4; wanted from 0 to 3"),
+        (lambda config, call: acc.backward(config, 0, replace(call, kv=9)), "kv is 9; wanted the 4 new tokens"),
+        (lambda config, call: acc.state_bytes(config, call, None, "adam"), "optimizer is 'adam'; wanted adamw, momentum"),
+        (lambda config, call: acc.state_bytes(config, replace(call, dtype="int8")), "no layer is trained in int8"),
+        (lambda config, call: acc.six_nd(config, replace(call, weights="int8")), "weights is 'int8'; wanted None"),
+    ],
+)  # fmt: skip
+def test_what_is_rejected(call: Callable[..., Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call(preset("tiny"), acc.Call(seq=4, kv=4))

@@ -27,7 +27,7 @@ def _checked(
     fits = config._attn_implementation != "flash_attention_2" or absorbed or call.dtype in ("float16", "bfloat16")
     require(fits, "dtype", call.dtype, "float16 or bfloat16 for flash_attention_2")
     mode = "full" if checkpointing is True else None if checkpointing is False else checkpointing
-    require(training or mode is None, "checkpointing", mode, "None where nothing is trained")
+    require(training or mode is None, "checkpointing", checkpointing, "None where nothing is trained")
     if training:
         require_training(call, mode)
     return call, mode
