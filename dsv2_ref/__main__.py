@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from typing import Any, Never
 
 from dsv2_ref.accounting import CACHES, DTYPE_BYTES, FORMS, WEIGHTS, Call, report
-from dsv2_ref.checks import IMPLEMENTATIONS, require
+from dsv2_ref.accounting.training import OPTIMIZERS
+from dsv2_ref.checks import CHECKPOINTING, IMPLEMENTATIONS, require
 from dsv2_ref.config import DeepseekV2Config
 
 PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr", "deepseek_v3", "moonlight")
@@ -48,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     ways.add_argument("--cache", metavar="FORMAT", help="in fewer bits: fp8, int8 or int4")
     option, yes_or_no = account.add_argument, argparse.BooleanOptionalAction
     option("--causal", action=yes_or_no, default=True, help="count visible pairs only")
-    option("--checkpointing", action="store_true", help="keep inputs of layers only")
+    modes = f"{' or '.join(CHECKPOINTING)} (full where none is named)"
+    option("--checkpointing", nargs="?", const="full", metavar="MODE", help=f"recompute in the backward pass: {modes}")
+    option("--optimizer", help=f"of a training step: {', '.join(OPTIMIZERS)} (adamw)")
     option("--weights", help=f"stored as {', '.join(WEIGHTS)} and scales (default: in the dtype)")
     option("--group", type=int, default=64, help="weights of a row that share a scale in int4 (64)")
     option("--cache", help=f"latents stored as {', '.join(CACHES)} and scales (default: in the dtype)")
@@ -84,7 +87,7 @@ def _tokens(call: dict[str, Any]) -> str:
 
 
 def _account(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
-    found = report(config, call, args.layer, args.training, args.checkpointing)
+    found = report(config, call, args.layer, args.training, args.checkpointing, args.optimizer)
     return json.dumps(found, indent=2) if args.json else _table(found)
 
 
@@ -114,7 +117,7 @@ def _table(found: dict[str, Any]) -> str:
     operations = flops["by_operation"] | {"products alone": flops["products"], "total": flops["total"]}
     lines += ["", "FLOPs", *(f"  {name:44}{n:22,}" for name, n in operations.items())]
     attended = {"cache that this call reads": sizes["kv_cache_read"]} if call["read"] else {}
-    way = ", training" * call["training"] + " with checkpointing" * call["checkpointing"]
+    way = ", training" * call["training"] + (f", {call['checkpointing']}" if call["checkpointing"] else "")
     rows = {
         "weights": sizes["weights"],
         "weights that this call reads": sizes["weights_read"],
@@ -132,7 +135,22 @@ def _table(found: dict[str, Any]) -> str:
     for label, size in rows.items():
         shown = f"  not counted: {not_counted}" if size is None else f"{size:22,}  {_bytes(size)}"
         lines.append(f"  {label:44}{shown}")
+    if found["training"]:
+        lines += _training(found["training"], not_counted)
     return "\n".join([*lines, "", f"intensity: {found['intensity']:,} FLOP per byte of weights and cache read"])
+
+
+def _training(step: dict[str, Any], not_counted: str) -> list[str]:
+    """Of a training step: FLOPs of products, and the bytes that it holds."""
+    flops = {name: step["flops"][name] for name in ("forward", "backward", "recomputed", "total")}
+    lines = ["", "training step: FLOPs of products", *(f"  {name:44}{n:22,}" for name, n in flops.items())]
+    if step["six_nd"]:
+        lines.append(f"  {'forward and backward by the rule 6ND':44}{step['six_nd']['6ND']:22,}")
+    lines += ["", f"training step: bytes with {step['optimizer']}"]
+    for name, size in step["bytes"].items():
+        shown = f"  not counted: {not_counted}" if size is None else f"{size:22,}  {_bytes(size)}"
+        lines.append(f"  {name.replace('_', ' '):44}{shown}")
+    return lines
 
 
 def _ways(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:

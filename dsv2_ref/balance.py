@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from dsv2_ref.checks import require
+from dsv2_ref.recompute import is_recomputing
 
 if TYPE_CHECKING:
     from dsv2_ref.moe import MoEGate
@@ -235,9 +236,10 @@ def updated_bias(
 class LossFreeBalancing:
     """Balance a model by its gates' ``e_score_correction_bias``, without a loss.
 
-    It counts what the gates choose in training; `step`, called after each step of the
-    optimizer, moves every bias by `updated_bias` and starts counting anew. In data
-    parallel training, sum ``loads`` over the processes first.
+    It counts what the gates choose in training, also where layers are checkpointed;
+    `step`, called after each step of the optimizer, moves every bias by `updated_bias`
+    and starts counting anew. In data parallel training, sum ``loads`` over the
+    processes first.
 
     Args:
         model: any module with `MoEGate` inside, of ``topk_method`` ``noaux_tc``.
@@ -269,7 +271,7 @@ class LossFreeBalancing:
     @staticmethod
     def _counter(load: Tensor) -> Callable[[nn.Module, Any, Any], None]:
         def count(gate: nn.Module, _: Any, routed: tuple[Tensor, ...]) -> None:
-            if gate.training:
+            if gate.training and not is_recomputing():
                 chosen = routed[0].flatten()
                 load.scatter_add_(0, chosen, torch.ones_like(chosen))
 

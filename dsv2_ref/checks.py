@@ -84,6 +84,7 @@ SMALLEST_EPS = 2**-84
 """The gradient of a norm holds eps**-1.5, which float32 must be able to hold."""
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+CHECKPOINTING = ("full", "selective")
 MLA_FORMS = ("auto", "expanded", "absorbed")
 SCORES = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")

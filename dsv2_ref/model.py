@@ -14,13 +14,14 @@ from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.linear import linear
 from dsv2_ref.pretrained import PretrainedModel
+from dsv2_ref.recompute import GradientCheckpointing, checkpointed
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 
 Caches = tuple[LayerCache, ...]
 """The cache of every layer of a model, in the order of the layers."""
 
 
-class DeepseekV2Model(nn.Module):
+class DeepseekV2Model(GradientCheckpointing):
     """Token embedding, ``num_hidden_layers`` decoder layers, and a norm at the end.
 
     Layers run in pre-norm order, so the residual stream leaves the last of them without
@@ -77,9 +78,13 @@ class DeepseekV2Model(nn.Module):
         """
         hidden_states = self.embed_tokens(input_ids)  # (B, S, D)
         present: list[LayerCache] = []
+        mode = self.gradient_checkpointing if self.training else None
+        if use_cache or past_key_values is not None:
+            mode = None
         for index, layer in enumerate(self.layers):
             past = None if past_key_values is None else past_key_values[index]
-            hidden_states, *cache = layer(
+            run = layer if mode is None else checkpointed(layer, mode)
+            hidden_states, *cache = run(
                 hidden_states,
                 attention_mask,
                 position_ids,
@@ -90,7 +95,7 @@ class DeepseekV2Model(nn.Module):
         return self.norm(hidden_states), tuple(present) if use_cache else None
 
 
-class DeepseekV2ForCausalLM(PretrainedModel, nn.Module):
+class DeepseekV2ForCausalLM(PretrainedModel, GradientCheckpointing):
     """A `DeepseekV2Model` and the head that scores every token of the vocabulary as the
     next one.
 

@@ -212,6 +212,23 @@ def without(*names: str) -> Iterator[None]:
         _state.switched_off = before
 
 
+def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in the state of this moment, for calls that come later or in another
+    thread, as in a backward pass: the same ways are off and the same is checked."""
+    names = ("inside", "switched_off", "device")
+    now = {name: getattr(_state, name) for name in names}
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = {name: getattr(_state, name) for name in names}
+        try:
+            vars(_state).update(now)
+            return function(*args, **kwargs)
+        finally:
+            vars(_state).update(before)
+
+    return run
+
+
 @contextmanager
 def watch(device: str | None = None) -> Iterator[list[Choice]]:
     """Note the choice of every call inside the ``with`` block, in order.

@@ -443,7 +443,8 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Mapping[str,
 def test_the_command_prints_what_the_functions_say(capsys: pytest.CaptureFixture[str]) -> None:
     lite = preset("deepseek_v2_lite")
     found = printed(capsys, "--preset", "deepseek_v2_lite", "--batch", "1", "--seq", "1", "--kv", "8192")
-    assert list(found) == ["config", "parameters", "flops", "bytes", "intensity"]
+    assert list(found) == ["config", "parameters", "flops", "bytes", "training", "intensity"]
+    assert found["training"] is None
     assert found["parameters"]["total"] == PUBLISHED["deepseek_v2_lite"]
     assert found["parameters"]["by_module"] == acc.model_parameters(lite)
     assert found["bytes"]["kv_cache"] == acc.cache_bytes(lite, 8192) == 8192 * 31_104
@@ -458,12 +459,13 @@ def test_the_command_prints_what_the_functions_say(capsys: pytest.CaptureFixture
     assert one["bytes"]["weights"] == 4 * one["parameters"]["total"]
     assert one["config"]["call"] == {
         "batch": 1, "seq": 5, "kv": 5, "form": "expanded", "causal": False, "dtype": "float32", "weights": None,
-        "group": 64, "cache": None, "kept": None, "read": None, "layer": 3, "training": False, "checkpointing": False,
+        "group": 64, "cache": None, "kept": None, "read": None, "layer": 3, "training": False, "checkpointing": None,
     }  # fmt: skip
     eager = ("--attention", "eager", "--seq", "64", "--training", "--checkpointing")
     found = printed(capsys, "--preset", "tiny", *eager)
     config, call = replace(preset("tiny"), _attn_implementation="eager"), acc.Call(seq=64, kv=64)
     assert found["bytes"]["activations_peak"] == acc.activation_peak(config, call, None, True, True)
+    assert found["config"]["call"]["checkpointing"] == "full"
     assert found["bytes"]["kv_cache_written"] == found["bytes"]["kv_cache"]
     moved = found["bytes"]["activations_by_operation"]
     assert moved["lm_head"] == {"read": 2 * 64 * 64, "written": 2 * 64 * config.vocab_size}
@@ -501,7 +503,14 @@ def test_the_command_names_keys_that_it_does_not_know(capsys: pytest.CaptureFixt
         (["--dtype", "fp3"], "dtype is 'fp3'; wanted float64"),
         (["--form", "merged"], "form is 'merged'; wanted auto"),
         (["--attention", "fast"], "_attn_implementation is 'fast'"),
-        (["--checkpointing"], "checkpointing is True; wanted False where nothing is trained"),
+        (["--checkpointing"], "checkpointing is 'full'; wanted None where nothing is trained"),
+        (["--training", "--checkpointing", "some"], "checkpointing is 'some'; wanted None, full or selective"),
+        (["--optimizer", "sgd"], "optimizer is 'sgd'; wanted None where nothing is trained"),
+        (["--training", "--optimizer", "lion"], "optimizer is 'lion'; wanted adamw, momentum, sgd"),
+        (
+            ["--training", "--dtype", "int8"],
+            "dtype is 'int8'; wanted a floating-point dtype: no layer is trained in int8",
+        ),
         (["--training", "--kv", "9"], "kv is 9; wanted the 1 new tokens"),
         (["--attention", "flash_attention_2", "--dtype", "float32"], "dtype is 'float32'; wanted float16 or bfloat16"),
         (["--batch", "9" * 400], "wanted an integer of at least 1, and at most 10^15"),

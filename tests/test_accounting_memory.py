@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from dsv2_ref import DeepseekV2Attention, DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, ops
 from dsv2_ref import accounting as acc
 from dsv2_ref.__main__ import main
+from dsv2_ref.recompute import checkpointed
 from tests.live_bytes import LiveBytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def device(config: DeepseekV2Config, call: acc.Call) -> str:
 
 
 def of_layer(
-    config: DeepseekV2Config, call: acc.Call, layer_idx: int, training: bool = False, checkpointing: bool = False
+    config: DeepseekV2Config, call: acc.Call, layer_idx: int, training: bool = False, checkpointing: str | None = None
 ) -> int:
     dtype, past = DTYPES[call.dtype], call.kv - call.seq
     with torch.device(device(config, call)):
@@ -70,19 +70,18 @@ def of_layer(
             cache = cache.append(torch.zeros(call.batch, past, *layer.self_attn.cache_features, dtype=dtype))
     run: Callable[..., Tensor] = lambda hidden_states: layer(hidden_states, past_key_value=cache)[0]  # noqa: E731
     if checkpointing:
-        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        run = checkpointed(run, checkpointing)
     return seen(layer, lambda: run(x), training)
 
 
-def of_model(config: DeepseekV2Config, call: acc.Call, training: bool = False, checkpointing: bool = False) -> int:
+def of_model(config: DeepseekV2Config, call: acc.Call, training: bool = False, checkpointing: str | None = None) -> int:
     """All layers run. An embedding that is the head too is built as two, as it would get two gradients."""
     config = replace(config, tie_word_embeddings=False)
     with torch.device(device(config, call)):
         model = DeepseekV2ForCausalLM(config).to(DTYPES[call.dtype]).train(training)
         ids = torch.zeros(call.batch, call.seq, dtype=torch.long)
     if checkpointing:
-        for layer in model.model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        model.gradient_checkpointing_enable(checkpointing)
     return seen(model, lambda: model(ids)[0], training)
 
 
@@ -150,7 +149,7 @@ def test_whatever_is_called_takes_what_is_counted(
 ) -> None:
     """Any layer in any call, and any model; the absorbed form in training as well."""
     training = data.draw(st.booleans())
-    checkpointing = training and data.draw(st.booleans())
+    checkpointing = data.draw(st.sampled_from([None, *acc.CHECKPOINTING])) if training else None
     layer_idx = data.draw(st.sampled_from([0, 1, None]))
     past = 0 if training or layer_idx is None else data.draw(st.sampled_from([0, 1, 30, 64]))
     call = acc.Call(batch=batch, seq=seq, kv=past + seq, form=config.mla_form, dtype=dtype)
@@ -181,12 +180,12 @@ def test_pytorchs_own_allocator_gives_out_as_much() -> None:
 @settings(max_examples=40)
 @given(
     layers=st.integers(1, 7), first=st.integers(0, 3), every=st.integers(1, 3), experts=st.sampled_from([None, 8]),
-    training=st.booleans(), checkpointing=st.booleans(), dense=st.sampled_from([8, 128, 2000]),
+    training=st.booleans(), checkpointing=st.sampled_from([None, *acc.CHECKPOINTING]), dense=st.sampled_from([8, 128, 2000]),
     vocab=st.sampled_from([5, 3000]), tied=st.booleans(), attention=st.sampled_from(["eager", "sdpa"]),
     mla=st.booleans(), dtype=st.sampled_from([*DTYPES]),
 )  # fmt: skip
 def test_one_layer_of_each_kind_stands_for_all(
-    layers: int, first: int, every: int, experts: int | None, training: bool, checkpointing: bool, dense: int,
+    layers: int, first: int, every: int, experts: int | None, training: bool, checkpointing: str | None, dense: int,
     vocab: int, tied: bool, attention: str, mla: bool, dtype: str,
 ) -> None:  # fmt: skip
     config = replace(
@@ -194,7 +193,7 @@ def test_one_layer_of_each_kind_stands_for_all(
         intermediate_size=dense, vocab_size=vocab, tie_word_embeddings=tied, use_mla=mla, mla_form="expanded",
         _attn_implementation=attention,
     )  # fmt: skip
-    checkpointing &= training
+    checkpointing = checkpointing if training else None
     call = acc.Call(batch=2, seq=9, kv=9, dtype=dtype)
     assert acc.activation_peak(config, call, None, training, checkpointing) == of_model(
         config, call, training, checkpointing
@@ -231,6 +230,7 @@ cases = {
     "model": (card, prompt),
     "model, training": (card, prompt, None, True),
     "model, checkpointed": (card, prompt, None, True, True),
+    "model, selective": (card, prompt, None, True, "selective"),
 }
 found = {}
 for name, case in cases.items():
@@ -249,6 +249,7 @@ FIGURES = {
     "model": 5_054_136_320,
     "model, training": 112_469_852_928,
     "model, checkpointed": 7_662_043_136,
+    "model, selective": 23_536_566_272,
 }
 
 
@@ -296,7 +297,7 @@ def test_more_takes_more(config: DeepseekV2Config, batch: int, seq: int, past: i
         deeper = replace(config, num_hidden_layers=config.num_hidden_layers + 3)
         assert acc.activation_peak(deeper, call) >= least
         assert acc.activation_peak(deeper, prompt, training=True) > held(prompt, training=True)
-        assert held(prompt, training=True, checkpointing=True) <= held(prompt, training=True)
+        assert held(prompt, training=True, checkpointing="full") <= held(prompt, training=True)
 
 
 def test_head_and_embedding_in_one_matrix_take_no_activation_more() -> None:
@@ -305,12 +306,20 @@ def test_head_and_embedding_in_one_matrix_take_no_activation_more() -> None:
         assert acc.activation_peak(tied, call, None, training) == acc.activation_peak(TINY, call, None, training)
 
 
+@pytest.mark.parametrize("mode", [None, *acc.CHECKPOINTING])
+def test_a_real_layer_of_the_cards_size_in_every_mode(mode: str | None) -> None:
+    """All of its widths and heads; 8 of its experts, as what they compute does not depend on their number."""
+    config, call = replace(CARD, n_routed_experts=8, num_hidden_layers=2), acc.Call(seq=48, kv=48, dtype="bfloat16")
+    found = of_layer(config, call, 1, training=True, checkpointing=mode)
+    assert acc.activation_peak(config, call, 1, training=True, checkpointing=mode) == found
+
+
 # What was refused once
 
 
 def test_the_absorbed_form_in_training() -> None:
     call = acc.Call(seq=40, kv=40, form="absorbed", dtype="float32")
-    for layer_idx, checkpointing in itertools.product((0, 1), (False, True)):
+    for layer_idx, checkpointing in itertools.product((0, 1), (None, *acc.CHECKPOINTING)):
         config = replace(LATENT, mla_form="absorbed")
         found = of_layer(config, call, layer_idx, True, checkpointing)
         assert acc.activation_peak(config, call, layer_idx, True, checkpointing) == found
@@ -367,7 +376,7 @@ def test_flash_attention_takes_what_sdpa_takes() -> None:
 @pytest.mark.parametrize(
     ("config", "call", "how", "said"),
     [
-        (TINY, {}, {"checkpointing": True}, "checkpointing is True; wanted False where nothing is trained"),
+        (TINY, {}, {"checkpointing": True}, "checkpointing is True; wanted None where nothing is trained"),
         (TINY, {"seq": 4, "kv": 9}, {"training": True}, "kv is 9; wanted the 4 new tokens: training has no cache"),
         (TINY, {}, {"layer_idx": 4}, "layer is 4; wanted from 0 to 3"),
         (TINY, {"dtype": "int8"}, {}, "dtype is 'int8'; wanted a floating-point dtype: no layer runs in int8"),
@@ -451,10 +460,8 @@ sys.exit(main(["account", "--training", "--checkpointing"]))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("checkpointing is True; wanted False")
-    assert "activations alive together, training with checkpointing not counted: needs torch" in " ".join(
-        done.stdout.split()
-    )
+    assert done.stdout.startswith("checkpointing is True; wanted None")
+    assert "activations alive together, training, full not counted: needs torch" in " ".join(done.stdout.split())
 
 
 # Faults, and what must stay as it was

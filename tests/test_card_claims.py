@@ -170,6 +170,9 @@ def test_checkpointing_keeps_inputs_and_one_layer() -> None:
     assert CLAIMS["checkpointing"].computed == pytest.approx(model, rel=1e-4)
     assert "7.662 GB" in CLAIMS["checkpointing"].note
     assert "112.5 GB" in CLAIMS["all-prefill"].note
+    held = [cc.accounting.activation_peak(few, cc.PREFILL, None, True, mode) for mode in ("full", "selective", None)]
+    assert held == sorted(held)  # optimisation 3: "Reduce activation memory during training"
+    assert held[0] == model < held[2] / 10
 
 
 @pytest.mark.parametrize(

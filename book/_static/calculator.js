@@ -51,6 +51,8 @@
   ];
   const WEIGHTS = { "": "in the dtype", int8: "int8, a scale per row", int4: "int4, a scale per group", fp8: "fp8, a scale per 128 × 128" };
   const CACHES = { "": "in the dtype", fp8: "fp8, a scale per 128", int8: "int8, a scale per 128", int4: "int4, a scale per 128" };
+  const CHECKPOINTING = { "": "keep all results", full: "full: run layers again", selective: "selective: choose and attend once" };
+  const OPTIMIZERS = { adamw: ["AdamW", 2n], momentum: ["SGD with momentum", 1n], sgd: ["SGD", 0n] }; // and values per parameter
   const MOST = 10n ** 15n;
   const LARGEST_FILE = 1e6;
   const BYTES = { float64: 8n, float32: 4n, bfloat16: 2n, float16: 2n, int8: 1n };
@@ -89,6 +91,12 @@
     }
     if (known(call.kv, call.seq) && call.kv < call.seq) refuse("kv", call.kv, `at least the ${call.seq} new tokens`);
     else fewerRows(call, known, refuse);
+    if (call.training) {
+      if (known(call.kv, call.seq) && call.kv > call.seq) refuse("kv", call.kv, `the ${call.seq} new tokens: training has no cache`);
+      if (call.cache) refuse("cache", `'${call.cache}'`, "None: training has no cache");
+      if (call.weights) refuse("weights", `'${call.weights}'`, "None for training: rounded weights get no gradients");
+      if (call.dtype === "int8") refuse("dtype", "'int8'", "a floating-point dtype: no layer is trained in int8");
+    }
     for (const name of ["weights", "cache"])
       if (call[name] && call.dtype === "int8") refuse(name, `'${call[name]}'`, "None for the dtype int8, which has no scales");
     if (known(call.group) && (call.group < 2n || call.group % 2n)) refuse("group", call.group, "an even number");
@@ -286,6 +294,29 @@
     return codes + 4n * (C % 128n ? 1n : C / 128n) + R * BYTES[call.dtype];
   }
 
+  // FLOPs of a training step's products by pass, and bytes held from step to step. Attention is one kernel, but absorbed.
+  function training(config, call) {
+    const { hidden_size: D, num_attention_heads: H, qk_nope_head_dim: N, qk_rope_head_dim: R } = config;
+    const { dense, mixed: withExperts } = layersByKind(config);
+    const counts = products(config, call);
+    const forward = total(counts);
+    const fused = formOf(config, call) !== "absorbed";
+    const scores = 2n * config.num_hidden_layers * call.batch * H * pairs(call) * (config.use_mla ? N + R : D / H);
+    let recomputed = fused ? scores : 0n; // the kernel keeps none
+    if (call.checkpointing) {
+      // What comes last in a layer is needed by no gradient: the down product of a dense network or of the shared experts.
+      const shared = withExperts ? withExperts * (config.n_shared_experts ?? 0n) * config.moe_intermediate_size : 0n;
+      recomputed += forward - counts.head - 2n * call.batch * call.seq * D * (dense * config.intermediate_size + shared);
+      if (fused && call.checkpointing === "selective") recomputed -= counts["scores and values"];
+    }
+    const [stored, size] = [total(parameters(config, false)), BYTES[call.dtype]];
+    const states = OPTIMIZERS[call.optimizer][1] * stored * (size > 4n ? size : 4n);
+    return {
+      flops: { forward, backward: 2n * forward, recomputed },
+      bytes: { weights: stored * size, gradients: stored * size, master_weights: size === 2n ? 4n * stored : 0n, optimizer: states },
+    };
+  }
+
   function account(config, call) {
     const [stored, active] = [parameters(config, false), parameters(config, true)];
     const record = config.num_hidden_layers * recordBytes(config, call);
@@ -302,6 +333,7 @@
         a_token: record,
       },
       form: formOf(config, call),
+      training: call.training ? training(config, call) : null,
     };
   }
 
@@ -439,6 +471,11 @@
   }
 
   function inShort(found, call) {
+    if (found.training) {
+      const { flops, bytes } = found.training;
+      return `A training step of ${inTokens(call.batch * call.seq)} tokens takes ${inFlops(total(flops))}; weights, gradients and `
+        + `optimizer ${inBytes(total(bytes))}.`;
+    }
     const { total: stored, active_per_token: active } = found.parameters;
     return `Parameters ${inWords(stored)}, ${inWords(active)} active; weights ${inBytes(found.bytes.weights)}, cache of `
       + `${inTokens(call.batch * rowsOf(call))} tokens ${inBytes(found.bytes.kv_cache)}; the call takes ${inFlops(found.flops.products)}.`;
@@ -446,16 +483,27 @@
 
   // What the call takes on a machine at best: arithmetic and reading go on at the same time.
   function onMachine({ name, peak, bandwidth, memory, source, url, note }, found) {
-    const needed = found.bytes.weights + found.bytes.kv_cache;
+    const step = found.training;
+    const needed = step ? total(step.bytes) : found.bytes.weights + found.bytes.kv_cache;
     const read = Number(found.bytes.weights_read + found.bytes.kv_cache_read);
+    const heldFor = step ? "weights, gradients and optimizer" : "weights and cache";
     const link = element("a", { href: url }, source);
     const made = table(`On the machine: ${name}`, ["at best", "amount"], [
-      ["memory for weights and cache", `${inBytes(needed)}, ${needed > memory ? "more than" : "of"} ${inBytes(memory)}`],
-      ["reading weights and cache", inSeconds(read / bandwidth)],
-      ["computing the products", inSeconds(Number(found.flops.products) / peak)],
+      [`memory for ${heldFor}`, `${inBytes(needed)}, ${needed > memory ? "more than" : "of"} ${inBytes(memory)}`],
+      ...(step ? [] : [["reading weights and cache", inSeconds(read / bandwidth)]]),
+      ["computing the products", inSeconds(Number(step ? total(step.flops) : found.flops.products) / peak)],
     ]);
     made.append(element("p", {}, `${inUnits(peak, prefixed("FLOP/s"))}, ${inUnits(bandwidth, prefixed("B/s"))} (`, link, note ? `: ${note})` : ")"));
     return made;
+  }
+
+  function ofTraining({ flops, bytes }) {
+    const rows = (counts) => [...Object.entries(counts), ["total", total(counts)]].map(
+      ([name, count]) => [name.replace("_", " "), withCommas(count)]);
+    return [
+      table("FLOPs of a training step", ["pass", "FLOPs"], rows(flops)),
+      table("Bytes held from step to step", ["of", "bytes"], rows(bytes)),
+    ];
   }
 
   function show(output, config, call, machine, found) {
@@ -472,6 +520,7 @@
         ["cache per token", `${withCommas(found.bytes.a_token)} B`],
         [`products of the call${formText}`, inFlops(found.flops.products)],
       ]),
+      ...(found.training ? ofTraining(found.training) : []),
       plot(config, call, found, output.clientWidth),
       onMachine(machine, found),
       table("Parameters", ["part", "stored", "active"], [
@@ -500,6 +549,8 @@
         choice("form", "form of MLA", FORMS), checkbox("causal", "count causal pairs only"),
         choice("weights", "weights", WEIGHTS), field("group", FEWER[0][1], 64), choice("cache", "cache: latents", CACHES),
         ...FEWER.slice(1).map(([name, label, , empty]) => field(name, label, "", empty)),
+        checkbox("training", "a training step"), choice("checkpointing", "checkpointing", CHECKPOINTING),
+        choice("optimizer", "optimizer", Object.fromEntries(Object.entries(OPTIMIZERS).map(([name, [label]]) => [name, label]))),
         choice("machine", "machine", Object.fromEntries(MACHINES.map(({ name }) => [name, name])))));
     const status = element("p", { role: "status" });
     const output = element("div", { class: "results" });
@@ -529,7 +580,8 @@
     const usual = {};
     let from = "deepseek_v2";
     const sizes = [...SWITCHES, "topk_method", ...DIMENSIONS.map(([name]) => name)];
-    const calls = [...[...CALL, ...FEWER].map(([name]) => name), "dtype", "form", "causal", "weights", "cache", "machine"];
+    const calls = [...[...CALL, ...FEWER].map(([name]) => name), "dtype", "form", "causal", "weights", "cache", "training", "checkpointing",
+      "optimizer", "machine"];
     const valueOf = (name) => (control(name).type === "checkbox" ? String(control(name).checked) : control(name).value);
 
     function restore() {
@@ -619,7 +671,7 @@
     function update(said = "") {
       const config = Object.fromEntries(SWITCHES.map((name) => [name, control(name).checked]));
       const call = { dtype: control("dtype").value, form: control("form").value, causal: control("causal").checked };
-      for (const name of [...[...DIMENSIONS, ...CALL, ...FEWER].map(([each]) => each), "weights", "cache"]) refuse(name, "");
+      for (const name of [...[...DIMENSIONS, ...CALL, ...FEWER].map(([each]) => each), "weights", "cache", "dtype"]) refuse(name, "");
       config.topk_method = control("topk_method").value;
       config.n_routed_experts = read("n_routed_experts", 1n, true);
       for (const [name, least, empty, wanted] of DIMENSIONS) {
@@ -628,12 +680,17 @@
       }
       fieldOf("topk_method").hidden = !mixed(config);
       fieldOf("form").hidden = !config.use_mla;
-      fieldOf("cache").hidden = !config.use_mla;
-      call.weights = control("weights").value || null;
-      call.cache = (config.use_mla && control("cache").value) || null;
+      call.training = control("training").checked; // without a cache, and in the dtype
+      for (const name of ["kv", "weights", "kept", "read"]) fieldOf(name).hidden = call.training;
+      for (const name of ["checkpointing", "optimizer"]) fieldOf(name).hidden = !call.training;
+      fieldOf("cache").hidden = !config.use_mla || call.training;
+      call.checkpointing = control("checkpointing").value || null;
+      call.optimizer = control("optimizer").value;
+      for (const name of ["weights", "cache"]) call[name] = (!fieldOf(name).hidden && control(name).value) || null;
       fieldOf("group").hidden = call.weights !== "int4";
-      for (const [name] of CALL) call[name] = read(name, 1n, null);
-      for (const [name, , fewest, empty] of FEWER) call[name] = fieldOf(name).hidden ? 64n : read(name, fewest, empty);
+      for (const [name] of CALL) call[name] = fieldOf(name).hidden ? call.seq : read(name, 1n, null);
+      const unless = { group: 64n, kept: null, read: null };
+      for (const [name, , fewest, empty] of FEWER) call[name] = fieldOf(name).hidden ? unless[name] : read(name, fewest, empty);
       for (const [name, sentence] of refusals(config, call)) refuse(name, sentence);
       const [first, ...others] = [...form.querySelectorAll(".refusal:not(:empty)")].map((refusal) => refusal.textContent);
       output.classList.toggle("stale", first !== undefined);

@@ -17,11 +17,23 @@ from dsv2_ref.accounting.traffic import (
     read_by_part,
     weights_read,
 )
+from dsv2_ref.accounting.training import (
+    OPTIMIZERS,
+    backward,
+    mfu,
+    model_flops,
+    recomputed,
+    six_nd,
+    state_bytes,
+    step_flops,
+)
 from dsv2_ref.accounting.weights import Matrix, matrices, model_matrices, model_parameters, parameters
+from dsv2_ref.checks import CHECKPOINTING
 
 __all__ = [
-    "CACHES", "CACHE_KINDS", "DTYPE_BYTES", "FORMS", "WEIGHTS", "Call", "Matrix", "activation_peak", "activations_moved",
-    "by_part", "cache_bytes", "cache_numbers", "elementwise", "experts_read", "intensities", "matrices",
-    "model_matrices", "model_parameters", "model_weight_bytes", "parameters", "products", "read_by_part", "report",
-    "weight_bytes", "weights_read",
+    "CACHES", "CACHE_KINDS", "CHECKPOINTING", "DTYPE_BYTES", "FORMS", "OPTIMIZERS", "WEIGHTS", "Call", "Matrix",
+    "activation_peak", "activations_moved", "backward", "by_part", "cache_bytes", "cache_numbers", "elementwise",
+    "experts_read", "intensities", "matrices", "mfu", "model_flops", "model_matrices", "model_parameters",
+    "model_weight_bytes", "parameters", "products", "read_by_part", "recomputed", "report", "six_nd", "state_bytes",
+    "step_flops", "weight_bytes", "weights_read",
 ]  # fmt: skip

@@ -14,9 +14,8 @@ All layers of a kind cost the same, so one of each kind is run: a model of any d
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import noop_context_fn
 
 from dsv2_ref.accounting.call import Call, layers_alike
 from dsv2_ref.accounting.sizes import Sizes
@@ -35,6 +34,7 @@ from dsv2_ref.attention import SCORES_AT_ONCE
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.model import DeepseekV2ForCausalLM
+from dsv2_ref.recompute import CONTEXTS, checkpointed
 
 MOST = 10_000
 """Experts of a layer, and blocks of queries, that are followed one by one at most."""
@@ -155,24 +155,34 @@ def _count(live: LiveBytes, module: nn.Module, run: Callable[[], Tensor], traini
                 live.leave_out(weight.grad)
 
 
-def _checkpointed(layer: DeepseekV2DecoderLayer) -> None:
-    # Function modes are off in a backward pass.
-    options: Any = {"preserve_rng_state": False, "context_fn": lambda: (nullcontext(), Fused())}
-    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **options)
+def _checkpointed(layer: DeepseekV2DecoderLayer, mode: str) -> None:
+    def contexts() -> tuple[Any, Any]:
+        first, again = CONTEXTS.get(mode, noop_context_fn)()
+        return first, _both(again, Fused())  # function modes are off in a backward pass
+
+    layer.forward = checkpointed(layer.forward, mode, preserve_rng_state=False, context_fn=contexts)
 
 
-def _of_layer(config: DeepseekV2Config, call: Call, layer_idx: int, training: bool, checkpointing: bool) -> LiveBytes:
+@contextmanager
+def _both(one: AbstractContextManager[Any], other: AbstractContextManager[Any]) -> Iterator[None]:
+    with one, other:
+        yield
+
+
+def _of_layer(
+    config: DeepseekV2Config, call: Call, layer_idx: int, training: bool, checkpointing: str | None
+) -> LiveBytes:
     layer, cache = layer_and_cache(config, call, layer_idx)
     x = torch.zeros(call.batch, call.seq, config.hidden_size, requires_grad=training)
     layer.train(training)
     if checkpointing:
-        _checkpointed(layer)
+        _checkpointed(layer, checkpointing)
     live = LiveBytes()
     _count(live, layer, lambda: layer(x, past_key_value=cache)[0], training)
     return live
 
 
-def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointing: bool) -> LiveBytes:
+def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointing: str | None) -> LiveBytes:
     """The last layer of each kind runs. What the layers before it keep for the backward pass is added while it runs; no
     other layer of its kind has as much beside it."""
     (last, alike), *others = layers_alike(config)
@@ -198,7 +208,7 @@ def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointin
     for module in (*layers, model.model.norm):
         module.register_forward_pre_hook(started, with_kwargs=True)
     for layer in layers if checkpointing else ():
-        _checkpointed(layer)
+        _checkpointed(layer, str(checkpointing))
     past = caches if call.kv > call.seq else None
     _count(live, model, lambda: model(ids, past_key_values=past)[0], training)
 
@@ -211,7 +221,7 @@ def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointin
     return live
 
 
-def peak(config: DeepseekV2Config, call: Call, layer_idx: int | None, training: bool, checkpointing: bool) -> int:
+def peak(config: DeepseekV2Config, call: Call, layer_idx: int | None, training: bool, checkpointing: str | None) -> int:
     """See `activation_peak`, which has checked the arguments and chosen the form."""
     _require_followable(config, call)
     config = as_run(config, call)

@@ -10,27 +10,27 @@ from dsv2_ref.accounting.operations import elementwise, form_of, products
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.stored import bytes_by_module
 from dsv2_ref.accounting.traffic import Moved, activations_moved, cache_read, weights_read
+from dsv2_ref.accounting.training import require_training, training_report
 from dsv2_ref.accounting.weights import by_module, matrices, model_matrices
 from dsv2_ref.checks import require
 from dsv2_ref.config import DeepseekV2Config
 
 
-def _checked(config: DeepseekV2Config, call: Call, layer_idx: int | None, training: bool, checkpointing: bool) -> Call:
-    """The call in the form that it takes; ValueError for one that cannot be made."""
+def _checked(
+    config: DeepseekV2Config, call: Call, layer_idx: int | None, training: bool, checkpointing: str | bool | None
+) -> tuple[Call, str | None]:
+    """The call in the form that it takes, and the mode of checkpointing; ValueError for a call that cannot be made."""
     if layer_idx is not None:
         require_layer(config, layer_idx)
     call = replace(call, form=form_of(config, call))
     absorbed = config.use_mla and call.form == "absorbed"
     fits = config._attn_implementation != "flash_attention_2" or absorbed or call.dtype in ("float16", "bfloat16")
     require(fits, "dtype", call.dtype, "float16 or bfloat16 for flash_attention_2")
-    wanted = "False where nothing is trained"
-    require(training or not checkpointing, "checkpointing", checkpointing, wanted)
-    wanted = "the {} new tokens: training has no cache"
-    require(call.kv == call.seq or not training, "kv", call.kv, wanted, call.seq)
-    require(call.cache is None or not training, "cache", call.cache, "None: training has no cache")
-    wanted = "None for training: rounded weights get no gradients"
-    require(call.weights is None or not training, "weights", call.weights, wanted)
-    return call
+    mode = "full" if checkpointing is True else None if checkpointing is False else checkpointing
+    require(training or mode is None, "checkpointing", checkpointing, "None where nothing is trained")
+    if training:
+        require_training(call, mode)
+    return call, mode
 
 
 def activation_peak(
@@ -38,7 +38,7 @@ def activation_peak(
     call: Call,
     layer_idx: int | None = None,
     training: bool = False,
-    checkpointing: bool = False,
+    checkpointing: str | bool | None = None,
 ) -> int:
     """The most bytes of activations that are alive at once in a call of a layer, or of a model (``layer_idx`` is None).
 
@@ -49,21 +49,22 @@ def activation_peak(
 
     Args:
         training: the forward pass keeps what gradients need, and a backward pass follows.
-        checkpointing: keep only the inputs of layers, and run each layer once more when its gradient is due.
+        checkpointing: ``full`` (or True) keeps only the inputs of layers, and runs each layer once more when its gradient
+            is due; ``selective`` keeps some results beside them (see `dsv2_ref.recompute`); None keeps all.
 
     Raises:
         ModuleNotFoundError: where torch is not installed.
         OverflowError: for a call too large to be followed (see `activations`).
         ValueError: for a layer that the model does not have; for training over a cache, or with quantised weights; for
-            checkpointing without training; for ``int8``, in which no layer runs; and for ``flash_attention_2`` in a
-            dtype it does not take.
+            checkpointing without training, or an unknown mode of it; for ``int8``, in which no layer runs; and for
+            ``flash_attention_2`` in a dtype it does not take.
     """
-    call = _checked(config, call, layer_idx, training, checkpointing)
+    call, mode = _checked(config, call, layer_idx, training, checkpointing)
     require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype: no layer runs in int8")
     from dsv2_ref.accounting.activations import peak  # needs torch
 
     call = replace(call, kv=call.rows, weights=None, cache=None, kept=None, read=None)
-    return peak(config, call, layer_idx, training, checkpointing)
+    return peak(config, call, layer_idx, training, mode)
 
 
 def _peak_or_none(config: DeepseekV2Config, call: Call, *how: Any) -> int | None:
@@ -83,7 +84,8 @@ def report(
     call: Call,
     layer_idx: int | None = None,
     training: bool = False,
-    checkpointing: bool = False,
+    checkpointing: str | bool | None = None,
+    optimizer: str | None = None,
 ) -> dict[str, Any]:
     """All counts for one layer, or for the whole model with embedding and head, ready for JSON.
 
@@ -101,13 +103,19 @@ def report(
           ``activations_read`` and ``activations_written`` (see `activations_moved`), both also as
           ``activations_by_operation``; and ``activations_peak`` (see `activation_peak`, to which ``training`` and
           ``checkpointing`` belong), None without torch, in int8, and for a call too large to be followed.
+        - ``training``: None, or of a training step with this ``optimizer`` (one of `OPTIMIZERS`, ``adamw`` unless named):
+          ``flops`` of products, ``forward``, ``backward`` and ``recomputed``, their ``total`` and all of them
+          ``by_operation`` (see `step_flops`); ``six_nd`` (see `six_nd`; None for one layer); and ``bytes``: those of
+          `state_bytes`, ``activations``, which is the peak above, and their sum ``total``, which a step does not exceed.
         - ``intensity``: FLOPs per byte of weights and cache that are read.
 
     Raises:
-        ValueError: for what `activation_peak` rejects, except int8; and for weights or a cache that cannot be quantised
-            so: a width that no group divides, no latent, an odd one.
+        ValueError: for what `activation_peak` rejects, except int8 where nothing is trained; for an unknown optimizer, or
+            one without training; and for weights or a cache that cannot be quantised so: a width that no group divides,
+            no latent, an odd one.
     """
-    call = _checked(config, call, layer_idx, training, checkpointing)
+    call, mode = _checked(config, call, layer_idx, training, checkpointing)
+    require(training or optimizer is None, "optimizer", optimizer, "None where nothing is trained")
     if layer_idx is None:
         layers, weights, ends = layers_alike(config), model_matrices(config), _ends(config, call)
     else:
@@ -131,7 +139,9 @@ def report(
         cache_read(config, call, number),
     )
     flops = operations.total() + others.total()
-    how = {"layer": layer_idx, "training": training, "checkpointing": checkpointing}
+    how = {"layer": layer_idx, "training": training, "checkpointing": mode}
+    most = _peak_or_none(config, call, *how.values())
+    step = training_report(config, call, layer_idx, mode, optimizer or "adamw", most) if training else None
     form = {"form": call.form if config.use_mla else None}
     return {
         "config": config.to_dict() | {"call": asdict(call) | form | how},
@@ -156,8 +166,9 @@ def report(
             "activations_read": sum(taken for taken, _ in moved.values()),
             "activations_written": sum(given for _, given in moved.values()),
             "activations_by_operation": {name: {"read": r, "written": w} for name, (r, w) in moved.items()},
-            "activations_peak": _peak_or_none(config, call, *how.values()),
+            "activations_peak": most,
         },
+        "training": step,
         "intensity": round(flops / (read + attended), 3),
     }
 

@@ -20,14 +20,15 @@ from dsv2_ref.plots.rope import bits_by_length, clocks, quarter_turns, scores_by
 from dsv2_ref.plots.source import show
 from dsv2_ref.plots.sparse import hidden_by, kept_and_read, lost_by_budget
 from dsv2_ref.plots.style import add_curves, new_axes
+from dsv2_ref.plots.training import bytes_of_training, memory_over_step
 from dsv2_ref.plots.weights import bytes_to_scale
 
 __all__ = [
-    "add_curves", "attention_by_hand", "bits_by_length", "bits_lost", "by_layer", "bytes_moved", "bytes_to_scale",
-    "cached_elements", "cached_per_token", "circle_of_tokens", "claimed_over_computed", "clocks", "crossover",
+    "add_curves", "attention_by_hand", "bits_by_length", "bits_lost", "by_layer", "bytes_moved", "bytes_of_training",
+    "bytes_to_scale",    "cached_elements", "cached_per_token", "circle_of_tokens", "claimed_over_computed", "clocks", "crossover",
     "decode_plan", "ends_by_rate", "expert_loads", "growth_through_layers", "hidden_by", "kept_and_read",
     "latent_flow", "layer_changes", "layer_kinds", "load_maps", "load_over_steps", "lost_by_budget", "low_rank",
-    "memory_passes", "moved_bracket", "narrow_networks", "new_axes", "norm_places", "number_lines",
+    "memory_over_step", "memory_passes", "moved_bracket", "narrow_networks", "new_axes", "norm_places", "number_lines",
     "quarter_turns", "queries_by_distance", "records_to_scale", "roofline", "routing_map", "running_sums",
     "scores_by_distance", "shares", "show", "sorted_choices", "step_times", "stored_and_used", "stream_spiral",
     "stretch_by_pair", "three_counts", "three_ways", "training_curves", "truncation_errors", "two_layers",

@@ -569,6 +569,86 @@ def test_every_dtype_of_the_accounting_can_be_chosen(page: Page) -> None:
     expect(results).to_contain_text("34,560 B")
 
 
+def step_of(draw: random.Random) -> dict[str, Any]:
+    """Fields of a call in training, most of which fit, and how it is trained."""
+    seq = draw.choice([1, 64, 4096, draw.randrange(1, 9000)])
+    odd = {"kv": seq + 1, "weights": "int8", "cache": "fp8", "dtype": "int8"}
+    call = {"batch": draw.randrange(1, 64), "seq": seq, "kv": seq, "form": draw.choice(acc.FORMS)}
+    call |= {"causal": draw.random() < 0.5, "dtype": draw.choice(["float64", "float32", "bfloat16", "float16"])}
+    if draw.random() < 0.2:
+        name = draw.choice(list(odd))
+        call[name] = odd[name]
+    return {name: call.get(name, getattr(acc.Call(), name)) for name in CALL}
+
+
+def test_training_costs_what_the_package_says(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acc.summary, "activation_peak", lambda *args: None)  # no layer is run for it
+    draw = random.Random(2)
+    models = [fields for fields in (random_sizes(draw) for _ in range(300)) if refusal(**fields) is None]
+    assert len(models) > 40
+    cases, found = [], []
+    for fields in models:
+        config, call = DeepseekV2Config(**fields), step_of(draw)
+        mode, optimizer = draw.choice([None, *acc.CHECKPOINTING]), draw.choice(list(acc.OPTIMIZERS))
+        how = {"training": True, "checkpointing": mode, "optimizer": optimizer}
+        cases.append([given(config), call | how])
+        try:
+            found.append(acc.report(config, acc.Call(**call), None, *how.values())["training"])
+        except ValueError as error:
+            found.append(str(error))
+    for case, one, said in zip(cases, found, page.evaluate(REFUSE, cases), strict=True):
+        assert (one in said) if isinstance(one, str) else said == [], (case, one, said)
+    assert {one.split(" is ")[0] for one in found if isinstance(one, str)} == {"kv", "weights", "cache", "dtype"}
+    kept = [(case, one) for case, one in zip(cases, found, strict=True) if not isinstance(one, str)]
+    for (case, one), answer in zip(kept, page.evaluate(ACCOUNT, [case for case, _ in kept]), strict=True):
+        told, sizes = answer["training"], one["bytes"]
+        assert told["flops"] == {part: str(one["flops"][part]) for part in told["flops"]}, case
+        assert told["bytes"] == {name: str(sizes[name]) for name in told["bytes"]}, case
+        assert told["flops"].keys() | {"total", "by_operation"} == one["flops"].keys()
+        assert told["bytes"].keys() | {"activations", "total"} == sizes.keys()
+
+
+def test_a_reader_chooses_a_training_step(page: Page, origin: str) -> None:
+    tab = page.context.new_page()
+    tab.goto(f"{origin}/book/calculator.html")
+    for name in ("checkpointing", "optimizer"):
+        expect(tab.get_by_label(name, exact=True)).to_be_hidden()
+    tab.get_by_label("start from").select_option("deepseek_v2_lite")
+    tab.get_by_label("new tokens of each").fill("4096")
+    tab.get_by_label("weights", exact=True).select_option("int4")
+    tab.get_by_label("a training step").check()
+    tab.get_by_label("checkpointing", exact=True).select_option("selective")
+    for name in ("kv: tokens attended to", "weights", "cache: latents", "kept: rows in the cache"):
+        expect(tab.get_by_label(name, exact=True)).to_be_hidden()
+    lite, call = DeepseekV2Config.deepseek_v2_lite(), acc.Call(seq=4096, kv=4096)
+    flops = {name: sum(counts.values()) for name, counts in acc.step_flops(lite, call, None, "selective").items()}
+    sizes = acc.state_bytes(lite, call)
+    shown = tab.evaluate(TABLES)
+    rows = {name.replace("_", " "): [f"{count:,}"] for name, count in flops.items()}
+    assert shown["FLOPs of a training step"] == rows | {"total": [f"{sum(flops.values()):,}"]}
+    rows = {name.replace("_", " "): [f"{count:,}"] for name, count in sizes.items()}
+    assert shown["Bytes held from step to step"] == rows | {"total": [f"{sum(sizes.values()):,}"]}
+    status = tab.locator("#cost-calculator [role=status]")
+    expect(status).to_have_text(
+        "A training step of 4,096 tokens takes 85.5 TFLOP; weights, gradients and optimizer 251 GB."
+    )
+    machine = next(rows for caption, rows in shown.items() if caption.startswith("On the machine"))
+    assert machine["memory for weights, gradients and optimizer"][0].startswith("251 GB, more than ")
+    assert "reading weights and cache" not in machine
+    tab.wait_for_function("location.search.includes('training')")
+    tab.reload()
+    expect(status).to_contain_text("85.5 TFLOP")
+    tab.get_by_label("optimizer", exact=True).select_option("sgd")
+    expect(status).to_contain_text("optimizer 126 GB")
+    tab.get_by_label("dtype").select_option("int8")
+    refused = tab.locator("#calculator-dtype-refusal")
+    expect(refused).to_have_text("dtype is 'int8'; wanted a floating-point dtype: no layer is trained in int8")
+    tab.get_by_label("a training step").uncheck()
+    expect(refused).to_be_empty()
+    expect(tab.get_by_label("weights", exact=True)).to_have_value("int4")
+    tab.close()
+
+
 def test_a_reader_chooses_fewer_bits_and_rows(page: Page) -> None:
     results, status = page.locator("#cost-calculator .results"), page.locator("#cost-calculator").get_by_role("status")
     page.get_by_label("start from").select_option("deepseek_v2_lite")
@@ -709,6 +789,7 @@ def test_files_are_read_or_rejected_as_by_the_package(page: Page) -> None:
 @pytest.mark.parametrize("name", TOTALS)
 def test_a_pasted_file_fills_the_fields_that_its_model_has(page: Page, name: str) -> None:
     shared = {"batch": "1", "seq": "1", "kv": "8192", "dtype": "bfloat16", "form": "auto", "causal": "true"}
+    shared |= {"training": "false"}
     tried = 0
     for text in mutations(name, 40):
         wanted = read_by_the_package(text)
