@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv2_ref import DeepseekV2Config, MoEGate
-from dsv2_ref.balance import (
-    choices_within_budget,
-    communication_balance_loss,
-    device_balance_loss,
-    devices_reached,
-    expert_balance_loss,
-)
+from dsv2_ref.balance import communication_balance_loss, device_balance_loss, expert_balance_loss
+from dsv2_ref.capacity import choices_within_budget, devices_reached
 
 # Four experts on two devices, {0, 1} and {2, 3}; two tokens choose two experts each.
 SCORES = torch.tensor([[[0.5, 0.2, 0.2, 0.1], [0.4, 0.3, 0.1, 0.2]]], dtype=torch.float64)
