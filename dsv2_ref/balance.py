@@ -6,6 +6,11 @@ has no gradient, P is the mean of the softmax scores, before any choice, scaling
 normalisation, and has one. So they push down the scores of what is used too often. Each
 is taken over every sequence and averaged (``seq_aux``, the paper's), or over all tokens
 of the batch.
+
+With ``ranks``, f counts the tokens of all ranks of a batch that is taken as one, and P
+is the sum over this rank's tokens by the mean number of tokens of a rank: the mean of
+the ranks' losses, and of their gradients, is that of the whole batch. Losses over each
+sequence need nothing from other ranks.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,19 +23,38 @@ from dsv2_ref.checks import require
 
 if TYPE_CHECKING:
     from dsv2_ref.moe import MoEGate
+    from dsv2_ref.parallel import Ranks
 
 
 def _frequency_and_score(
-    scores: Tensor, topk_idx: Tensor, seq_aux: bool
+    scores: Tensor, topk_idx: Tensor, seq_aux: bool, ranks: "Ranks | None"
 ) -> tuple[Float[Tensor, "parts experts"], Float[Tensor, "parts experts"]]:
     """f and P of every expert, for each sequence or for the batch as one."""
-    if not seq_aux:
-        scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
-    batch, _, experts = scores.shape
+    scores, topk_idx = _parts(scores, topk_idx, seq_aux)
+    batch, tokens, experts = scores.shape
     chosen = topk_idx.reshape(batch, -1)
     counts = scores.new_zeros(batch, experts)
     counts = counts.scatter_add(1, chosen, scores.new_ones(chosen.shape))
-    return counts * (experts / chosen.shape[1]), scores.mean(dim=1)
+    counts, tokens = _over(None if seq_aux else ranks, counts, tokens)
+    frequency = counts * (experts / (topk_idx.shape[2] * tokens))
+    return frequency, scores.sum(dim=1) / tokens
+
+
+def _parts(scores: Tensor, topk_idx: Tensor, seq_aux: bool) -> tuple[Tensor, Tensor]:
+    """Each sequence, or all tokens as one, (parts, tokens, experts or top_k)."""
+    if seq_aux:
+        return scores, topk_idx
+    return scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
+
+
+def _over(
+    ranks: "Ranks | None", counts: Float[Tensor, "parts places"], tokens: int
+) -> tuple[Float[Tensor, "parts places"], Any]:
+    """Counts and number of tokens, or the means of both over all ranks."""
+    if ranks is None:
+        return counts, tokens
+    mean = ranks.sum(torch.cat((counts[0], counts.new_tensor([tokens])))) / ranks.total
+    return mean[None, :-1], mean[-1]
 
 
 def experts_of_a_device(experts: int, devices: int) -> int:
@@ -45,6 +69,7 @@ def expert_balance_loss(
     topk_idx: Int[Tensor, "batch seq top_k"],
     alpha: float,
     seq_aux: bool = True,
+    ranks: "Ranks | None" = None,
 ) -> Float[Tensor, ""]:
     """α · Σ f P over the experts: α when all are used alike, more when those liked best
     are also used most.
@@ -54,7 +79,7 @@ def expert_balance_loss(
 
     Source: DeepSeek-V2, equations 23 to 25; ``MoEGate.forward`` of the published code.
     """
-    frequency, score = _frequency_and_score(scores, topk_idx, seq_aux)
+    frequency, score = _frequency_and_score(scores, topk_idx, seq_aux, ranks)
     return alpha * (frequency * score).sum(dim=1).mean()
 
 
@@ -64,6 +89,7 @@ def device_balance_loss(
     alpha: float,
     devices: int,
     seq_aux: bool = True,
+    ranks: "Ranks | None" = None,
 ) -> Float[Tensor, ""]:
     """α · Σ f P over the devices: even work for devices, whichever of their experts
     does it.
@@ -77,7 +103,7 @@ def device_balance_loss(
     Source: DeepSeek-V2, equations 26 to 28. No published code has it.
     """
     group = experts_of_a_device(scores.shape[-1], devices)
-    frequency, score = _frequency_and_score(scores, topk_idx, seq_aux)
+    frequency, score = _frequency_and_score(scores, topk_idx, seq_aux, ranks)
     frequency = frequency.unflatten(1, (devices, group)).mean(dim=2)
     score = score.unflatten(1, (devices, group)).sum(dim=2)
     return alpha * (frequency * score).sum(dim=1).mean()
@@ -90,6 +116,7 @@ def communication_balance_loss(
     devices: int,
     topk_devices: int,
     seq_aux: bool = True,
+    ranks: "Ranks | None" = None,
 ) -> Float[Tensor, ""]:
     """α · Σ f P over the devices: each receives as many tokens as another, however many
     experts it applies to them.
@@ -108,11 +135,11 @@ def communication_balance_loss(
     group = experts_of_a_device(scores.shape[-1], devices)
     fits, wanted = 1 <= topk_devices <= devices, "from 1 to the {} devices"
     require(fits, "topk_devices", topk_devices, wanted, devices)
-    if not seq_aux:
-        scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
-    sent = sent_to(topk_idx, group, devices).to(scores.dtype)
-    frequency = sent.mean(dim=1) * (devices / topk_devices)
-    score = scores.mean(dim=1).unflatten(1, (devices, group)).sum(dim=2)
+    scores, topk_idx = _parts(scores, topk_idx, seq_aux)
+    sent = sent_to(topk_idx, group, devices).to(scores.dtype).sum(dim=1)
+    sent, tokens = _over(None if seq_aux else ranks, sent, scores.shape[1])
+    frequency = sent / tokens * (devices / topk_devices)
+    score = (scores.sum(dim=1) / tokens).unflatten(1, (devices, group)).sum(dim=2)
     return alpha * (frequency * score).sum(dim=1).mean()
 
 
@@ -144,14 +171,14 @@ def balance_loss(
     if gate.e_score_correction_bias is not None:
         liked = scores.detach().topk(gate.top_k, dim=-1).indices
     D, M = gate.n_group, gate.topk_group  # devices, how many of them a token reaches
-    routed = scores, topk_idx
+    how = seq_aux, getattr(gate, "ranks", None)
     losses = []
     if (alpha := gate.alpha) > 0:
-        losses.append(expert_balance_loss(scores, liked, alpha, seq_aux))
+        losses.append(expert_balance_loss(scores, liked, alpha, *how))
     if (alpha := gate.device_alpha) > 0:
-        losses.append(device_balance_loss(*routed, alpha, D, seq_aux))
+        losses.append(device_balance_loss(scores, topk_idx, alpha, D, *how))
     if (alpha := gate.communication_alpha) > 0:
-        losses.append(communication_balance_loss(*routed, alpha, D, M, seq_aux))
+        losses.append(communication_balance_loss(scores, topk_idx, alpha, D, M, *how))
     return sum(losses[1:], losses[0]) if losses else None
 
 

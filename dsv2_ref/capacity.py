@@ -1,11 +1,16 @@
 """How many devices a token reaches, and what a device computes of what reaches it."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv2_ref.balance import experts_of_a_device, sent_to
 from dsv2_ref.checks import require
+
+if TYPE_CHECKING:
+    from dsv2_ref.parallel import Ranks
 
 
 def devices_reached(
@@ -71,3 +76,85 @@ def choices_within_budget(
     kept = torch.empty_like(order, dtype=torch.bool)
     kept = kept.scatter(0, order, place < budget).view_as(topk_idx)
     return kept if protected is None else kept | protected[:, None]
+
+
+class TokenDropping:
+    """Drop, in training, the choices that go beyond the budget of a device: the weights
+    of those that `choices_within_budget` does not keep become 0, in every layer.
+
+    The devices are the gates' ``n_group`` groups. A choice is as strong as its weight.
+    Which sequences are exempt is drawn once for each step, by their place in the batch:
+    the same in all layers, and again where a layer is computed twice. `step`, called
+    after each step of the optimizer, draws anew. After `parallelize_experts` the budget
+    is that of a device for the tokens of all ranks of the group; each rank then
+    receives the choices of all of them, and the draw of the first.
+
+    Args:
+        model: any module with `MoEGate` inside.
+        capacity_factor: budget over an even share; the paper's is 1.
+        exempt: part of the sequences of which nothing is dropped; the paper's is about
+            a tenth.
+        generator: draws the exempt sequences, on the CPU; None is torch's own.
+
+    Raises:
+        ValueError: for a model without a gate that has groups, a negative factor, and a
+            part that is not from 0 to 1.
+
+    Source: DeepSeek-V2, section 2.2.4.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capacity_factor: float = 1.0,
+        exempt: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        gates = [gate for gate in model.modules() if getattr(gate, "n_group", 1) > 1]
+        wanted = "gates with more than one n_group, which are the devices"
+        require(len(gates) > 0, "model", model, wanted)
+        require(capacity_factor >= 0, "capacity_factor", capacity_factor, "0 or more")
+        require(0 <= exempt <= 1, "exempt", exempt, "from 0 to 1")
+        self.capacity_factor, self.exempt = capacity_factor, exempt
+        self.generator = generator
+        self.hooks = [gate.register_forward_hook(self._drop) for gate in gates]
+        self.step()
+
+    def step(self) -> None:
+        """Draw other exempt sequences from now on."""
+        self.drawn = torch.empty(0)
+
+    def remove(self) -> None:
+        """Drop nothing any more."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _drop(self, gate: Any, inputs: Any, routed: Any) -> Any:
+        topk_idx, topk_weight, aux_loss = routed
+        if not gate.training:
+            return routed
+        ranks: Ranks | None = getattr(gate, "ranks", None)
+        idx, affinity, before = topk_idx, topk_weight.detach(), 0
+        sizes = idx.new_tensor([inputs[0].shape[:2]])  # (1, 2): sequences, their tokens
+        if ranks is not None:
+            idx, affinity = ranks.gather(idx), ranks.gather(affinity)
+            sizes = ranks.gather(sizes)
+            before = int(sizes[: ranks.rank].prod(dim=1).sum())
+        safe = self._exempt(sizes[:, 0].sum(), ranks).to(idx.device)
+        protected = safe.repeat_interleave(sizes[:, 1].repeat_interleave(sizes[:, 0]))
+        kept = choices_within_budget(
+            idx, affinity, gate.n_routed_experts, gate.n_group, self.capacity_factor,
+            protected,
+        )  # fmt: skip
+        kept = kept[before : before + len(topk_idx)]
+        return topk_idx, topk_weight * kept, aux_loss
+
+    def _exempt(self, sequences: Tensor, ranks: "Ranks | None") -> Bool[Tensor, "all"]:
+        """Whether each sequence of the batch is exempt in this step."""
+        more = int(sequences) - len(self.drawn)
+        if more > 0:
+            drawn = torch.rand(more, generator=self.generator)
+            if ranks is not None:
+                drawn = ranks.gather(drawn.to(sequences.device))[:more].cpu()
+            self.drawn = torch.cat((self.drawn, drawn))
+        return self.drawn[: int(sequences)] < self.exempt

@@ -27,8 +27,9 @@ class LossFreeBalancing:
     """Balance a model by its gates' ``e_score_correction_bias``, without a loss.
 
     It counts what the gates choose in training; `step`, called after each step of the
-    optimizer, moves every bias by `updated_bias` and starts counting anew. In data
-    parallel training, sum ``loads`` over the processes first.
+    optimizer, moves every bias by `updated_bias` and starts counting anew. After
+    `parallelize_experts` it sums over all ranks; in other data parallel training, sum
+    ``loads`` over the processes first.
 
     Args:
         model: any module with `MoEGate` inside, of ``topk_method`` ``noaux_tc``.
@@ -70,6 +71,7 @@ class LossFreeBalancing:
     def step(self) -> None:
         """Move the biases of all gates, and count anew."""
         for name, gate in self.gates.items():
-            bias, load = gate.e_score_correction_bias, self.loads[name]
+            bias, ranks = gate.e_score_correction_bias, getattr(gate, "ranks", None)
+            load = self.loads[name] if ranks is None else ranks.sum(self.loads[name])
             bias.copy_(updated_bias(bias, load, self.speed))
-            load.zero_()
+            self.loads[name].zero_()
