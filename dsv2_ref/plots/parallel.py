@@ -90,6 +90,7 @@ def time_lines(rows: Mapping[str, Sequence[tuple[str, float]]], xlabel: str) -> 
         if any(step == name for steps in rows.values() for name, _ in steps):
             axes.barh(0, 0, color=colour, hatch=hatch, label=step, **THIN)
     name_rows(axes, list(rows))
+    axes.set_xlim(0, 1.02 * max(sum(time for _, time in steps) for steps in rows.values()))
     axes.grid(False)
     return add_legend(axes, ncols=3, loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=11)
 
