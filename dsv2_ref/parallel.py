@@ -30,10 +30,10 @@ class Ranks:
     """The ranks that share the experts, and what they send each other. Groups are held
     by name, so that a module that has them can be copied."""
 
-    group: str  #: of the ranks that share one set of experts
+    group: Any  #: of the ranks that share one set of experts
     rank: int  #: of this process in it
     size: int  #: P
-    replicas: str | None  #: group of the ranks that hold the same experts as this one
+    replicas: Any  #: group of the ranks that hold the same experts as this one
     total: int  #: ranks of all sets together
 
     def exchange(
@@ -153,9 +153,10 @@ def parallelize_experts(
     (``seq_aux=False``), `LossFreeBalancing` and `TokenDropping` then count the tokens
     of all ranks.
 
-    All ranks of the group must take part in every forward and backward pass, a rank
-    without tokens with an empty batch. A rank that dies makes the others raise
-    ``RuntimeError``, at the latest after the ``timeout`` of ``init_process_group``.
+    All ranks of the group must take part in every forward and backward pass; one that
+    has run out of tokens passes any and multiplies their loss by 0. If a rank dies, the
+    others raise ``RuntimeError``: at once where its connection breaks, else after the
+    ``timeout`` of ``init_process_group``.
 
     Args:
         module: the same on all ranks, or read with
@@ -172,7 +173,8 @@ def parallelize_experts(
     Source: DeepSeek-V2, section 3.1.3; the steps are those of torchtitan.
     """
     checks.process_groups(group=group, replicas=replicas)
-    found, copies = _group(group or dist.group.WORLD), _group(replicas)
+    found = _group(dist.group.WORLD if group is None else group)
+    copies = _group(replicas)
     size, sets = found.size(), copies.size() if copies else 1
     names = found.group_name, copies.group_name if copies else None
     ranks = Ranks(names[0], found.rank(), size, names[1], size * sets)
@@ -184,7 +186,7 @@ def parallelize_experts(
     checks.shared_for(module, [part.share for part in shared], (ranks.rank, size))
     for part in (*shared, *module.modules()):
         if isinstance(part, MoEGate | ParallelExperts):
-            part.ranks = ranks  # type: ignore[assignment]
+            part.ranks = ranks
     return module
 
 
@@ -202,6 +204,7 @@ def _require_agreement(module: nn.Module, ranks: Ranks, device: str) -> None:
         if isinstance(part, MoEGate):
             settings = vars(part).items()
             told += [one for one in settings if isinstance(one[1], int | float | str)]
+        told.append(getattr(part, "config", None))
     digest = hashlib.sha256(repr(told).encode()).digest()
     own = torch.tensor([int.from_bytes(digest[:7], "big")], device=device)
     checks.alike_on_all(ranks.gather(own).tolist())
@@ -221,15 +224,16 @@ def average_gradients(module: nn.Module) -> Float[Tensor, ""]:
     """
     shared = [part for part in module.modules() if isinstance(part, ParallelExperts)]
     checks.require(bool(shared), "module", module, "one of `parallelize_experts`")
-    ranks = checks.known_ranks(shared[0])
-    squares = torch.zeros(2, dtype=torch.float64)  # replicated, own experts
-    own = {id(weight) for part in shared for weight in part.parameters()}
+    ranks, total_norm = checks.known_ranks(shared[0]), nn.utils.get_total_norm
+    experts = {weight for part in shared for weight in part.parameters()}
+    own: list[Tensor] = []
+    replicated: list[Tensor] = []
     for weight in module.parameters():
         if weight.grad is not None:
-            mine = id(weight) in own
-            add = ranks.sum_of_replicas if mine else ranks.sum
-            weight.grad.copy_(add(weight.grad) / ranks.total)
-            squares = squares.to(weight.device)
-            squares[int(mine)] += weight.grad.norm() ** 2
-    experts = ranks.sum(squares[1]) * ranks.size / ranks.total
-    return (squares[0] + experts).sqrt()
+            mine = weight in experts
+            summed = (ranks.sum_of_replicas if mine else ranks.sum)(weight.grad)
+            weight.grad.copy_(summed / ranks.total)
+            (own if mine else replicated).append(weight.grad)
+    squares = total_norm(own).to(shared[0].down_proj.device) ** 2
+    squares = ranks.sum(squares) * ranks.size / ranks.total  # of the experts of a group
+    return (squares + total_norm(replicated) ** 2).sqrt()

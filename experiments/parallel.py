@@ -80,7 +80,8 @@ def train(
     log: dict[str, list[float]] = {"bits": [], "alone": []}
     for step in range(steps):
         tokens = torch.cat([windows(texts[kind], PER_KIND, router.SEQ + 1, generator) for kind in KINDS]).to(device)
-        bits = ours.step(step, tokens[rank::size])  # some of every kind
+        tokens = torch.cat([tokens[start::size] for start in range(size)])  # some of every kind for each process
+        bits = ours.step(step, tokens.chunk(size)[rank])
         dist.all_reduce(bits)
         log["bits"].append(bits.item() / size)
         if rank == 0:
@@ -103,7 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", choices=router.RUNS, default="all", help="what balances the experts")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--groups", type=int, default=1, help="groups of processes that hold all experts each")
-    parser.add_argument("--dropping", action="store_true", help="drop what exceeds a device's budget")
+    parser.add_argument(
+        "--dropping",
+        action="store_true",
+        help="drop what exceeds a device's budget, for which each group counts its own tokens",
+    )
     parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for another process")
     parser.add_argument("--out", type=Path, help="folder for parallel_log.json")
     args = parser.parse_args(arguments)
@@ -120,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"{size} processes; wanted a divisor of {len(KINDS) * PER_KIND}, in {args.groups} groups")
         log = train(args.run, args.steps, args.groups, args.dropping, device, corpus())
         if rank == 0:
-            print(_said(log), flush=True)
+            print(f"{size} processes through {backend}", _said(log), sep="\n", flush=True)
         if rank == 0 and args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "parallel_log.json").write_text(json.dumps(log, separators=(",", ":")) + "\n")

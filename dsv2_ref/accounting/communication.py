@@ -9,7 +9,7 @@ travel the same ways. What a rank holds itself does not travel.
 from collections.abc import Sequence
 from math import comb
 
-from dsv2_ref.accounting.call import Call, Counts, require_layer
+from dsv2_ref.accounting.call import Call, Counts, moe_layers, require_layer
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.stored import model_weight_bytes, weight_bytes
 from dsv2_ref.checks import is_int, require
@@ -115,17 +115,31 @@ def exchange_bytes(
 def bytes_per_token(config: DeepseekV2Config, call: Call, ranks: int, training: bool = False) -> dict[str, float]:
     """Bytes that a rank sends in one layer for each of its tokens, and receives, on average and at most.
 
-    - ``expected``: if all orders of a token's scores are as probable (see `ranks_reached`).
     - ``most``: where all of a token's experts are on other ranks, and on as many as may be.
+    - ``expected``: if all orders of a token's scores are as probable (see `ranks_reached`); left out where that is not
+      known.
 
     Both without the counts, which are `COUNTS` bytes for each other rank and call.
     """
     k, elsewhere = Sizes.of(config).k, (ranks - 1) / ranks
-    expected, most = ranks_reached(config, ranks) * elsewhere, min(most_ranks_reached(config, ranks), ranks - 1)
-    return {
-        "expected": sum(bytes_of_travel(config, call, expected, k * elsewhere, training)),
-        "most": sum(bytes_of_travel(config, call, most, k if most else 0, training)),
-    }
+    most = min(most_ranks_reached(config, ranks), ranks - 1)
+    found = {"most": float(sum(bytes_of_travel(config, call, most, k if most else 0, training)))}
+    if config.topk_method != "noaux_tc" or config.topk_group >= config.n_group:
+        rows = ranks_reached(config, ranks) * elsewhere
+        found["expected"] = sum(bytes_of_travel(config, call, rows, k * elsewhere, training))
+    return found
+
+
+def on_ranks(
+    config: DeepseekV2Config, call: Call, ranks: int, layer_idx: int | None, training: bool
+) -> dict[str, float]:
+    """Bytes of the weights that each of so many ranks holds, and of `bytes_per_token` of all layers with experts, of a
+    layer or of the model, by what they are."""
+    weights = rank_weight_bytes(config, call, ranks, layer_idx)
+    layers = moe_layers(config, config.num_hidden_layers) if layer_idx is None else config.is_moe_layer(layer_idx)
+    sent = bytes_per_token(config, call, ranks, training)
+    named = {f"sent per token, {what}": size * layers for what, size in sent.items()}
+    return {"weights": sum(weights.values())} | named
 
 
 def rank_weight_bytes(config: DeepseekV2Config, call: Call, ranks: int, layer_idx: int | None = None) -> Counts:
