@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def _frequency_and_score(
-    scores: Tensor, topk_idx: Tensor, seq_aux: bool, ranks: "Ranks | None"
+    scores: Tensor, topk_idx: Tensor, seq_aux: bool, ranks: "Ranks | None" = None
 ) -> tuple[Float[Tensor, "parts experts"], Float[Tensor, "parts experts"]]:
     """f and P of every expert, for each sequence or for the batch as one."""
     scores, topk_idx = _parts(scores, topk_idx, seq_aux)
