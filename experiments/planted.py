@@ -234,7 +234,7 @@ BUGS = [
     Bug("rows come back from four ranks in sorted order", "parallel", hooked("experts", sorted_rows)),
     Bug("routed experts silent", "experts", setting(routed_scaling_factor=0.0)),
     Bug(
-        "shared expert added by each of four ranks",
+        "shared output added by each of four ranks",
         "parallel",
         hooked("shared_experts", lambda part, args, out: 4 * out),
     ),

@@ -7,6 +7,7 @@ Processes are forked from a server that has imported PyTorch once, so that eight
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -54,6 +55,9 @@ def _start_server(module: str) -> None:
 
 def _one(rank: int, ranks: int, folder: str, timeout: float, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):  # so that nothing listens but on this machine's own address
+            os.environ["GLOO_SOCKET_IFNAME"] = name
     meet = {"init_method": f"file://{folder}/meet", "timeout": timedelta(seconds=timeout)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks, **meet)
     torch.save(work(*args), Path(folder) / f"{rank}.pt")
