@@ -306,3 +306,16 @@ def read_and_run(folder: str) -> tuple[Tensor, str]:
     except ValueError as error:
         return out, str(error)
     return out, ""
+
+
+def listening() -> list[str]:
+    """Addresses on which this process waits for connections, by the kernel's tables (Linux)."""
+    dist.barrier()
+    own = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            _, address, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in own:
+                found.append(address.split(":")[0])
+    return found

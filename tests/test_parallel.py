@@ -161,6 +161,12 @@ def test_what_cannot_be_shared_is_rejected_on_every_rank() -> None:
     assert said == [wanted] * 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the tables of Linux")
+def test_nothing_listens_but_on_localhost() -> None:
+    for addresses in together(2, cases.listening, timeout=30):
+        assert set(addresses) == {"0100007F"}  # 127.0.0.1
+
+
 # Bytes
 
 
@@ -335,6 +341,8 @@ def test_torchrun_trains_the_router_on_four_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += ["-m", "experiments.parallel", "--steps", "3", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     log = json.loads((tmp_path / "parallel_log.json").read_text())
@@ -364,6 +372,7 @@ def test_a_dead_rank_ends_the_others_with_one_line(fate: str, timeout: str, tmp_
             process.join()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the tables of Linux")
 def test_no_process_is_left() -> None:
     """Of those that the server of processes has forked; it is the last test of this file."""
     assert multiprocessing.active_children() == []
