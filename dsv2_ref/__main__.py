@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any, Never
 
 from dsv2_ref.accounting import CACHES, DTYPE_BYTES, FORMS, WEIGHTS, Call, report
+from dsv2_ref.accounting.communication import on_ranks
 from dsv2_ref.accounting.training import OPTIMIZERS
 from dsv2_ref.checks import CHECKPOINTING, IMPLEMENTATIONS, require
 from dsv2_ref.config import DeepseekV2Config
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--cache", help=f"latents stored as {', '.join(CACHES)} and scales (default: in the dtype)")
     option("--kept", type=int, help="rows per sequence that the cache holds (--kv)")
     option("--read", type=int, help="rows of them that each query reads (--kept)")
+    option("--ranks", type=int, metavar="P", help="ranks that share the routed experts")
     option("--json", action="store_true", help="print JSON")
     return parser
 
@@ -88,6 +90,8 @@ def _tokens(call: dict[str, Any]) -> str:
 
 def _account(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
     found = report(config, call, args.layer, args.training, args.checkpointing, args.optimizer)
+    if args.ranks is not None:
+        found["bytes"]["on_each_rank"] = on_ranks(config, call, args.ranks, args.layer, args.training)
     return json.dumps(found, indent=2) if args.json else _table(found)
 
 
@@ -137,6 +141,9 @@ def _table(found: dict[str, Any]) -> str:
         lines.append(f"  {label:44}{shown}")
     if found["training"]:
         lines += _training(found["training"], not_counted)
+    if "on_each_rank" in sizes:
+        lines += ["", "bytes on each rank"]
+        lines += [f"  {what:44}{size:22,.0f}  {_bytes(size)}" for what, size in sizes["on_each_rank"].items()]
     return "\n".join([*lines, "", f"intensity: {found['intensity']:,} FLOP per byte of weights and cache read"])
 
 

@@ -17,22 +17,23 @@ class StackedExperts(nn.Module):
     ``{expert}.down_proj.weight``.
 
     Its values are views of the stacked parameters. What walks a module by the names of its state dict (distributed
-    checkpoints, ``torch.func.functional_call``) finds each expert under its number.
+    checkpoints, ``torch.func.functional_call``) finds each expert under its number, of which ``first`` is the lowest.
     """
 
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, first: int = 0) -> None:
         super().__init__()
+        self.first = first
         # Not as submodules: the stack computes, and these only have names.
-        self.__dict__.update({str(i): _Expert(self, i) for i in range(number)})
+        self.__dict__.update({str(first + i): _Expert(self, i) for i in range(number)})
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
         """Every published name, and its view of a stacked weight."""
         for expert in range(len(self.gate_up_proj)):
             for projection in PROJECTIONS:
-                yield f"{expert}.{projection}.weight", self.view_of(expert, projection)
+                yield f"{self.first + expert}.{projection}.weight", self.view_of(expert, projection)
 
     def view_of(self, expert: int, projection: str) -> Float[Tensor, "outputs inputs"]:
         """One expert's ``gate_proj``, ``up_proj`` or ``down_proj``: gates lie above ups."""

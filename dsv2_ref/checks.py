@@ -701,3 +701,67 @@ def generation(
     require(on_the_left, "attention_mask", attention_mask, "padding on the left only, and a token last")
     whole = policy is None or bool(keeps.all())  # else each layer's padding would have to follow its rows
     require(whole, "attention_mask", "one with padding", "True everywhere where there is a policy")
+
+
+# Many ranks
+
+
+def process_groups(**groups: Any) -> None:
+    """Check of the groups that `dsv2_ref.parallel.parallelize_experts` takes."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("there are no process groups; wanted torch.distributed.init_process_group first")
+    for name, group in groups.items():
+        if isinstance(group, DeviceMesh):
+            wanted = f"a mesh of one dimension, as in mesh[{(group.mesh_dim_names or ('name',))[-1]!r}]"
+            require(group.ndim == 1, name, tuple(group.shape), wanted)
+        elif group is not None and not isinstance(group, dist.ProcessGroup):
+            reject(name, group, "a process group or a DeviceMesh of which this rank is one", WrongTypeError)
+
+
+def expert_share(rank: object, size: object) -> None:
+    """Check of ``experts_of``."""
+    fits = isinstance(size, int) and is_int(size, 1) and is_int(rank, 0, size - 1)
+    if not fits:
+        raise ValueError(f"experts_of is ({rank!r}, {size!r}); wanted a rank, from 0, and the number of ranks")
+
+
+def experts_to_share(mixture: Any, size: int) -> None:
+    """Check of a `DeepseekV2MoE` whose experts ``size`` ranks are to share."""
+    from dsv2_ref.moe import RoutedExperts
+
+    experts, gate = mixture.experts, mixture.gate
+    plain = type(experts) is RoutedExperts and "forward" not in experts.__dict__
+    wanted = "RoutedExperts as they were built, neither quantised nor packed, and shared once"
+    require(plain, "experts", experts, wanted)
+    number, groups = gate.n_routed_experts, gate.n_group
+    require(number % size == 0, "number of ranks", size, "a divisor of the {} experts", number)
+    wanted = "a divisor of n_group={}, so that each rank takes whole groups"
+    require(groups == 1 or groups % size == 0, "number of ranks", size, wanted, groups)
+
+
+def shared_for(module: Any, shares: list[tuple[int, int]], own: tuple[int, int]) -> None:
+    """Check that a module holds experts, and those of this rank."""
+    require(bool(shares), "module", module, "one with routed experts")
+    for rank, size in shares:
+        if (rank, size) != own:
+            raise ValueError(f"module has experts of rank {rank} of {size}; wanted those of rank {own[0]} of {own[1]}")
+
+
+def alike_on_all(found: list[int]) -> None:
+    """Check of what all ranks say of a module; it fails on all of them alike."""
+    others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
+    if others:
+        where = f"another on rank{'s' * (len(others) > 1)} {', '.join(others)} than on rank 0"
+        raise ValueError(f"module is {where}; wanted one configuration, dtype and mode on all {len(found)} ranks")
+
+
+def known_ranks(experts: Any) -> Any:
+    """The ranks that share these experts."""
+    if experts.ranks is None:
+        raise RuntimeError(
+            "these experts are one rank's share; wanted parallelize_experts first, which knows the others"
+        )
+    return experts.ranks

@@ -181,7 +181,13 @@ def _load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: st
         require(how.weights is None, "weights", how.weights, f"None: the checkpoint holds {own.get('weights')} codes")
         if any(weights_of(module, own["parts"])):  # a dense layer has no experts
             module = quantize(module, **own)
-    targets = module.state_dict()
+    whole = targets = module.state_dict()
+    if how.experts_of is not None:
+        from dsv2_ref.parallel import share_experts
+
+        require(how.weights is None and own is None, "experts_of", how.experts_of, "None for quantised experts")
+        module = share_experts(module, *how.experts_of)
+        targets = module.state_dict()
     entries = read_headers(place, tuple(root + part for root in ROOTS))
     first = next(iter(targets))
     root = next((root for root in ROOTS if root + part + first in entries), "")
@@ -194,7 +200,7 @@ def _load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: st
     )  # modules that predict further tokens
     others = tuple(f"{root}model.layers.{config.num_hidden_layers + i}." for i in range(beyond))
     for name, entry in entries.items():
-        known = name.removesuffix(SCALE).removeprefix(root + part) in targets or re.search(NOT_LOADED, name)
+        known = name.removesuffix(SCALE).removeprefix(root + part) in whole or re.search(NOT_LOADED, name)
         if not known and name.startswith(tuple(root + place for place in inside)) and not name.startswith(others):
             wanted = f"only weights of a {type(module).__name__} of this config.json"
             raise ValueError(f"{entry.file.name}: tensor {name} has no place; wanted {wanted}")
@@ -260,6 +266,7 @@ class _How:
     token: str | None
     weights: str | None
     group: int
+    experts_of: tuple[int, int] | None
 
 
 class PretrainedLayer:
@@ -279,6 +286,7 @@ class PretrainedLayer:
         token: str | None = None,
         weights: str | None = None,
         group: int = 64,
+        experts_of: tuple[int, int] | None = None,
     ) -> Self:
         """One layer of a checkpoint, in evaluation mode. Only its own tensors are read, from afar too.
 
@@ -296,6 +304,8 @@ class PretrainedLayer:
             weights: quantise each tensor as it is read, as `dsv2_ref.quantize.quantize` does, to ``int8``, ``int4`` or
                 ``fp8``; a float8 checkpoint keeps its codes and scales in the last. None does not.
             group: weights of a row that share a scale, for ``int4``.
+            experts_of: ``(rank, ranks)``: read only the routed experts of one of so many ranks, for
+                `dsv2_ref.parallel.parallelize_experts`; None reads all.
 
         Raises:
             ValueError: for a configuration that is rejected, files that are cut or damaged, and a tensor that is missing,
@@ -313,7 +323,7 @@ class PretrainedLayer:
         def build(config: DeepseekV2Config) -> Any:
             return cls(config, layer_idx)  # type: ignore[call-arg]
 
-        how = _How(dtype, device, attn_implementation, mla_form, revision, token, weights, group)
+        how = _How(dtype, device, attn_implementation, mla_form, revision, token, weights, group, experts_of)
         layer: Self = _load(build, source, f"model.layers.{layer_idx}.", how)
         return layer
 
@@ -349,12 +359,13 @@ class PretrainedModel:
         token: str | None = None,
         weights: str | None = None,
         group: int = 64,
+        experts_of: tuple[int, int] | None = None,
     ) -> Self:
         """A whole model, in evaluation mode; arguments and errors as for `PretrainedLayer.from_pretrained`.
 
         A model from the Hub goes through the Hub's cache. Modules that predict further tokens are not loaded.
         """
-        how = _How(dtype, device, attn_implementation, mla_form, revision, token, weights, group)
+        how = _How(dtype, device, attn_implementation, mla_form, revision, token, weights, group, experts_of)
         model: Self = _load(cls, source, "", how)
         return model
 

@@ -161,6 +161,24 @@ def rounded_gate(moe: Any) -> None:
     moe.gate.forward = forward
 
 
+def hooked(part: str, hook: Callable[..., Tensor]) -> Callable[[Model], None]:
+    """Let a part of each mixture of experts return something else."""
+    return lambda model: experts(model, lambda moe: getattr(moe, part).register_forward_hook(hook))
+
+
+def sorted_rows(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """What comes back from four ranks is sorted by rank, and is not put back in order."""
+    return out[(args[1][:, 0] // 4).argsort(stable=True)]
+
+
+def last_rank(part: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """What comes back from the last of a token's ranks overwrites the rest."""
+    tokens, topk_idx, topk_weight = args
+    rank = topk_idx // 4
+    made: Tensor = type(part).forward(part, tokens, topk_idx, topk_weight * (rank == rank.amax(1, keepdim=True)))
+    return made
+
+
 def identity_at(*path: str) -> Callable[[Model], None]:
     """Leave a module of the model, or of each layer's attention, out."""
 
@@ -213,7 +231,14 @@ BUGS = [
     Bug("rope part of the score lost", "mla", lambda m: attentions(m, no_rope_key)),
     Bug("residual saved after the norm", "prenorm", residual_after_the_norm),
     Bug("in a window of 16, positions counted by its rows", "sparse", rows_for_positions),
+    Bug("rows come back from four ranks in sorted order", "parallel", hooked("experts", sorted_rows)),
     Bug("routed experts silent", "experts", setting(routed_scaling_factor=0.0)),
+    Bug(
+        "shared output added by each of four ranks",
+        "parallel",
+        hooked("shared_experts", lambda part, args, out: 4 * out),
+    ),
+    Bug("what comes back from one rank overwrites the rest", "parallel", hooked("experts", last_rank)),
     Bug("final norm forgotten", "prenorm", identity_at("model", "norm")),
     Bug("shared expert left out", "experts", lambda m: experts(m, no_shared_expert)),
     Bug("no norm on the latent", "mla", identity_at("attention", "kv_a_layernorm")),

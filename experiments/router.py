@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2ForCausalLM, MoEGate
-from dsv2_ref.balance import LossFreeBalancing
+from dsv2_ref.loss_free import LossFreeBalancing
 from experiments.corpus import KINDS, corpus, windows
 
 DATA = Path(__file__).resolve().parent.parent / "book" / "data"

@@ -7,16 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv2_ref import DeepseekV2Config, MoEGate
-from dsv2_ref.balance import (
-    choices_within_budget,
-    communication_balance_loss,
-    device_balance_loss,
-    devices_reached,
-    expert_balance_loss,
-)
+from dsv2_ref.balance import communication_balance_loss, device_balance_loss, expert_balance_loss
+from dsv2_ref.capacity import TokenDropping, choices_within_budget, devices_reached
 
 # Four experts on two devices, {0, 1} and {2, 3}; two tokens choose two experts each.
 SCORES = torch.tensor([[[0.5, 0.2, 0.2, 0.1], [0.4, 0.3, 0.1, 0.2]]], dtype=torch.float64)
@@ -201,3 +196,63 @@ def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
         devices_reached(CHOSEN, 4, 0)
     with pytest.raises(ValueError, match="capacity_factor is -1"):
         choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, capacity_factor=-1.0)
+
+
+# Dropping in training
+
+
+def routed_twice(gate: MoEGate, x: Tensor, dropping: TokenDropping) -> tuple[Tensor, Tensor, Tensor]:
+    """The choices, their weights without dropping, and with it."""
+    _, dropped, _ = gate(x)
+    dropping.remove()
+    chosen, weights, _ = gate(x)
+    return chosen, weights, dropped
+
+
+def test_dropped_choices_weigh_nothing_and_push_nothing() -> None:
+    torch.manual_seed(0)
+    gate, x = MoEGate(GROUPED).double(), torch.randn(6, 9, GROUPED.hidden_size, dtype=torch.float64)
+    dropping = TokenDropping(gate, 0.9, 0.4, torch.Generator().manual_seed(7))
+    chosen, weights, dropped = routed_twice(gate, x, dropping)
+    exempt = torch.rand(6, generator=torch.Generator().manual_seed(7)) < 0.4
+    assert exempt.any()
+    kept = choices_within_budget(chosen, weights, 8, 4, 0.9, exempt.repeat_interleave(9))
+    assert not kept.all()
+    assert torch.equal(dropped, weights * kept)
+    assert not torch.autograd.grad(dropped[~kept].sum(), gate.weight)[0].any()
+
+
+def test_exempt_sequences_are_drawn_once_for_each_step_and_are_a_tenth() -> None:
+    model = nn.ModuleList(MoEGate(GROUPED) for _ in range(2))
+    dropping, x = TokenDropping(model, 0.0), torch.randn(50, 4, GROUPED.hidden_size)
+    torch.manual_seed(0)
+    drawn = []
+    for _ in range(40):
+        exempt = [gate(x)[1].view(50, 12).bool().any(dim=1) for gate in (*model, *model)]  # a budget of nothing
+        assert all(torch.equal(one, exempt[0]) for one in exempt)
+        drawn.append(exempt[0])
+        dropping.step()
+    share, error = torch.cat(drawn).double().mean(), (0.1 * 0.9 / 2000) ** 0.5
+    assert abs(share - 0.1) < 4 * error
+    assert any(not torch.equal(one, drawn[0]) for one in drawn)
+
+
+def test_nothing_is_dropped_in_evaluation_or_within_the_budget() -> None:
+    gate, x = MoEGate(GROUPED), torch.randn(2, 5, GROUPED.hidden_size)
+    weights = gate(x)[1]
+    TokenDropping(gate, 0.0, 0.0)
+    assert not gate(x)[1].any()
+    assert torch.equal(gate.eval()(x)[1], weights)
+    other = MoEGate(GROUPED)
+    weights = other(x)[1]
+    TokenDropping(other, 4.0, 0.0)  # as many devices
+    assert torch.equal(other(x)[1], weights)
+
+
+def test_dropping_wants_devices_and_shares(as_shipped: None) -> None:
+    with pytest.raises(ValueError, match="model is a MoEGate; wanted gates with more than one n_group"):
+        TokenDropping(MoEGate(DeepseekV2Config.tiny()))
+    with pytest.raises(ValueError, match="capacity_factor is -1"):
+        TokenDropping(MoEGate(GROUPED), -1.0)
+    with pytest.raises(ValueError, match="exempt is 2; wanted from 0 to 1"):
+        TokenDropping(MoEGate(GROUPED), exempt=2)

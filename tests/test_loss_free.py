@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, MoEGate
-from dsv2_ref.balance import LossFreeBalancing, updated_bias
+from dsv2_ref.loss_free import LossFreeBalancing, updated_bias
 
 BIASED = DeepseekV2Config(
     hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,

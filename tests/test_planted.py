@@ -17,7 +17,10 @@ EXPECTED = {  # bits per byte and P(5): planted once more by other means, in the
     "rope part": (5.14, 0.05),
     "residual": (5.00, 0.00),
     "window of 16": (4.94, 0.56),  # the prompt of the 5 fits in the window
+    "sorted order": (4.79, 0.39),
     "silent": (3.71, 0.06),
+    "shared output": (3.42, 0.04),
+    "overwrites": (3.19, 0.18),
     "final norm": (3.02, 0.17),
     "shared expert": (2.99, 0.01),
     "norm on the latent": (2.96, 0.16),

@@ -13,6 +13,7 @@ from dsv2_ref.plots.kernels import bytes_moved, decode_plan, memory_passes, wave
 from dsv2_ref.plots.lineage import cached_per_token, layer_changes
 from dsv2_ref.plots.mla import cached_elements, latent_flow, low_rank, truncation_errors, up_maps
 from dsv2_ref.plots.overview import attention_by_hand, layer_kinds, stored_and_used, two_layers, what_heads_read
+from dsv2_ref.plots.parallel import device_weights, exchange_grids, hidden_behind, journey, time_lines
 from dsv2_ref.plots.prenorm import by_layer, ends_by_rate, norm_places, stream_spiral, training_curves
 from dsv2_ref.plots.rmsnorm import circle_of_tokens, growth_through_layers, running_sums
 from dsv2_ref.plots.rooflines import roofline, step_times
@@ -25,12 +26,13 @@ from dsv2_ref.plots.weights import bytes_to_scale
 
 __all__ = [
     "add_curves", "attention_by_hand", "bits_by_length", "bits_lost", "by_layer", "bytes_moved", "bytes_of_training",
-    "bytes_to_scale",    "cached_elements", "cached_per_token", "circle_of_tokens", "claimed_over_computed", "clocks", "crossover",
-    "decode_plan", "ends_by_rate", "expert_loads", "growth_through_layers", "hidden_by", "kept_and_read",
-    "latent_flow", "layer_changes", "layer_kinds", "load_maps", "load_over_steps", "lost_by_budget", "low_rank",
-    "memory_over_step", "memory_passes", "moved_bracket", "narrow_networks", "new_axes", "norm_places", "number_lines",
-    "quarter_turns", "queries_by_distance", "records_to_scale", "roofline", "routing_map", "running_sums",
-    "scores_by_distance", "shares", "show", "sorted_choices", "step_times", "stored_and_used", "stream_spiral",
-    "stretch_by_pair", "three_counts", "three_ways", "training_curves", "truncation_errors", "two_layers",
-    "up_maps", "waves", "weights_to_scale", "what_heads_read",
+    "bytes_to_scale", "cached_elements", "cached_per_token", "circle_of_tokens", "claimed_over_computed", "clocks",
+    "crossover", "decode_plan", "device_weights", "ends_by_rate", "exchange_grids", "expert_loads",
+    "growth_through_layers", "hidden_behind", "hidden_by", "journey", "kept_and_read", "latent_flow", "layer_changes",
+    "layer_kinds", "load_maps", "load_over_steps", "lost_by_budget", "low_rank", "memory_over_step", "memory_passes",
+    "moved_bracket", "narrow_networks", "new_axes", "norm_places", "number_lines", "quarter_turns",
+    "queries_by_distance", "records_to_scale", "roofline", "routing_map", "running_sums", "scores_by_distance",
+    "shares", "show", "sorted_choices", "step_times", "stored_and_used", "stream_spiral", "stretch_by_pair",
+    "three_counts", "three_ways", "time_lines", "training_curves", "truncation_errors", "two_layers", "up_maps",
+    "waves", "weights_to_scale", "what_heads_read",
 ]  # fmt: skip
