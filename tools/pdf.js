@@ -28,13 +28,18 @@ async ({ parts, version, style, scripts: drawing }) => {
     for (const element of chapter.querySelectorAll(unused)) element.remove();
     for (const element of chapter.querySelectorAll("[id]")) element.id = place(name, element.id);
     for (const element of chapter.querySelectorAll("[for]")) element.htmlFor = place(name, element.htmlFor);
+    // In the PDF a formula is a picture that its TeX describes, and a figure is a group: the picture in it has the description.
+    for (const formula of chapter.querySelectorAll(".math")) {
+      formula.setAttribute("role", "img");
+      formula.setAttribute("aria-label", formula.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, ""));
+    }
+    for (const figure of chapter.querySelectorAll("figure")) figure.setAttribute("role", "group");
     for (const folded of chapter.querySelectorAll("details")) folded.open = true;
     for (const link of chapter.querySelectorAll("a[href]")) {
-      const address = link.getAttribute("href");
-      if (/^[a-z]+:/.test(address)) continue;
-      const [file, fragment] = address.split("#");
-      const target = file ? file.replace(/\.html$/, "") : name;
-      if (pages.has(target)) link.setAttribute("href", `#${place(target, fragment)}`);
+      const address = new URL(link.getAttribute("href"), `${location.origin}/book/${name}.html`);
+      if (address.origin !== location.origin) continue;
+      const target = address.pathname.match(/^\/book\/(.+)\.html$/)?.[1];
+      if (pages.has(target)) link.setAttribute("href", `#${place(target, address.hash.slice(1))}`);
       else link.replaceWith(...link.childNodes);
     }
     return chapter;
@@ -59,7 +64,7 @@ async ({ parts, version, style, scripts: drawing }) => {
     }
   }
 
-  const contents = made("nav", { class: "contents" }, made("h1", {}, "Contents"));
+  const contents = made("nav", { class: "book-contents" }, made("h1", {}, "Contents"));
   const entry = (level, target, words) =>
     contents.append(made("p", { class: level }, made("a", { href: `#${target}` }, made("span", {}, ...words), paged(target))));
   for (const [caption, chapter] of [...parts.map(([caption, some]) => [caption, some.map((name) => chapters.get(name))]), ["", [solutions]]]) {

@@ -26,7 +26,7 @@ PDF = ROOT / "_build" / f"dsv2-layer-book-{__version__}.pdf"
 HOST = "http://book.invalid"  # never asked for: the browser gets all files from the built book
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
-    "--no-sandbox",  # who prints may be root in a container
+    "--no-sandbox",  # who prints or tests may be root in a container
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -43,11 +43,7 @@ READY = """async () => {
     await new Promise(done => setTimeout(done, 200));
 }"""
 LIGHTEN = """() => {
-    // What a screen reader says of a formula is its TeX, and of code its words: not each letter, nor each colour's span.
-    for (const { typesetRoot, math } of MathJax.startup.document.math) {
-        typesetRoot.setAttribute("role", "img");
-        typesetRoot.setAttribute("aria-label", math);
-    }
+    // A span for each word of code would be half of the file: only those stay that a colour or a weight sets apart.
     const font = ({ color, fontWeight, fontStyle }) => [color, fontWeight, fontStyle].join();
     const plain = [...document.querySelectorAll(":is(pre, code, .sig) span:not([id])")].filter(word => {
         const style = getComputedStyle(word);
@@ -123,7 +119,8 @@ def print_book(path: Path) -> int:
         open_book(page)
         told: dict[str, int] = {}
         for attempt in count():
-            page.pdf(path=path, prefer_css_page_size=True, print_background=True, tagged=True, outline=True)
+            whole = attempt > 0  # at first without tags, which take as long again
+            page.pdf(path=path, prefer_css_page_size=True, print_background=True, tagged=whole, outline=whole)
             reader = PdfReader(path)
             pages = {str(name): reader.get_destination_page_number(at) + 1  # type: ignore[operator]
                      for name, at in reader.named_destinations.items()}  # fmt: skip
