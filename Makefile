@@ -14,7 +14,7 @@ NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nb
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint unit site test-other-build test-oldest-torch notebooks serve bench test-cuda bench-cuda clean
+.PHONY: help book pdf archive test lint unit site release test-other-build test-oldest-torch notebooks serve bench test-cuda bench-cuda clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 26
@@ -23,6 +23,12 @@ book: $(INSTALLED) ## build the book in _build/html
 	@rm -rf _build/html _build/.doctrees  # pages of what is gone, and warnings already given, must not be kept
 	@$(BIN)jupyter-book build . --all -n -W --keep-going
 
+pdf: book ## the whole book as one PDF, in _build/
+	@$(RUN) -m tools.pdf
+
+archive: book ## the site as one file that opens offline, in _build/
+	@$(RUN) -m tools.release site
+
 test: lint unit site ## lint, types, unit, property and notebook tests, and the checks on the built book
 
 lint: $(INSTALLED)
@@ -30,6 +36,7 @@ lint: $(INSTALLED)
 	@$(BIN)ruff format --check .
 	@$(BIN)ruff format --check --line-length 120 $(addprefix dsv2_ref/,__main__.py checkpoint.py checks.py files.py pretrained.py published.py tensors.py)
 	@$(BIN)mypy
+	@$(BIN)zizmor --offline --quiet --no-progress --strict-collection .github/workflows
 
 unit: $(INSTALLED)
 	@$(RUN) $(UNIT)
@@ -93,8 +100,22 @@ bench-cuda: $(INSTALLED) ## on a machine with an NVIDIA GPU: time the layer's pa
 	@$(RUN) -m tools.gpu "make $@" jaxtyping torch
 	@$(RUN) -m bench.cuda
 
+# After the tests, which build the book and the PDF. The tag is made last, here and nowhere else: who pushes it, releases.
+TWINE := $(abspath .venv/release)/bin/twine
+
+release: $(INSTALLED) ## check that VERSION=x.y.z may be released and prepare dist/ and the tag; DRY=1: neither tests nor tag
+	@$(RUN) -m tools.release check "$(VERSION)"
+	@$(if $(DRY),,$(MAKE) --no-print-directory test)
+	@$(MAKE) --no-print-directory pdf archive $(TWINE)
+	@$(RUN) -m tools.release build $(TWINE)
+	@$(if $(DRY),,$(RUN) -m tools.release tag)
+
+$(TWINE):
+	@$(PYTHON) -m venv .venv/release
+	@.venv/release/bin/python -m pip install --quiet --disable-pip-version-check twine==7.0.0
+
 clean: ## remove what was built, the environment included
-	rm -rf .venv _build
+	rm -rf .venv _build dist
 
 ifneq ($(VENV),)
 $(INSTALLED): requirements.txt pyproject.toml

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 
 __version__ = "0.1.0"
+__date__ = "2026-11-26"  # of this version, as the pages, the PDF and CITATION.cff have it
 
 __all__ = [
     "ATTENTION_CLASSES",

@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Never
 
+from dsv2_ref import __date__, __version__
 from dsv2_ref.accounting import CACHES, DTYPE_BYTES, FORMS, WEIGHTS, Call, report
 from dsv2_ref.accounting.communication import on_ranks
 from dsv2_ref.accounting.training import OPTIMIZERS
@@ -29,6 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m dsv2_ref", description="Tools of the reference.")
+    parser.add_argument("--version", action="version", version=f"dsv2_ref {__version__}, {__date__}")
     commands = parser.add_subparsers(dest="command", required=True)
     account = commands.add_parser("account", help="parameters, FLOPs and bytes")
     ways = commands.add_parser("ways", help="which way computes each call, and why")

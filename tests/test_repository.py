@@ -2,10 +2,12 @@
 
 import subprocess
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from sphinx.errors import ConfigError
 
+import dsv2_ref
 from tools import repository
 
 GITHUB = "https://github.com/owner/name"
@@ -109,9 +111,36 @@ def test_no_button_without_an_address() -> None:
     assert repository.theme_options(None, "main") == {"repository_url": ""}
 
 
-def test_colab_opens_notebooks_from_github_only() -> None:
-    assert repository.theme_options(GITHUB, "main")["launch_buttons"] == {"colab_url": repository.COLAB}
-    assert "launch_buttons" not in repository.theme_options("https://gitlab.com/owner/name", "main")
+def test_colab_opens_notebooks_from_github_only_and_binder_from_both() -> None:
+    options = [repository.theme_options(f"https://{host}/owner/name", "main") for host in repository.HOSTS]
+    on_github, on_gitlab = (chosen["launch_buttons"] for chosen in options)
+    assert on_github["binderhub_url"] == on_gitlab["binderhub_url"] == repository.BINDER
+    assert on_github["colab_url"] == repository.COLAB
+    assert "colab_url" not in on_gitlab
+    texts = [repository.commands(f"https://{host}/owner/name", "main")["launch"] for host in repository.HOSTS]
+    assert ["Colab" in text for text in texts] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("address", "fields"),
+    [(GITHUB, ("title", "body")), ("https://gitlab.com/a/b/name", ("issue[title]", "issue[description]"))],
+)
+def test_a_report_names_the_page_and_the_version(address: str, fields: tuple[str, str]) -> None:
+    parts = urlsplit(repository.report(address, "book/rope.html"))
+    assert f"https://{parts.netloc}{parts.path}".removeprefix(address) in ("/issues/new", "/-/issues/new")
+    told = parse_qs(parts.query)
+    assert told[fields[0]] == ["Mistake on book/rope.html"]
+    assert dsv2_ref.__version__ in told[fields[1]][0]
+
+
+def test_the_entry_to_cite_has_an_address_only_where_there_is_one() -> None:
+    title = "The DeepSeek-V2 layer"
+    assert "url" not in repository.citation(title, None, "")
+    assert f"  url    = {{{GITHUB}}}" in repository.citation(title, GITHUB, "")
+    with_pages = repository.citation(title, GITHUB, "https://example.org/book/")
+    assert "  url    = {https://example.org/book/}" in with_pages
+    assert f"Version {dsv2_ref.__version__}, {dsv2_ref.__date__}" in with_pages
+    assert "{The {DeepSeek-V2} layer}" in with_pages
 
 
 def test_the_commands_name_the_repository_or_leave_nothing_to_fill_in() -> None:
@@ -120,7 +149,8 @@ def test_the_commands_name_the_repository_or_leave_nothing_to_fill_in() -> None:
     assert f"!git clone --quiet --depth 1 --branch dev {GITHUB}\n" in known["fetch_in_colab"]
     assert '"./name[notebooks]"' in known["fetch_in_colab"]
     unknown = repository.commands(None, "main")
-    assert "no public address" in unknown["fetch"]
+    assert "without a public address" in unknown["fetch"]
+    assert not any(place in "".join(unknown.values()) for place in ("rocket", "Binder"))
     assert not any(word in "".join(unknown.values()) for word in ("ADDRESS", "FOLDER", "git clone"))
     assert "github.com" not in "".join(unknown.values())
 

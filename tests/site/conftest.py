@@ -1,7 +1,6 @@
 """The built book, a server for it on this machine and a browser to look at it."""
 
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -13,21 +12,13 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 from sphinx_external_toc.parsing import parse_toc_yaml
 
+from tools import pdf
+
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
 CHAPTERS = sorted(f"{page}.html" for page in parse_toc_yaml(ROOT / "_toc.yml"))
 # _static holds templates of the theme beside what pages load.
 PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html") if "_static" not in path.parts)
-
-FLAGS = [
-    "--no-sandbox",  # tests may run as root in a container
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,11 +43,11 @@ def origin() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    found = pdf.browser()
     if found is None:
         missing = "no Chromium is installed, so nobody looks at the pages (Debian: apt install chromium)"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=found, args=pdf.FLAGS)
         yield browser
         browser.close()

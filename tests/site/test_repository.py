@@ -65,11 +65,21 @@ def test_a_chapter_opens_in_colab(published: dict[str, BeautifulSoup]) -> None:
     assert not any(repository.COLAB in link for link in links(published["running.md"]))  # it is no notebook
 
 
+def test_a_chapter_opens_in_binder(published: dict[str, BeautifulSoup]) -> None:
+    place = "/v2/gh/someone/fork/trunk?urlpath=lab/tree/book/notation.ipynb"
+    assert f"{repository.BINDER}{place}" in links(published["notation.ipynb"])
+    assert not any(repository.BINDER in link for link in links(published["running.md"]))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_leads_to_its_source(published: dict[str, BeautifulSoup], page: str) -> None:
     found = links(published[page])
     assert {GITHUB, f"{GITHUB}/blob/trunk/book/{page}?plain=1", f"{GITHUB}/edit/trunk/book/{page}"} <= found
-    assert any(link.startswith(f"{GITHUB}/issues/new") for link in found)
+    report = repository.report(GITHUB, f"book/{Path(page).stem}.html")
+    header, foot = (published[page].find(class_=name) for name in ("article-header-buttons", "version"))
+    for place in (header, foot):
+        assert {report, f"{GITHUB}/edit/trunk/book/{page}"} <= links(place)
+    assert "Report a mistake on this page, or edit it." in " ".join(foot.get_text().split())
 
 
 def test_the_commands_can_be_copied_as_they_are(published: dict[str, BeautifulSoup]) -> None:
@@ -91,6 +101,7 @@ def test_without_an_address_no_button_leads_nowhere(unpublished: dict[str, Beaut
     assert not header.find(class_="dropdown-launch-buttons")
     assert not header.find(class_="dropdown-source-buttons")
     assert not any("github.com" in link for link in links(header))
+    assert links(unpublished[page].find(class_="version")) == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -98,7 +109,8 @@ def test_without_an_address_nothing_is_left_to_fill_in(unpublished: dict[str, Be
     text = unpublished[page].find("article").get_text()
     assert not re.search(r"ADDRESS|FOLDER|git clone|\{\{", text)
     if page == "running.md":
-        assert "no public address" in text
+        assert "without a public address" in text
+        assert "rocket" not in text
 
 
 def addresses(page: BeautifulSoup) -> list[str]:
