@@ -37,9 +37,7 @@ class DeepseekV2Attention(nn.Module):
         H, N, R, C, V = self.heads, self.nope, self.rope, config.kv_lora_rank, config.v_head_dim
         past = 0 if past_key_value is None else past_key_value.shape[1]
         position_ids = torch.arange(past, past + S)[None]
-        cos, sin = rotary_tables(
-            position_ids, R, config.rope_theta, config.rope_scaling, dtype=hidden_states.dtype
-        )
+        cos, sin = rotary_tables(position_ids, R, config.rope_theta, config.rope_scaling, dtype=hidden_states.dtype)
 
         query = self.queries(hidden_states).view(B, S, H, N + R).transpose(1, 2)
         q_nope, q_pe = query.split((N, R), dim=-1)

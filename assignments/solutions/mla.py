@@ -36,9 +36,7 @@ class DeepseekV2Attention(nn.Module):
         config, (B, S, _) = self.config, hidden_states.shape
         H, N, R, C, V = self.heads, self.nope, self.rope, config.kv_lora_rank, config.v_head_dim
         position_ids = torch.arange(S)[None]
-        cos, sin = rotary_tables(
-            position_ids, R, config.rope_theta, config.rope_scaling, dtype=hidden_states.dtype
-        )
+        cos, sin = rotary_tables(position_ids, R, config.rope_theta, config.rope_scaling, dtype=hidden_states.dtype)
 
         query = self.queries(hidden_states).view(B, S, H, N + R).transpose(1, 2)
         q_nope, q_pe = query.split((N, R), dim=-1)

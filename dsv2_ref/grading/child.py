@@ -141,7 +141,7 @@ def told(error: BaseException, path: Path) -> dict[str, str]:
         text = "(its message cannot be printed)"
     name = type(error).__name__
     frames = [
-        f"line {frame.lineno}, in {frame.name}: {frame.line}"
+        f"line {frame.lineno}, in {frame.name}: {(frame.line or '')[:LONGEST]}"
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename == str(path)
     ]
@@ -159,7 +159,7 @@ def told(error: BaseException, path: Path) -> dict[str, str]:
         most = f"it prints or writes more than {LARGEST_FILE >> 20} MB"
         return {"error": most, "where": "\n".join(frames[-1:])}
     if isinstance(error, NotImplementedError):
-        return {"error": f"not written yet: {text}", "where": "\n".join(frames[-1:])}
+        return {"error": f"not written yet: {text}", "where": ""}
     return {"error": f"{name}: {text}", "where": "\n".join(frames[-3:])}
 
 

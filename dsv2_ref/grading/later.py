@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import codes
-from dsv2_ref.grading.attention import MLA, DECODING, RMSNORM, ROPE, given, has
+from dsv2_ref.grading.attention import DECODING, MLA, RMSNORM, ROPE, given, has
 from dsv2_ref.grading.experts import BALANCE, EXPERTS, GATE, LAYER
 from dsv2_ref.grading.part import Answers, Case, Mistake, Part, WrongError, normal
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv2_ref.grading.later import PARTS
-from dsv2_ref.grading.part import Answers, Mistake, Part
+from dsv2_ref.grading.part import Answers, Part
 from dsv2_ref.grading.runner import Ran
 
 ROUNDING = 2.0**-32
@@ -217,33 +217,37 @@ def equals(
 def recognise(
     part: Part, ran: Ran, checks: Sequence[Check]
 ) -> Iterator[tuple[int, ...]]:
-    """The known mistakes, or pairs of them, that return in every case what the submission
-    did; where there are none, those that do in a case that failed."""
-    failed = [n for n, check in enumerate(checks) if not check.passed]
-    failed = [n for n in failed if "answers" in ran.cases[n]]
-    others = [n for n in range(len(checks)) if n not in failed]
-    singles = [(number,) for number in range(len(part.mistakes))]
-    for candidates in (singles, list(combinations(range(len(part.mistakes)), 2))):
-        fitting = [
-            mistakes
-            for mistakes in candidates
-            if failed
-            and all(equals(part, n, ran.cases[n], mistakes) for n in [*failed, *others])
-        ]
-        if fitting:
-            yield fitting[0]
+    """The known mistake, or two of them, that return in every case what the submission
+    did; where there are none, those that do in a case that failed and in all that passed.
+    """
+    costs = [case.at_most > 0 for case in part.cases]
+    order = sorted(
+        range(len(checks)), key=costs.__getitem__
+    )  # what takes longest, last
+    passed = [n for n in order if checks[n].passed]
+    failed = [n for n in order if not checks[n].passed and "answers" in ran.cases[n]]
+
+    def fit(mistakes: tuple[int, ...], cases: Sequence[int]) -> bool:
+        return all(equals(part, n, ran.cases[n], mistakes) for n in cases)
+
+    if not failed:
+        return
+    possible = [(m,) for m in range(len(part.mistakes)) if fit((m,), passed)]
+    pairs = ((*one, *other) for one, other in combinations(possible, 2))
+    whole = [n for n in order if not checks[n].passed]
+    for mistakes in (*possible, *pairs):
+        if fit(mistakes, whole):
+            yield mistakes
             return
-    for number in failed:
-        for mistakes in singles:
-            if equals(part, number, ran.cases[number], mistakes):
-                yield mistakes
+    yield from (one for one in possible if any(fit(one, [n]) for n in failed))
 
 
-def named(part: Part, mistake: Mistake, checks: Sequence[Check]) -> Named:
-    """A mistake, with the check in which it is largest."""
+def named(part: Part, number: int, ran: Ran, checks: Sequence[Check]) -> Named:
+    """A mistake, with the failed check in which it is largest."""
+    mistake = part.mistakes[number]
     failed = [n for n, check in enumerate(checks) if not check.passed]
-    shown = [n for n in failed if checks[n].error is not None] or failed
-    worst = max(shown, key=lambda n: checks[n].error or 0.0)
+    alone = [n for n in failed if equals(part, n, ran.cases[n], (number,))]
+    worst = max(alone or failed, key=lambda n: checks[n].error or 0.0)
     right = expected(part.name, worst)
     cost = cost_of(right)[0] if right is not None and part.cases[worst].at_most else ""
     site = os.environ.get("BOOK_URL", "").rstrip("/")
@@ -272,8 +276,7 @@ def judge(part: Part, file: str, ran: Ran) -> Report:
         known = {
             number for found in recognise(part, ran, report.checks) for number in found
         }
-        mistakes = (part.mistakes[number] for number in sorted(known))
-        report.mistakes += [named(part, mistake, report.checks) for mistake in mistakes]
+        report.mistakes += [named(part, n, ran, report.checks) for n in sorted(known)]
     for missing in sorted({str(case.get("absent") or "") for case in ran.cases} - {""}):
         report.notes.append(f"it has no weights with the names {missing}")
     rough = [c.error for c in report.checks if c.passed and not part_cost(part, c)]
@@ -300,11 +303,14 @@ def as_text(report: Report) -> str:
     if report.problem:
         lines += ["", *indented(report.problem), *indented(report.where, 4)]
     lines += [""] * bool(report.checks)
+    before = ""
     for check in report.checks:
         mark = "ok  " if check.passed else "FAIL"
-        said = f": {check.message}" * bool(check.message)
+        same = check.message == before != ""
+        said = ": the same" if same else f": {check.message}" * bool(check.message)
         lines.append(f"  {mark}  {check.points:2}/{check.of:<2} {check.name}{said}")
-        lines += indented(check.where, 12)
+        lines += indented(check.where, 12) if not same else []
+        before = check.message
     for mistake in report.mistakes:
         lines += [
             "",
@@ -374,7 +380,8 @@ def as_junit(reports: Sequence[Report]) -> str:
 def plain(text: str) -> str:
     """Without characters that XML cannot hold."""
     kept = (
-        c if c in "\n\t" or c >= " " and c not in "\ufffe\uffff" else "?" for c in text
+        c if c in "\n\t" or (c >= " " and c not in "\ufffe\uffff") else "?"
+        for c in text
     )
     return "".join(kept).encode("utf-8", "replace").decode()
 
