@@ -14,7 +14,7 @@ NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nb
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf archive test lint unit site release test-other-build test-oldest-torch notebooks serve bench test-cuda bench-cuda clean
+.PHONY: help book pdf archive test lint unit site release test-other-build test-oldest-torch notebooks assignments serve bench test-cuda bench-cuda clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 26
@@ -83,6 +83,9 @@ UV := uv==0.13.9
 
 notebooks: $(INSTALLED) ## run every notebook of the book again and store its outputs
 	@$(RUN) -m tools.notebooks
+
+assignments: $(INSTALLED) ## for a course: the students' and the instructors' archive, in _build
+	@$(RUN) -m tools.assignments
 
 serve: book ## build the book and serve it on http://localhost:8000
 	@$(RUN) -m http.server --bind localhost --directory _build/html 8000

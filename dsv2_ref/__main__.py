@@ -1,5 +1,5 @@
 """``python -m dsv2_ref``: ``account`` tells what a layer or a model costs and needs no torch; ``ways`` tells which way
-computes each call of a layer, and why."""
+computes each call of a layer, and why; ``grade`` grades what a student wrote."""
 
 import argparse
 import json
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     account = commands.add_parser("account", help="parameters, FLOPs and bytes")
     ways = commands.add_parser("ways", help="which way computes each call, and why")
+    commands.add_parser("grade", help="a part of the layer that a student wrote", add_help=False)
     for command in (account, ways):
         model = command.add_mutually_exclusive_group()
         model.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: card)")
@@ -183,6 +184,14 @@ def _ways(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str
     return "\n".join(lines)
 
 
+def _grade(arguments: Sequence[str]) -> tuple[str, int]:
+    from dsv2_ref.grading import command
+
+    parser = _Parser(prog="python -m dsv2_ref grade", description="Grade what a student wrote.")
+    command.add_options(parser)
+    return command.run(parser.parse_args(arguments))
+
+
 def _refuse(error: Exception) -> int:
     print(*f"{error}".splitlines(), file=sys.stderr)
     return 2
@@ -200,9 +209,13 @@ def _write(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 2, and one line that says why, for what is rejected."""
+    """Run the command line; 2, and one line that says why, for what is rejected; 1 for work that did not pass."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        args = _parser().parse_args(arguments)
+        if given[:1] == ["grade"]:
+            text, status = _grade(given[1:])
+            return _write(text) or status
+        args = _parser().parse_args(given)
         kv, causal = (args.seq if args.kv is None else args.kv, getattr(args, "causal", True))
         call = Call(batch=args.batch, seq=args.seq, kv=kv, form=args.form, causal=causal, dtype=args.dtype)
         if args.command == "account":

@@ -1,0 +1,259 @@
+"""Run submissions on the cases of their parts: the program of the process that
+`dsv2_ref.grading.runner` starts. It writes what a submission returned, judges nothing,
+and knows no right answer.
+
+It reads jobs from its input, a line of JSON each, and writes a line with the exit status
+of each. Every job runs in a process of its own: a fork of this one, which has imported
+torch already. Where a system has no fork, this process runs one job and ends.
+"""
+
+import errno
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dsv2_ref import fast, model, ops  # noqa: F401  # all that holds guarded names
+from dsv2_ref.grading.later import PARTS
+from dsv2_ref.grading.part import Case, Part, WrongError, absent
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+LONGEST = 500
+"""Characters of an error message that are kept."""
+LARGEST_FILE = 2**26
+"""Bytes that a submission may print, or write in one file."""
+START = 60
+"""Seconds more until a process is ended from outside, which has not ended itself."""
+
+
+class BorrowedError(WrongError):
+    """A submission called what it should have written."""
+
+
+def limit(seconds: int, megabytes: int) -> None:
+    """End this process after so many seconds, and let it take so much more memory."""
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
+    if resource is None:
+        return
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (int(used) + seconds + 1, int(used) + seconds + 5)
+    )
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+    status = Path("/proc/self/statm")
+    if status.exists():  # elsewhere nobody says what this process has taken already
+        taken = int(status.read_text().split()[0]) * resource.getpagesize()
+        most = taken + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def guard(part: Part) -> None:
+    """Let nobody call the package's own version of what the part asks for."""
+    for module, name in part.forbidden:
+        own = getattr(sys.modules[module], name, None)
+        stand_in = borrowed(f"{module}.{name}")
+        if isinstance(own, type):
+            own.__init__ = stand_in  # type: ignore[misc]
+            own.forward = stand_in  # type: ignore[attr-defined]
+        for other in [m for n, m in sys.modules.items() if n.startswith("dsv2_ref.")]:
+            for attribute, value in list(vars(other).items()):
+                if own is not None and value is own and not isinstance(own, type):
+                    setattr(other, attribute, stand_in)
+
+
+def borrowed(name: str) -> Any:
+    """What stands in for a function of the package."""
+
+    def stand_in(*_: Any, **__: Any) -> None:
+        raise BorrowedError(f"it calls {name}; wanted code of your own")
+
+    stand_in.__module__ = name.rpartition(".")[0]
+    return stand_in
+
+
+def settings() -> dict[str, Any]:
+    """The state of torch that a part must leave as it is."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def restore(before: dict[str, Any]) -> str:
+    """Undo what has changed, and say what it was."""
+    after = settings()
+    changed = [name for name in before if before[name] != after[name]]
+    torch.set_default_dtype(before["default dtype"])
+    torch.set_default_device(before["default device"])
+    torch.set_grad_enabled(before["gradients"])
+    torch.use_deterministic_algorithms(before["deterministic algorithms"])
+    said = (f"{name} from {before[name]} to {after[name]}" for name in changed)
+    return f"it changes torch's {', '.join(said)}" if changed else ""
+
+
+def imported(part: Part, path: Path) -> ModuleType:
+    """The submission's module, with the names that the part asks for."""
+    sys.path.append(str(path.parent))  # last, so that no file there hides a module
+    loader = SourceFileLoader("submission", str(path))
+    spec = importlib.util.spec_from_loader("submission", loader)
+    if spec is None:
+        raise WrongError("it cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["submission"] = module
+    loader.exec_module(module)
+    for name in part.defines:
+        made = getattr(module, name, None)
+        if made is None:
+            raise WrongError(f"it defines no {name}")
+        if part.is_class and not isinstance(made, type):
+            raise WrongError(f"{name} is a {type(made).__name__}; wanted a class")
+        if not callable(made):
+            raise WrongError(f"{name} is a {type(made).__name__}; wanted a function")
+        home = str(getattr(made, "__module__", ""))
+        if home.split(".")[0] == "dsv2_ref":
+            raise BorrowedError(f"{name} is that of {home}; wanted code of your own")
+    return module
+
+
+def told(error: BaseException, path: Path) -> dict[str, str]:
+    """An error in one line, and where in the submission it arose."""
+    try:
+        text = " ".join(str(error).split())[:LONGEST]
+    except Exception:
+        text = "(its message cannot be printed)"
+    name = type(error).__name__
+    frames = [
+        f"line {frame.lineno}, in {frame.name}: {(frame.line or '')[:LONGEST]}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
+    if isinstance(error, WrongError):
+        return {"error": text, "where": ""}
+    if isinstance(error, SystemExit):
+        return {"error": f"it calls sys.exit({text})", "where": "\n".join(frames[-3:])}
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        line = (error.text or "").strip()[:LONGEST]
+        return {
+            "error": f"{name}: {error.msg}",
+            "where": f"line {error.lineno}: {line}",
+        }
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        most = f"it prints or writes more than {LARGEST_FILE >> 20} MB"
+        return {"error": most, "where": "\n".join(frames[-1:])}
+    if isinstance(error, NotImplementedError):
+        return {"error": f"not written yet: {text}", "where": ""}
+    return {"error": f"{name}: {text}", "where": "\n".join(frames[-3:])}
+
+
+def answer(
+    part: Part, made: Any, case: Case, given: tuple[Any, Any, Any], path: Path
+) -> dict[str, Any]:
+    """What a submission returns in one case, or what is wrong with it; given are the
+    weights and the inputs, twice."""
+    (state, inputs, untouched), before = given, settings()
+    found: dict[str, Any] = {}
+    try:
+        torch.manual_seed(0)
+        subject = part.subject(made, case, state)
+        if part.is_class:
+            found["absent"] = absent(subject, state)
+        with torch.no_grad(), ops.plain():
+            answers = part.answer(subject, inputs)
+        for name, value in untouched.items():
+            if isinstance(value, torch.Tensor) and not value.equal(inputs[name]):
+                raise WrongError(f"it changes {name} in place; wanted it untouched")
+        found["answers"] = {
+            name: value.detach().as_subclass(torch.Tensor).to("cpu").clone()
+            for name, value in answers.items()
+        }
+    except BaseException as error:
+        found |= told(error, path)
+    if (changed := restore(before)) and "error" not in found:
+        found |= {"error": f"{changed}; wanted it left alone", "where": ""}
+    return found
+
+
+def work(job: dict[str, Any]) -> None:
+    """Write ``import.pt`` and, if that went well, ``0.pt``, ``1.pt``, …, and end."""
+    part, path, folder = PARTS[job["part"]], Path(job["file"]), Path(job["folder"])
+    save, leave = torch.save, os._exit
+    cases = part.cases
+    given = [(part.state(case), case.inputs(), case.inputs()) for case in cases]
+    guard(part)
+    # So that tables that a submission makes without naming a dtype are in float64.
+    torch.set_default_dtype(torch.float64)
+    limit(job["seconds"], job["megabytes"])
+    before = settings()
+    try:
+        made = imported(part, path)
+        loaded = {"error": restore(before), "where": ""}
+    except BaseException as error:
+        loaded = told(error, path)
+    save(loaded, folder / "import.pt")
+    for number, case in enumerate(cases if not loaded["error"] else ()):
+        save(answer(part, made, case, given[number], path), folder / f"{number}.pt")
+    with suppress(BaseException):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    leave(0)
+
+
+def alone(job: dict[str, Any]) -> None:
+    """Work with nothing to read, what is printed in a file, and in a folder to spoil."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    printed = os.open(Path(job["folder"]) / "printed", os.O_CREAT | os.O_WRONLY, 0o600)
+    for descriptor, place in ((nothing, 0), (printed, 1), (printed, 2)):
+        os.dup2(descriptor, place)
+    os.chdir(job["folder"])
+    work(job)
+
+
+def in_a_fork(job: dict[str, Any]) -> int:
+    """The exit status of a process that works; a negative one is that of a signal."""
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        try:
+            alone(job)
+        finally:
+            os._exit(70)
+    deadline = time.monotonic() + job["seconds"] + START
+    while (ended := os.waitpid(process, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.killpg(process, signal.SIGKILL)
+        time.sleep(0.005)
+    with suppress(OSError):
+        os.killpg(process, signal.SIGKILL)  # what it has started
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def main() -> None:
+    """Do jobs until there are no more."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if not hasattr(os, "fork"):
+            alone(job)
+        print(in_a_fork(job), flush=True)
+
+
+if __name__ == "__main__":
+    main()

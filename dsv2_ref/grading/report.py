@@ -1,0 +1,434 @@
+"""Judge what a submission returned, name its mistakes, and write that down for people and
+for programs."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+
+from dsv2_ref.grading.later import PARTS
+from dsv2_ref.grading.part import Answers, Part
+from dsv2_ref.grading.runner import Ran
+
+ROUNDING = 2.0**-32
+"""Relative error up to which results are equal in float64. Each rounding is off by 2**-53
+at most; sums here have fewer than 2**10 terms, a layer some 2**4 steps one after another,
+and a softmax multiplies the error of its scores, which are below 2**6: 2**-33."""
+
+ROUNDING_OF_FLOAT32 = 2.0**-17
+"""The same where some step is computed in float32 (2**-24), whose sums are shorter and
+whose softmax is flat: it passes too, as published code does so. Every known mistake is
+more than 100 times as large in some case."""
+
+CHAPTERS = {
+    "overview": "The layer at a glance",
+    "rmsnorm": "RMSNorm",
+    "rope": "Rotary positions",
+    "mla": "MLA: what must a layer cache?",
+    "decoding": "Decoding from the latent",
+    "experts": "Experts and routing",
+    "balance": "Keeping experts busy",
+    "prenorm": "The pre-norm layer",
+    "bits": "Fewer bits",
+    "sparse": "Forgetting and choosing",
+    "symptoms": "Symptoms",
+}
+"""Titles of the pages that explain mistakes."""
+
+
+@dataclass
+class Named:
+    """A mistake that was recognised: what and how large it is, and where it is explained.
+
+    ``effect`` is the relative error of the result, or for a cost how many times too large
+    it is.
+    """
+
+    name: str
+    effect: float
+    case: str
+    cost: str
+    chapter: str
+    section: str
+    page: str
+    address: str
+
+
+@dataclass
+class Check:
+    """One case of the part: its points, and what was wrong."""
+
+    name: str
+    points: int
+    of: int
+    passed: bool
+    error: float | None = None
+    message: str = ""
+    where: str = ""
+
+
+@dataclass
+class Report:
+    """How one submission did."""
+
+    part: str
+    file: str
+    of: int
+    checks: list[Check] = field(default_factory=list)
+    mistakes: list[Named] = field(default_factory=list)
+    problem: str = ""
+    where: str = ""
+    notes: list[str] = field(default_factory=list)
+    printed: str = ""
+
+    @property
+    def points(self) -> int:
+        """Points of the checks that passed."""
+        return sum(check.points for check in self.checks)
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks did."""
+        return not self.problem and self.points == self.of
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        return asdict(self) | {"points": self.points, "passed": self.passed}
+
+
+@cache
+def expected(part: str, case: int, mistakes: tuple[int, ...] = ()) -> Answers | None:
+    """What the reference returns in a case, with mistakes planted; None where they do not
+    fit the case or one another."""
+    known = PARTS[part]
+    planted = [known.mistakes[number] for number in mistakes]
+    try:
+        return known.reference_answers(known.cases[case], *planted)
+    except (RuntimeError, ValueError, AttributeError, TypeError):
+        if not mistakes:
+            raise
+        return None
+
+
+def distance(made: Answers, right: Answers) -> float:
+    """The largest relative error; infinite for other shapes, and where one is not finite
+    and the other is."""
+    found = 0.0
+    for name, wanted in right.items():
+        one = made.get(name)
+        if one is None or one.shape != wanted.shape:
+            return torch.inf
+        one, usable = one.to(wanted.dtype), wanted.isfinite()
+        if not usable.equal(one.isfinite()):
+            return torch.inf
+        size = wanted[usable].norm().item()
+        difference = (one - wanted)[usable].norm().item()
+        found = max(found, difference / size if size else difference)
+    return found
+
+
+def misfit(made: object, right: Answers) -> str:
+    """Why answers cannot be compared, or an empty string."""
+    if not isinstance(made, dict):
+        return "it returned nothing that can be compared"
+    for name, wanted in right.items():
+        one = made.get(name)
+        if not isinstance(one, Tensor):
+            return f"{name} is missing"
+        if one.shape != wanted.shape:
+            return f"{name} is {tuple(one.shape)}; wanted {tuple(wanted.shape)}"
+        if one.dtype != wanted.dtype:
+            return f"{name} is {one.dtype}; wanted {wanted.dtype}, as the input"
+        if bad := int((~one.isfinite()).sum()):
+            return f"{bad} of {one.numel()} elements of {name} are NaN or infinite"
+    return ""
+
+
+def cost_of(answers: Answers) -> tuple[str, float]:
+    """What was measured, and how much of it."""
+    ((name, value),) = answers.items()
+    return name, value.item()
+
+
+def judge_case(part: Part, number: int, found: dict[str, Any]) -> Check:
+    """One check."""
+    case = part.cases[number]
+    check = Check(case.name, 0, case.points, False)
+    if found.get("error"):
+        check.message, check.where = found["error"], found.get("where", "")
+        return check
+    made, right = found["answers"], expected(part.name, number)
+    assert right is not None
+    if misfitting := misfit(made, right):
+        check.message = misfitting
+        return check
+    if case.at_most:
+        (name, value), wanted = cost_of(made), cost_of(right)[1]
+        check.error = value / wanted
+        check.passed = check.error <= case.at_most
+        most = f"at most {case.at_most:g} times the reference's {wanted:,.0f}"
+        check.message = f"{value:,.0f} {name}; wanted {most}" * (not check.passed)
+    else:
+        check.error = distance(made, right)
+        check.passed = check.error <= ROUNDING_OF_FLOAT32
+        off = "output" if len(right) == 1 else " and ".join(right)
+        check.message = f"{off} {percent(check.error)} off" * (not check.passed)
+    check.points = case.points * check.passed
+    return check
+
+
+def percent(error: float) -> str:
+    """A relative error in a few digits."""
+    return f"{error:.0%}" if 0.1 <= error < 100 else f"{100 * error:.2g} %"
+
+
+def equals(
+    part: Part, number: int, found: dict[str, Any], mistakes: tuple[int, ...]
+) -> bool:
+    """Whether a submission returned in a case what the reference with mistakes does.
+
+    A cost equals that of a mistake from which it differs by a fifth at most: the same
+    idea may be written with a few products more.
+    """
+    made, wrong = found.get("answers"), expected(part.name, number, mistakes)
+    if wrong is None or not isinstance(made, dict):
+        return wrong is None and made is None
+    if part.cases[number].at_most:
+        right = expected(part.name, number)
+        assert right is not None
+        value, known, most = (cost_of(answers)[1] for answers in (made, wrong, right))
+        harmless = part.cases[number].at_most * most
+        if known <= harmless:
+            return value <= harmless
+        return abs(value / known - 1) < 0.2
+    return distance(made, wrong) <= ROUNDING_OF_FLOAT32
+
+
+def recognise(
+    part: Part, ran: Ran, checks: Sequence[Check]
+) -> Iterator[tuple[int, ...]]:
+    """The known mistake, or two of them, that return in every case what the submission
+    did; where there are none, those that do in a case that failed and in all that passed.
+    """
+    costs = [case.at_most > 0 for case in part.cases]
+    order = sorted(
+        range(len(checks)), key=costs.__getitem__
+    )  # what takes longest, last
+    passed = [n for n in order if checks[n].passed]
+    failed = [n for n in order if not checks[n].passed and "answers" in ran.cases[n]]
+
+    def fit(mistakes: tuple[int, ...], cases: Sequence[int]) -> bool:
+        return all(equals(part, n, ran.cases[n], mistakes) for n in cases)
+
+    if not failed:
+        return
+    possible = [(m,) for m in range(len(part.mistakes)) if fit((m,), passed)]
+    pairs = ((*one, *other) for one, other in combinations(possible, 2))
+    whole = [n for n in order if not checks[n].passed]
+    for mistakes in (*possible, *pairs):
+        if fit(mistakes, whole):
+            yield mistakes
+            return
+    yield from (one for one in possible if any(fit(one, [n]) for n in failed))
+
+
+def named(part: Part, number: int, ran: Ran, checks: Sequence[Check]) -> Named:
+    """A mistake, with the failed check in which it is largest."""
+    mistake = part.mistakes[number]
+    failed = [n for n, check in enumerate(checks) if not check.passed]
+    alone = [n for n in failed if equals(part, n, ran.cases[n], (number,))]
+    worst = max(alone or failed, key=lambda n: checks[n].error or 0.0)
+    right = expected(part.name, worst)
+    cost = cost_of(right)[0] if right is not None and part.cases[worst].at_most else ""
+    site = os.environ.get("BOOK_URL", "").rstrip("/")
+    address = f"{site}/book/{mistake.chapter}.html" if site else ""
+    return Named(
+        name=mistake.name,
+        effect=checks[worst].error or 0.0,
+        case=checks[worst].name,
+        cost=cost,
+        chapter=CHAPTERS[mistake.chapter],
+        section=mistake.section,
+        page=f"book/{mistake.chapter}.ipynb",
+        address=address,
+    )
+
+
+def judge(part: Part, file: str, ran: Ran) -> Report:
+    """The report on a run."""
+    report = Report(part.name, file, part.points, printed=ran.printed)
+    if ran.problem:
+        report.problem, report.where = ran.problem, ran.where
+        return report
+    for number, found in enumerate(ran.cases):
+        report.checks.append(judge_case(part, number, found))
+    if report.points < report.of:
+        known = {
+            number for found in recognise(part, ran, report.checks) for number in found
+        }
+        report.mistakes += [named(part, n, ran, report.checks) for n in sorted(known)]
+    for missing in sorted({str(case.get("absent") or "") for case in ran.cases} - {""}):
+        report.notes.append(f"it has no weights with the names {missing}")
+    rough = [c.error for c in report.checks if c.passed and not part_cost(part, c)]
+    if report.passed and any(error is not None and error > ROUNDING for error in rough):
+        report.notes.append(
+            "some step is computed in float32, though its input is float64"
+        )
+    return report
+
+
+def part_cost(part: Part, check: Check) -> bool:
+    """Whether a check measures a cost."""
+    return any(case.at_most > 0 for case in part.cases if case.name == check.name)
+
+
+# For people
+
+
+def as_text(report: Report) -> str:
+    """A short report."""
+    done = "passed" if report.passed else "not passed"
+    points = f"{report.points} of {report.of} points, {done}"
+    lines = [f"{report.part}: {report.file}: {points}"]
+    if report.problem:
+        lines += ["", *indented(report.problem), *indented(report.where, 4)]
+    lines += [""] * bool(report.checks)
+    before = ""
+    for check in report.checks:
+        mark = "ok  " if check.passed else "FAIL"
+        same = check.message == before != ""
+        said = ": the same" if same else f": {check.message}" * bool(check.message)
+        lines.append(f"  {mark}  {check.points:2}/{check.of:<2} {check.name}{said}")
+        lines += indented(check.where, 12) if not same else []
+        before = check.message
+    for mistake in report.mistakes:
+        lines += [
+            "",
+            f"  Known mistake: {mistake.name}.",
+            *indented(said_of(mistake), 4),
+        ]
+    lines += [""] * bool(report.notes)
+    lines += [f"  Note: {note}." for note in report.notes]
+    if report.printed:
+        lines += ["", "  It printed:", *indented(report.printed, 4)]
+    return "\n".join(lines)
+
+
+def said_of(mistake: Named) -> str:
+    """Effect and place of a mistake."""
+    size = f"{mistake.effect:.2g} times the {mistake.cost} of the reference"
+    size = size if mistake.cost else f"{percent(mistake.effect)} off"
+    where = mistake.address or mistake.page
+    effect = f'Its effect here: {size} in "{mistake.case}".'
+    return f'{effect}\nExplained in: {mistake.chapter}, "{mistake.section}" ({where})'
+
+
+def indented(text: str, by: int = 2) -> list[str]:
+    """The lines of a text, further to the right."""
+    return [" " * by + line for line in text.splitlines()]
+
+
+# For programs
+
+
+def as_json(reports: Sequence[Report]) -> str:
+    """One report as an object, several as an array."""
+    found: Any = [report.to_dict() for report in reports]
+    return json.dumps(found[0] if len(found) == 1 else found, indent=2)
+
+
+def as_junit(reports: Sequence[Report]) -> str:
+    """JUnit's XML: a suite for each submission, a test case for each check; a failure for
+    what is wrong, an error where nothing could be run."""
+    root = ElementTree.Element("testsuites")
+    for report in reports:
+        checks = report.checks or [Check("import", 0, report.of, False)]
+        failed = sum(not check.passed for check in report.checks)
+        numbers = {"tests": len(checks), "failures": failed, "skipped": 0}
+        numbers["errors"] = int(bool(report.problem))
+        attributes = {name: str(count) for name, count in numbers.items()}
+        name = f"{report.part}: {report.file}"
+        suite = ElementTree.SubElement(
+            root, "testsuite", {"name": plain(name), **attributes}
+        )
+        for check in checks:
+            about = {
+                "classname": f"grade.{report.part}",
+                "name": check.name,
+                "time": "0",
+            }
+            case = ElementTree.SubElement(suite, "testcase", about)
+            if not check.passed:
+                kind = "error" if report.problem else "failure"
+                message = plain(report.problem or check.message)
+                told = ElementTree.SubElement(case, kind, {"message": message})
+                told.text = plain(as_text(report))
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def plain(text: str) -> str:
+    """Without characters that XML cannot hold."""
+    kept = (
+        c if c in "\n\t" or (c >= " " and c not in "\ufffe\uffff") else "?"
+        for c in text
+    )
+    return "".join(kept).encode("utf-8", "replace").decode()
+
+
+def as_gradescope(report: Report) -> str:
+    """The ``results.json`` of an autograder on Gradescope.
+
+    Source: Gradescope's autograder specifications, "Output format".
+    """
+    text = as_text(report)
+    tests = [
+        {
+            "name": check.name,
+            "score": check.points,
+            "max_score": check.of,
+            "status": "passed" if check.passed else "failed",
+            "output": "\n".join(filter(None, [check.message, check.where])),
+            "output_format": "text",
+        }
+        for check in report.checks
+    ]
+    case = {"name": report.part, "score": 0, "max_score": report.of, "status": "failed"}
+    tests = tests or [case | {"output": report.problem, "output_format": "text"}]
+    whole = {"score": report.points, "output": text, "output_format": "text"}
+    return json.dumps({**whole, "visibility": "visible", "tests": tests}, indent=2)
+
+
+def as_csv(rows: Sequence[tuple[str, Report]]) -> str:
+    """A line for each submission of each student."""
+    written = io.StringIO()
+    writer = csv.writer(written, lineterminator="\n")
+    names = ("student", "part", "file", "points", "of", "passed", "mistakes", "problem")
+    writer.writerow(names)
+    for student, report in rows:
+        mistakes = "; ".join(mistake.name for mistake in report.mistakes)
+        wrong = next((check.message for check in report.checks if not check.passed), "")
+        points = report.points, report.of, "yes" if report.passed else "no"
+        row = (student, report.part, Path(report.file).name, *points)
+        cells = (*row, mistakes, report.problem or wrong)
+        writer.writerow([cell_of(cell) for cell in cells])
+    return written.getvalue()
+
+
+def cell_of(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    return (
+        f"'{value}"
+        if isinstance(value, str) and value[:1] in "=+-@" and value
+        else value
+    )
