@@ -20,6 +20,8 @@ from dsv2_ref.records import CACHE_FORMATS
 from tests.peers import SMALL
 from tests.test_accounting import configs, counted, preset
 
+pytestmark = pytest.mark.slow
+
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LITE = DeepseekV2Config.deepseek_v2_lite()
 

@@ -27,6 +27,8 @@ from dsv2_ref.__main__ import main
 from dsv2_ref.recompute import checkpointed
 from tests.live_bytes import LiveBytes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = DeepseekV2Config.tiny()
 CARD = DeepseekV2Config.card()
@@ -140,7 +142,6 @@ def configs(draw: st.DrawFn) -> DeepseekV2Config:
     )
 
 
-@pytest.mark.slow
 @given(
     config=configs(), batch=st.integers(1, 3), seq=st.integers(1, 40), dtype=st.sampled_from([*DTYPES]), data=st.data()
 )
@@ -176,7 +177,6 @@ def test_pytorchs_own_allocator_gives_out_as_much() -> None:
 # Models: one layer of each kind stands for all
 
 
-@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     layers=st.integers(1, 7), first=st.integers(0, 3), every=st.integers(1, 3), experts=st.sampled_from([None, 8]),
@@ -277,7 +277,6 @@ def test_what_takes_memory_and_what_saves_it() -> None:
     assert decode < acc.activation_peak(v2, acc.Call(seq=1, kv=8192, form="expanded")) / 20
 
 
-@pytest.mark.slow
 @settings(max_examples=6)
 @given(
     config=configs(), batch=st.integers(1, 3), seq=st.integers(1, 30), past=st.integers(0, 30),
@@ -351,7 +350,6 @@ def test_dropout_in_attention(mla: bool) -> None:
         assert more <= 3 * scores
 
 
-@pytest.mark.slow
 def test_more_than_a_thousand_experts_per_token() -> None:
     crowd = replace(TINY, n_routed_experts=1_200, num_experts_per_tok=1_100)
     call = acc.Call(batch=4, form="expanded")

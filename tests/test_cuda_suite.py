@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SLOW = "not 8191 and not 40000"  # long contexts, which a GPU reads in no time
 
@@ -51,7 +53,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_turns_it_red(fault: str) -> None:
     before, chosen = FAULTS[fault]
@@ -76,7 +77,6 @@ FUSED = (
 ALREADY_IMPORTED = "ignore:Module already imported so cannot be rewritten"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 def test_an_old_gpu_is_spared_what_it_cannot_do(capability: tuple[int, int], tmp_path: Path) -> None:
     """On a GPU that is only pretended, and without running the bodies of the tests."""

@@ -19,6 +19,8 @@ from experiments import bits, longer, norms, router
 from experiments.corpus import KINDS, corpus, split_source, sums, to_bytes, windows
 from experiments.trained import trained
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_corpus_has_every_kind_and_keeps_code_and_prose_apart() -> None:
     texts = corpus()
@@ -33,7 +35,6 @@ def test_the_corpus_has_every_kind_and_keeps_code_and_prose_apart() -> None:
         assert eval(left) == int(value)
 
 
-@pytest.mark.slow
 def test_a_short_training_of_the_router_repeats_itself(tmp_path: Path) -> None:
     for folder in ("once", "again"):
         router.main(["--steps", "4", "--runs", "all", "--out", str(tmp_path / folder)])
@@ -64,7 +65,6 @@ def texts_of_the_log() -> Mapping[str, Tensor]:
     return texts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", ["all", "bias"])
 def test_the_stored_log_of_the_router_begins_as_the_script_does(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two entries of the log, fifty steps of all three losses.
@@ -128,7 +128,6 @@ def test_a_post_norm_layer_gives_what_is_asked_for_besides() -> None:
     assert len(cache) == 5
 
 
-@pytest.mark.slow
 def test_a_short_training_with_norms_before_and_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "RATES", {1.0: (1e-3,)})
     norms.main(["--steps", "10", "--seeds", "1", "--out", str(tmp_path)])
@@ -202,7 +201,6 @@ def test_bits_through_a_rounded_cache_are_those_stored(latent: str | None, rope:
     assert bits.with_cache(latent, rope) == pytest.approx(entry["bits"], abs=ROUNDED)
 
 
-@pytest.mark.slow
 def test_all_stored_bits_are_what_the_script_measures(tmp_path: Path) -> None:
     bits.main(["--out", str(tmp_path / "bits.json")])
     found, log = json.loads((tmp_path / "bits.json").read_text()), stored_bits()

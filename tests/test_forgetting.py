@@ -11,6 +11,8 @@ from dsv2_ref.forget import window
 from experiments import forgetting
 from tests.test_experiments import texts_of_the_log
 
+pytestmark = pytest.mark.slow
+
 BITS = forgetting.stored()["bits"]
 HALF = 0.0001
 """Results are stored to four digits, and computed in float64, where processors differ in the fifteenth."""
@@ -49,7 +51,6 @@ def test_the_best_rows_cost_most_in_layer_0() -> None:
     assert all(stored["best, shared by heads"][layer] < stored["window"][layer] for layer in "12")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "recent"), [("heavy hitters", 4), ("heavy hitters, one newest", 1)])
 def test_the_stored_bits_of_heavy_hitters_are_measured_again(name: str, recent: int) -> None:
     model, policies = forgetting.model_with_weights(), forgetting.heavy_hitters(8, recent)
@@ -105,7 +106,6 @@ def test_the_target_is_what_all_heads_attend_to() -> None:
         assert not target.triu(1).any()
 
 
-@pytest.mark.slow
 def test_the_stored_log_of_the_indexer_begins_as_the_script_does() -> None:
     """25 steps. Other vector instructions round otherwise, which moves the third digit of a loss that falls fourfold."""
     texts_of_the_log()
@@ -117,7 +117,6 @@ def test_the_stored_log_of_the_indexer_begins_as_the_script_does() -> None:
     assert stored["loss"] == sorted(stored["loss"], reverse=True) or min(stored["loss"]) < 0.06 * stored["loss"][0]
 
 
-@pytest.mark.slow
 def test_the_script_writes_what_the_page_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = forgetting.texts()[::16, :40]
     monkeypatch.setattr(forgetting, "texts", lambda: few)
