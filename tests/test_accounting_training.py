@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
 from dsv2_ref import accounting as acc
+from dsv2_ref.__main__ import main
 from dsv2_ref.accounting import training
 from dsv2_ref.fast import products
 from dsv2_ref.recompute import checkpointed

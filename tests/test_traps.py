@@ -31,6 +31,7 @@ from dsv2_ref import rope as rope_module
 from dsv2_ref.codes import from_codes, to_codes
 from dsv2_ref.mha import MultiHeadAttention
 from dsv2_ref.quantize import quantize
+from dsv2_ref.recompute import checkpointed
 from dsv2_ref.records import Record
 from dsv2_ref.rope import inverse_frequencies, rotary_tables, rotate_half_split, rotate_interleaved
 from tests import oracle
@@ -591,3 +592,26 @@ def test_frozen_scale() -> None:
         assert error(right[:, place], growing[:, place]) < 1 / 127
     assert error(frozen[:, 0], growing[:, 0, :32]) == 0
     assert error(frozen[:, -1], growing[:, -1, :32]) > 0.9
+
+
+def test_recomputed_choices() -> None:
+    """A gate that sees other noise the second time: sorted rows keep their shape, gradients are wrong unless the choice is
+    kept. Right are those of autograd without recomputation, in which the first noise decides."""
+    layer = randomised(DeepseekV2DecoderLayer(SMALL, 1), torch.float64).train()
+    noise, runs = 3e-3, iter(())
+
+    def disturbed(gate: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        (u,) = inputs
+        return u + noise * torch.randn(u.shape, dtype=u.dtype, generator=torch.Generator().manual_seed(next(runs)))
+
+    layer.mlp.gate.register_forward_pre_hook(disturbed)
+    x = tokens(4, 128, torch.float64, width=SMALL.hidden_size)
+    found = {}
+    for mode in (None, "full", "selective"):
+        runs = iter((1, 2))
+        layer.zero_grad()
+        (layer if mode is None else checkpointed(layer, mode))(x)[0].square().sum().backward()
+        found[mode] = layer.mlp.experts.down_proj.grad.clone()
+    assert error(found["full"], found[None]) > WRONG
+    # The choices' weights are computed again, from the other noise, and are off by about as much.
+    assert error(found["selective"], found[None]) < 2 * noise
