@@ -28,7 +28,7 @@ async ({ parts, version, style, scripts: drawing }) => {
     for (const element of chapter.querySelectorAll(unused)) element.remove();
     for (const element of chapter.querySelectorAll("[id]")) element.id = place(name, element.id);
     for (const element of chapter.querySelectorAll("[for]")) element.htmlFor = place(name, element.htmlFor);
-    // In the PDF a formula is a picture that its TeX describes, and a figure is a group: the picture in it has the description.
+    // A formula is one thing, which its TeX describes; a figure is a group, and the picture in it has the description.
     for (const formula of chapter.querySelectorAll(".math")) {
       formula.setAttribute("role", "img");
       formula.setAttribute("aria-label", formula.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, ""));

@@ -51,6 +51,8 @@ LIGHTEN = """() => {
             font(style) === font(getComputedStyle(word.parentElement));
     });
     for (const word of plain) word.replaceWith(...word.childNodes);
+    for (const link of [...document.links])  // those that a figure made
+        if (link.host === location.host && link.pathname !== location.pathname) link.replaceWith(...link.childNodes);
     document.body.normalize();
 }"""
 

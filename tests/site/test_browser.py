@@ -2,9 +2,11 @@
 
 import gzip
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -14,6 +16,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response
 
 from tests.site.conftest import CHAPTERS, SITE
 from tests.site.test_pages import loaded
+from tools import release
 
 PHONE, DESK = ViewportSize(width=390, height=844), ViewportSize(width=1280, height=900)
 NARROW = ViewportSize(width=320, height=640)  # a page enlarged to 400 %
@@ -266,6 +269,23 @@ def test_the_search_works_from_files(page: Page) -> None:
     expect(page.locator("#search-results a", has_text="RMSNorm").first).to_be_visible()
     expect(page.locator("#search-results .search-summary")).to_contain_text("Search finished")
     assert record.complaints == []
+
+
+def test_the_site_as_one_file_opens_without_a_network(page: Page, tmp_path: Path) -> None:
+    """Unpacked where nothing else of the book is: the first page, a chapter from there, and the search."""
+    release.archive_site(SITE, tmp_path / "site.zip")
+    shutil.unpack_archive(tmp_path / "site.zip", tmp_path)
+    record = Record()
+    record.listen(page, tmp_path.as_uri())
+    page.goto((tmp_path / release.NAME / "index.html").as_uri())
+    page.wait_for_url("**/book/index.html")
+    page.locator(".chapters a").first.click()
+    page.evaluate(DRAWN)
+    assert page.locator("article mjx-container").count() > 0
+    assert page.evaluate(UNREAD) == []
+    page.goto(f"{(tmp_path / release.NAME / 'search.html').as_uri()}?q=bfloat16")
+    expect(page.locator("#search-results a", has_text="RMSNorm").first).to_be_visible()
+    assert (record.complaints, record.elsewhere) == ([], [])
 
 
 def test_the_theme_can_be_chosen(page: Page, origin: str) -> None:

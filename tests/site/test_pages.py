@@ -10,6 +10,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
+from dsv2_ref import __date__, __version__
 from tests.site.conftest import CHAPTERS, PAGES, ROOT, SITE
 
 LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "embed": "src", "object": "data"}
@@ -103,6 +104,19 @@ def test_notebooks_can_be_downloaded(page: str) -> None:
     button = parsed(page).find("a", class_="btn-download-source-button")
     path = SITE / urljoin(page, button["href"])
     assert nbformat.read(path, as_version=4) == nbformat.read((ROOT / page).with_suffix(".ipynb"), as_version=4)
+
+
+# Whoever opens the folder, or a page by the name that it once had, is led on at once.
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("index.html", "book/traps.html")])
+def test_every_page_says_its_version(page: str) -> None:
+    foot = parsed(page).find(class_="version")
+    assert f"Version {__version__}, {__date__}." in " ".join(foot.get_text().split())
+
+
+def test_the_entry_to_cite_has_the_version() -> None:
+    (entry,) = (code.get_text() for code in parsed("book/index.html").find_all("pre") if "@misc" in code.get_text())
+    assert f"{{Version {__version__}, {__date__}}}" in entry
+    assert entry.count("{") == entry.count("}")
 
 
 def test_every_chapter_is_described_by_its_question() -> None:
