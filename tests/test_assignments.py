@@ -40,7 +40,7 @@ def test_a_file_that_is_not_written_fails_and_says_what_to_do(name: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_to_complete_defines_what_the_solution_does(name: str) -> None:
-    """So that whoever completes it needs no other name, and it holds none of the solution's lines of work."""
+    """No other name is needed to complete it, and it holds none of the solution's lines of work."""
     stub, solution = ((FOLDER / folder / f"{name}.py").read_text() for folder in ("", "solutions"))
     defined = {node.name for node in ast.parse(stub).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     assert set(PARTS[name].defines) <= defined

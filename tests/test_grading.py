@@ -378,7 +378,7 @@ IN_FORWARD = {
     "sys.exit": ("sys.exit('done')", "it calls sys.exit(done)"),
     "os._exit": ("os._exit(7)", "its process ended with exit status 7"),
     "a signal": ("os.kill(os.getpid(), 11)", "it crashed: its process ended with SIGSEGV"),
-    "memory": ("torch.ones(2**36)", "allocate"),
+    "memory": ("torch.ones(2**29)", "allocate"),  # 4 GB in float64
     "a print flood": ("print('x' * 2**27)", "it prints or writes more than 64 MB"),
     "a big file": ("open('big', 'wb').write(b'0' * 2**27)", "it prints or writes more than 64 MB"),
     "the package's own inside": ("import dsv2_ref; right = dsv2_ref.DeepseekV2RMSNorm(48)(x)", BORROWED),
@@ -576,6 +576,7 @@ def test_exit_status_and_files(reports: list[Report], capsys: pytest.CaptureFixt
         (["norm", "x.py"], "PART is 'norm'; wanted one of rmsnorm, rope, mla, decoding"),
         (["rmsnorm"], "the command is 'without PART and FILE'; wanted both, or --all FOLDER"),
         (["rmsnorm", "no_such.py"], "file is 'no_such.py'; wanted a Python file"),
+        (["rmsnorm", "book/rmsnorm.ipynb"], "file is 'book/rmsnorm.ipynb'; wanted a Python file"),
         (["--all", "no_such"], "--all is 'no_such'; wanted a folder"),
         (["rmsnorm", "x.py", "--csv"], "--csv is True; wanted --all FOLDER beside it"),
         (["--all", "book", "--gradescope", "x"], "--gradescope is 'x'; wanted one FILE"),

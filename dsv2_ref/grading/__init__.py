@@ -31,7 +31,9 @@ def grade(
         ValueError: for a part that is not known, a file that is none, and limits below 1.
     """
     require(part in PARTS, "part", part, f"one of {', '.join(PARTS)}")
-    require(Path(file).is_file(), "file", str(file), "a Python file")
+    readable = Path(file).is_file() and Path(file).suffix != ".ipynb"
+    wanted = "a Python file (Jupyter exports a notebook as one)"
+    require(readable, "file", str(file), wanted)
     require(seconds >= 1, "seconds", seconds, "1 or more")
     require(megabytes >= 1, "megabytes", megabytes, "1 or more")
     return judge(

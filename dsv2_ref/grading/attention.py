@@ -10,15 +10,16 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from dsv2_ref import mla, rope
+from dsv2_ref import attention, mla, rope
 from dsv2_ref.config import DeepseekV2Config, RopeScaling
 from dsv2_ref.grading.part import (
     Answers,
     Case,
     Mistake,
     Part,
+    Values,
     WrongError,
     elements,
     first,
@@ -42,7 +43,7 @@ def tokens(*shape: int, seed: int, size: float = 1.0, mean: float = 0.0) -> Any:
     return given(hidden_states=lambda: made() + mean)
 
 
-def computes(formula: Callable[[Tensor, Tensor, float], Tensor]) -> Plant:
+def computes(formula: Callable[[Values, Values, float], Values]) -> Plant:
     """A norm that computes something else of its input, weight and epsilon."""
 
     def plant(norm: Any) -> None:
@@ -51,7 +52,7 @@ def computes(formula: Callable[[Tensor, Tensor, float], Tensor]) -> Plant:
     return plant
 
 
-def mean_square(x: Tensor) -> Tensor:
+def mean_square(x: Values) -> Values:
     """Of each token."""
     return x.square().mean(-1, keepdim=True)
 
@@ -143,7 +144,7 @@ LONGER = "Longer than it was trained for"
 MSCALES = "What are mscale and mscale_all_dim?"
 
 
-def positions() -> Tensor:
+def positions() -> Values:
     """Of two sequences, which do not begin at 0."""
     return torch.tensor([[3, 4, 5, 6, 7, 8], [90, 91, 95, 200, 4001, 4002]])
 
@@ -190,7 +191,7 @@ def has(name: str, value: Callable[..., Any]) -> Plant:
 
 
 def rotates(
-    turn: Callable[[Tensor, Tensor, Tensor], Tensor], keys: bool = True
+    turn: Callable[[Values, Values, Values], Values], keys: bool = True
 ) -> Plant:
     """Queries, and if asked for keys too, rotated in another way."""
 
@@ -201,12 +202,12 @@ def rotates(
     return has("apply_rotary", apply_rotary)
 
 
-def tabled(change: Callable[..., tuple[Tensor, Tensor]]) -> Plant:
-    """`change` makes cosines and sines of position_ids, dim, theta, scaling and dtype."""
+def tabled(change: Callable[..., tuple[Values, Values]]) -> Plant:
+    """``change`` makes cosines and sines of position_ids, dim, theta, scaling and dtype."""
     return has("rotary_tables", change)
 
 
-def of_frequencies(frequencies: Callable[[int, float, Any], Tensor]) -> Plant:
+def of_frequencies(frequencies: Callable[[int, float, Any], Values]) -> Plant:
     """Tables of other frequencies, each from dim, theta and scaling; no magnitude is
     changed but YaRN's."""
 
@@ -228,19 +229,19 @@ def magnitude(scaling: RopeScaling | None) -> float:
     return up / rope.yarn_mscale(scaling.factor, scaling.mscale_all_dim)
 
 
-def inverse(dim: int, theta: float, scaling: Any = None) -> Tensor:
+def inverse(dim: int, theta: float, scaling: Any = None) -> Values:
     """The reference's frequencies in float64."""
     return rope.inverse_frequencies(dim, theta, scaling, dtype=torch.float64)
 
 
-def without_magnitude(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def without_magnitude(*args: Any, **kwargs: Any) -> tuple[Values, Values]:
     """Tables in which YaRN changes angles alone."""
     cos, sin = rope.rotary_tables(*args, **kwargs)
     size = magnitude(kwargs.get("scaling", args[3] if len(args) > 3 else None))
     return cos / size, sin / size
 
 
-def only_up(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def only_up(*args: Any, **kwargs: Any) -> tuple[Values, Values]:
     """Tables with m(mscale), not divided by m(mscale_all_dim)."""
     scaling = kwargs.get("scaling")
     cos, sin = without_magnitude(*args, **kwargs)
@@ -248,7 +249,7 @@ def only_up(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return cos * up, sin * up
 
 
-def from_zero(position_ids: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def from_zero(position_ids: Any, *args: Any, **kwargs: Any) -> tuple[Values, Values]:
     """Tables that only look at how many positions there are."""
     counted = torch.arange(position_ids.shape[-1]).expand(position_ids.shape)
     return rope.rotary_tables(counted, *args, **kwargs)
@@ -403,9 +404,9 @@ def layers_epsilon(module: Any) -> None:
             getattr(module, name).variance_epsilon = module.config.rms_norm_eps
 
 
-def seen(mask: Callable[[int, int], Tensor]) -> Plant:
+def seen(mask: Callable[[int, int], Values]) -> Plant:
     """Another mask, made from the numbers of queries and keys."""
-    attend = mla.attend
+    attend = attention.attend
 
     def wrong(
         q: Any, k: Any, v: Any, visible: Visibility, *rest: Any, **how: Any
@@ -417,17 +418,17 @@ def seen(mask: Callable[[int, int], Tensor]) -> Plant:
     return inside("attend", wrong)
 
 
-def everything(queries: int, keys: int) -> Tensor:
+def everything(queries: int, keys: int) -> Values:
     """No mask."""
     return torch.ones(queries, keys, dtype=torch.bool)
 
 
-def shifted(by: int) -> Callable[[int, int], Tensor]:
+def shifted(by: int) -> Callable[[int, int], Values]:
     """Causal order, off by some keys."""
     return lambda queries, keys: everything(queries, keys).tril(keys - queries + by)
 
 
-def top_left(queries: int, keys: int) -> Tensor:
+def top_left(queries: int, keys: int) -> Values:
     """Causal order as if the first query stood at the first key."""
     return everything(queries, keys).tril()
 
@@ -436,7 +437,7 @@ def without_position(part: str) -> Plant:
     """The query's or the key's features left unrotated, or the scores' part 0."""
     apply = rope.apply_rotary
 
-    def wrong(q_pe: Any, k_pe: Any, cos: Any, sin: Any) -> tuple[Tensor, Tensor]:
+    def wrong(q_pe: Any, k_pe: Any, cos: Any, sin: Any) -> tuple[Values, Values]:
         queries, keys = apply(q_pe, k_pe, cos, sin)
         if part == "lost":
             return queries * 0, keys
@@ -448,11 +449,11 @@ def without_position(part: str) -> Plant:
     return inside("apply_rotary", wrong)
 
 
-def placed(place: Callable[[Tensor, int], Tensor]) -> Plant:
+def placed(place: Callable[[Values, int], Values]) -> Plant:
     """Other positions, made from those of a call and its number of keys."""
     made = rope.rotary_tables
 
-    def wrong(position_ids: Tensor, *args: Any, kv_length: int, **kwargs: Any) -> Any:
+    def wrong(position_ids: Values, *args: Any, kv_length: int, **kwargs: Any) -> Any:
         return made(
             place(position_ids, kv_length), *args, kv_length=kv_length, **kwargs
         )
@@ -497,7 +498,7 @@ def heads_not_brought_back(module: Any) -> None:
     """The result viewed as (B, S, H · V) before its axes are exchanged."""
     H = module.num_heads
 
-    def wrong(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+    def wrong(_: Any, args: tuple[Values]) -> tuple[Values]:
         B, S, wide = args[0].shape
         heads = args[0].view(B, S, H, wide // H).transpose(1, 2)
         return (heads.reshape(B, S, wide),)
@@ -511,13 +512,13 @@ def width(*names: str) -> Callable[[Any], float]:
 
 
 NOPE, ROPE_WIDTH, LATENT = "qk_nope_head_dim", "rotary_dim", "kv_lora_rank"
-RIGHT_SCALE = width(NOPE, ROPE_WIDTH)
+_RIGHT_SCALE = width(NOPE, ROPE_WIDTH)
 CODE, NORM = "The code", "The norm on the latent"
 ABSORBED = "Why the rope key stays outside"
 
 BOTH = (
     Mistake("pairs half-split", "rope", PAIRS, lambda _: halves()),
-    Mistake("temperature left out", "rope", MSCALES, scaled(RIGHT_SCALE, False)),
+    Mistake("temperature left out", "rope", MSCALES, scaled(_RIGHT_SCALE, False)),
     Mistake("the norm on the latent left out", "mla", NORM, identity("kv_a_layernorm")),
     Mistake("no causal mask", "overview", "Symptoms", seen(everything)),
     Mistake(
@@ -614,7 +615,7 @@ MLA = Part(
 # Decoding
 
 CONTEXT = 255
-"""Tokens of the prompt where costs are measured. One more fills `max_position_embeddings`,
+"""Tokens of the prompt where costs are measured. One more fills ``max_position_embeddings``,
 so that a cache of that room is full."""
 
 
@@ -626,7 +627,7 @@ def decode(module: Any, inputs: dict[str, Any]) -> Answers:
     for call in tokens.split(inputs["calls"], dim=1):
         result: Any = None
 
-        def run(call: Tensor = call, past: Any = past) -> None:
+        def run(call: Values = call, past: Any = past) -> None:
             nonlocal result
             result = module(call, past_key_value=past, use_cache=True)
 

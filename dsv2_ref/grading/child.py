@@ -27,10 +27,8 @@ from dsv2_ref import fast, model, ops  # noqa: F401  # all that holds guarded na
 from dsv2_ref.grading.later import PARTS
 from dsv2_ref.grading.part import Case, Part, WrongError, absent
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
 
 LONGEST = 500
 """Characters of an error message that are kept."""
@@ -48,7 +46,7 @@ def limit(seconds: int, megabytes: int) -> None:
     """End this process after so many seconds, and let it take so much more memory."""
     if hasattr(signal, "alarm"):
         signal.alarm(seconds)
-    if resource is None:
+    if sys.platform == "win32":
         return
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     resource.setrlimit(

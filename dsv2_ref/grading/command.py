@@ -7,14 +7,7 @@ from pathlib import Path
 
 from dsv2_ref.checks import require
 from dsv2_ref.grading import PARTS, grade
-from dsv2_ref.grading.report import (
-    Report,
-    as_csv,
-    as_gradescope,
-    as_json,
-    as_junit,
-    as_text,
-)
+from dsv2_ref.grading.report import as_csv, as_gradescope, as_json, as_junit, as_text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +45,10 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     limits = args.seconds, args.megabytes
     reports = [grade(part, path, *limits) for _, part, path in rows]
     students = [student for student, _, _ in rows]
-    for path, text in ((args.junit, as_junit), (args.gradescope, as_first)):
-        if path is not None:
-            Path(path).write_text(text(reports), encoding="utf-8")
+    if args.junit is not None:
+        Path(args.junit).write_text(as_junit(reports), encoding="utf-8")
+    if args.gradescope is not None:
+        Path(args.gradescope).write_text(as_gradescope(reports[0]), encoding="utf-8")
     if args.json:
         text = as_json(reports)
     elif args.csv:
@@ -62,11 +56,6 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     else:
         text = "\n\n".join(as_text(report) for report in reports)
     return text, 0 if all(report.passed for report in reports) else 1
-
-
-def as_first(reports: list[Report]) -> str:
-    """Of the only one."""
-    return as_gradescope(reports[0])
 
 
 def submissions(folder: Path, part: str | None) -> Iterator[tuple[str, str, Path]]:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from dsv2_ref import balance
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.grading.attention import SMALL, changed, has, tokens
+from dsv2_ref.grading.attention import SMALL, Plant, changed, has, tokens
 from dsv2_ref.grading.part import (
     Answers,
     Case,
     Mistake,
     Part,
+    Values,
     WrongError,
     normal,
     operations,
@@ -90,27 +91,27 @@ def sets(**fields: Any) -> Change:
     return change
 
 
-def scores_of(gate: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def scores_of(gate: Any, x: Values) -> tuple[Values, Values]:
     """Logits and scores of every token for every expert."""
     logits = F.linear(x.flatten(0, 1), gate.weight)
     sigmoid = gate.scoring_func == "sigmoid"
     return logits, logits.sigmoid() if sigmoid else logits.softmax(-1)
 
 
-def weighed(gate: Any, chosen: Tensor) -> Tensor:
+def weighed(gate: Any, chosen: Values) -> Values:
     """Weights made of the values of the chosen experts, as the gate is told to."""
     if gate.norm_topk_prob:
         chosen = chosen / chosen.sum(-1, keepdim=True)
     return chosen * gate.routed_scaling_factor
 
 
-def weighs(weigh: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Change:
+def weighs(weigh: Callable[[Any, Values, Values, Values], Values]) -> Change:
     """The right choices with weights made of logits, scores and the choices."""
 
     def change(gate: Any) -> None:
         forward = gate.forward
 
-        def wrong(x: Tensor) -> tuple[Tensor, Tensor, None]:
+        def wrong(x: Values) -> tuple[Values, Values, None]:
             topk_idx = forward(x)[0]
             return topk_idx, weigh(gate, *scores_of(gate, x), topk_idx), None
 
@@ -119,14 +120,14 @@ def weighs(weigh: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Change:
     return change
 
 
-def late_softmax(gate: Any, logits: Tensor, _: Tensor, topk_idx: Tensor) -> Tensor:
+def late_softmax(gate: Any, logits: Values, _: Values, topk_idx: Values) -> Values:
     """The softmax of the chosen logits alone."""
     chosen = logits.gather(-1, topk_idx)
     sigmoid = gate.scoring_func == "sigmoid"
     return weighed(gate, chosen.sigmoid() if sigmoid else chosen.softmax(-1))
 
 
-def with_bias(gate: Any, _: Tensor, scores: Tensor, topk_idx: Tensor) -> Tensor:
+def with_bias(gate: Any, _: Values, scores: Values, topk_idx: Values) -> Values:
     """The values that chose, bias included."""
     bias = gate.e_score_correction_bias
     return weighed(
@@ -134,7 +135,7 @@ def with_bias(gate: Any, _: Tensor, scores: Tensor, topk_idx: Tensor) -> Tensor:
     )
 
 
-def scaled_before(gate: Any, _: Tensor, scores: Tensor, topk_idx: Tensor) -> Tensor:
+def scaled_before(gate: Any, _: Values, scores: Values, topk_idx: Values) -> Values:
     """The factor applied before normalising, which cancels it."""
     chosen = scores.gather(-1, topk_idx) * gate.routed_scaling_factor
     total = chosen.sum(-1, keepdim=True)
@@ -142,13 +143,13 @@ def scaled_before(gate: Any, _: Tensor, scores: Tensor, topk_idx: Tensor) -> Ten
 
 
 def chooses(
-    judge: Callable[[Tensor, bool], Tensor], fill: float = -torch.inf
+    judge: Callable[[Values, bool], Values], fill: float = -torch.inf
 ) -> Change:
     """Groups judged in another way, from what chooses (T, groups, experts of a group) and
     whether there is a bias; closed experts get ``fill``."""
 
     def change(gate: Any) -> None:
-        def wrong(x: Tensor) -> tuple[Tensor, Tensor, None]:
+        def wrong(x: Values) -> tuple[Values, Values, None]:
             _, scores = scores_of(gate, x)
             bias = gate.e_score_correction_bias
             by = scores if bias is None else scores + bias
@@ -166,7 +167,7 @@ def chooses(
     return change
 
 
-def as_published(grouped: Tensor, biased: bool) -> Tensor:
+def as_published(grouped: Values, biased: bool) -> Values:
     """The best expert of a group, or with a bias its two best."""
     return grouped.topk(2 if biased else 1, dim=-1).values.sum(-1)
 
@@ -282,13 +283,13 @@ def mix(module: Any, inputs: dict[str, Any]) -> Answers:
     return output(module, inputs)
 
 
-def reroutes(weigh: Callable[[Tensor], Tensor]) -> Change:
+def reroutes(weigh: Callable[[Values], Values]) -> Change:
     """Other weights of the chosen experts."""
 
     def change(moe: Any) -> None:
         forward = moe.gate.forward
 
-        def wrong(x: Tensor) -> tuple[Tensor, Tensor, None]:
+        def wrong(x: Values) -> tuple[Values, Values, None]:
             topk_idx, topk_weight, _ = forward(x)
             return topk_idx, weigh(topk_weight), None
 
@@ -306,7 +307,7 @@ def exchange(moe: Any) -> None:
     shared.gate_proj, shared.up_proj = shared.up_proj, shared.gate_proj
 
 
-def activates(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+def activates(function: Callable[[Values], Values]) -> Callable[[Any], Any]:
     """Another activation."""
     return lambda _: patch.object(F, "silu", function)
 
@@ -328,15 +329,15 @@ def residual_inside(moe: Any) -> None:
     moe.forward = lambda x: forward(x) + x
 
 
-def of_expert(experts: Any, number: int, x: Tensor) -> Tensor:
+def of_expert(experts: Any, number: int, x: Values) -> Values:
     """What one expert makes of tokens."""
     gate, up = F.linear(x, experts.gate_up_proj[number]).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, experts.down_proj[number])
 
 
 def all_of_all(
-    experts: Any, x: Tensor, topk_idx: Tensor, topk_weight: Tensor
-) -> Tensor:
+    experts: Any, x: Values, topk_idx: Values, topk_weight: Values
+) -> Values:
     """All experts of all tokens, weighted by a row that is mostly 0."""
     out = torch.zeros_like(x)
     for number in range(len(experts.gate_up_proj)):
@@ -346,8 +347,8 @@ def all_of_all(
 
 
 def of_weighted(
-    experts: Any, x: Tensor, topk_idx: Tensor, topk_weight: Tensor
-) -> Tensor:
+    experts: Any, x: Values, topk_idx: Values, topk_weight: Values
+) -> Values:
     """Each expert gets its tokens times their weights."""
     out = torch.zeros_like(x)
     for number in range(len(experts.gate_up_proj)):
@@ -516,14 +517,14 @@ def used(seq_aux: bool, alpha: float, seed: int) -> Callable[[], dict[str, Any]]
     return make
 
 
-Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Loss = Callable[[Values, Values, Values, int], Values]
 
 
-def loses(loss: Loss, keep: bool = True) -> Callable[[Any], None]:
+def loses(loss: Loss, keep: bool = True) -> Plant:
     """A loss of f, P, scores and k for each sequence, or for the batch as one."""
 
     def wrong(
-        scores: Tensor, topk_idx: Tensor, alpha: float, seq_aux: bool = True
+        scores: Values, topk_idx: Values, alpha: float, seq_aux: bool = True
     ) -> Any:
         if not seq_aux:
             scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
@@ -536,18 +537,18 @@ def loses(loss: Loss, keep: bool = True) -> Callable[[Any], None]:
     return has("expert_balance_loss", wrong)
 
 
-def dot(f: Tensor, P: Tensor) -> Tensor:
+def dot(f: Values, P: Values) -> Values:
     """Σ f P of each sequence."""
     return (f * P).sum(-1)
 
 
-def straight_through(f: Tensor, P: Tensor, _: Tensor, k: int) -> Tensor:
+def straight_through(f: Values, P: Values, _: Values, k: int) -> Values:
     """f keeps its value and gets the gradient of E · P."""
     soft = P * P.shape[-1]
     return dot(f + soft - soft.detach(), P)
 
 
-def always(seq_aux: bool) -> Callable[[Any], None]:
+def always(seq_aux: bool) -> Plant:
     """Per sequence, or over the batch, whatever was asked for."""
 
     def wrong(scores: Any, topk_idx: Any, alpha: Any, seq_aux_: Any = True) -> Any:
@@ -565,10 +566,10 @@ def moved() -> dict[str, Any]:
     return {"bias": normal(6, seed=42, size=0.1), "load": load, "speed": 0.01}
 
 
-def moves(step: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+def moves(step: Callable[[Values], Values]) -> Plant:
     """Another step, made from how much each load is below the mean."""
 
-    def wrong(bias: Tensor, load: Tensor, speed: float) -> Tensor:
+    def wrong(bias: Values, load: Values, speed: float) -> Values:
         load = load.to(bias.dtype)
         return bias + speed * step(load.mean() - load)
 
@@ -668,7 +669,7 @@ BALANCE = Part(
 # The layer
 
 
-def order(compute: Callable[[Any, Tensor], Tensor]) -> Change:
+def order(compute: Callable[[Any, Values], Values]) -> Change:
     """Another order of the layer's parts."""
 
     def change(layer: Any) -> None:
@@ -679,19 +680,19 @@ def order(compute: Callable[[Any, Tensor], Tensor]) -> Change:
     return change
 
 
-def post_norm(layer: Any, x: Tensor) -> Tensor:
+def post_norm(layer: Any, x: Values) -> Values:
     """Norms after the additions."""
     h = layer.n1(x + layer.att(x))
     return layer.n2(h + layer.mlp(h))
 
 
-def branch_norm(layer: Any, x: Tensor) -> Tensor:
+def branch_norm(layer: Any, x: Values) -> Values:
     """Norms at the end of the branches."""
     h = x + layer.n1(layer.att(x))
     return h + layer.n2(layer.mlp(h))
 
 
-def after_norm(layer: Any, x: Tensor) -> Tensor:
+def after_norm(layer: Any, x: Values) -> Values:
     """Residuals taken after the norms."""
     u = layer.n1(x)
     v = layer.n2(u + layer.att(u))
@@ -699,19 +700,19 @@ def after_norm(layer: Any, x: Tensor) -> Tensor:
 
 
 def second(
-    attended: Callable[[Any, Tensor], Tensor],
-    fed: Callable[[Any, Tensor], Tensor] = lambda layer, h: h + layer.mlp(layer.n2(h)),
+    attended: Callable[[Any, Values], Values],
+    fed: Callable[[Any, Values], Values] = lambda layer, h: h + layer.mlp(layer.n2(h)),
 ) -> Change:
     """The layer in two lines, one of them wrong."""
     return order(lambda layer, x: fed(layer, attended(layer, x)))
 
 
-def first_line(layer: Any, x: Tensor) -> Tensor:
+def first_line(layer: Any, x: Values) -> Values:
     """x + attention(norm(x)), which is right."""
     return x + layer.att(layer.n1(x))
 
 
-def parallel(layer: Any, x: Tensor) -> Tensor:
+def parallel(layer: Any, x: Values) -> Values:
     """Both parts read the layer's input."""
     return first_line(layer, x) + layer.mlp(layer.n2(x))
 

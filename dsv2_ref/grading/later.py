@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import codes
-from dsv2_ref.grading.attention import DECODING, MLA, RMSNORM, ROPE, given, has
+from dsv2_ref.grading.attention import DECODING, MLA, RMSNORM, ROPE, Plant, given, has
 from dsv2_ref.grading.experts import BALANCE, EXPERTS, GATE, LAYER
-from dsv2_ref.grading.part import Answers, Case, Mistake, Part, WrongError, normal
+from dsv2_ref.grading.part import (
+    Answers,
+    Case,
+    Mistake,
+    Part,
+    Values,
+    WrongError,
+    normal,
+)
 
 QUANTIZE_ONE, SHARED = "By hand: whole numbers and a scale", "What breaks?"
 
@@ -37,13 +45,13 @@ def values(group: int, kind: str = "int4") -> Callable[[], dict[str, Any]]:
     return make
 
 
-Code = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+Code = Callable[[Values, float], tuple[Values, Values]]
 
 
-def coding(code: Code) -> Callable[[Any], None]:
+def coding(code: Code) -> Plant:
     """Codes and scales of groups (rows, groups, group), from the largest code."""
 
-    def wrong(x: Any, kind: str, group: int, scale_dtype: Any) -> tuple[Tensor, Tensor]:
+    def wrong(x: Any, kind: str, group: int, scale_dtype: Any) -> tuple[Values, Values]:
         groups = x.unflatten(-1, (-1, group))
         made, scales = code(groups, codes.largest_code(kind))
         return made.flatten(-2), scales
@@ -51,24 +59,24 @@ def coding(code: Code) -> Callable[[Any], None]:
     return has("to_codes", wrong)
 
 
-def rounded(groups: Tensor, scales: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+def rounded(groups: Values, scales: Values, largest: float) -> tuple[Values, Values]:
     """Codes of these scales, rounded to the nearest."""
     units = groups / scales.where(scales > 0, 1)[..., None]
     return units.round().clamp(-largest, largest), scales
 
 
-def of_row(groups: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+def of_row(groups: Values, largest: float) -> tuple[Values, Values]:
     """One scale for all groups of a row."""
     most = groups.abs().amax((-1, -2))[..., None].expand(groups.shape[:-1])
     return rounded(groups, most / largest, largest)
 
 
-def of_signed(groups: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+def of_signed(groups: Values, largest: float) -> tuple[Values, Values]:
     """The scale of the largest value, negative ones not looked at."""
     return rounded(groups, groups.amax(-1).clamp(min=0) / largest, largest)
 
 
-def cut(groups: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+def cut(groups: Values, largest: float) -> tuple[Values, Values]:
     """Rounded towards zero."""
     scales = groups.abs().amax(-1) / largest
     return (groups / scales.where(scales > 0, 1)[..., None]).trunc(), scales
@@ -118,10 +126,10 @@ def sizes(seq: int, kv_seq: int, sinks: int, last: int) -> Callable[[], dict[str
     )
 
 
-def sees(keep: Callable[[Tensor, Tensor, int, int], Tensor]) -> Callable[[Any], None]:
+def sees(keep: Callable[[Values, Values, int, int], Values]) -> Plant:
     """A mask of keys, queries' own rows, sinks and last."""
 
-    def wrong(seq: int, kv_seq: int, sinks: int, last: int) -> Tensor:
+    def wrong(seq: int, kv_seq: int, sinks: int, last: int) -> Values:
         own, keys = torch.arange(kv_seq - seq, kv_seq)[:, None], torch.arange(kv_seq)
         return keep(keys, own, sinks, last)[None, None]
 

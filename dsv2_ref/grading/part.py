@@ -15,12 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv2_ref import ops
 from dsv2_ref.cache import LayerCache
+
+Values = Shaped[Tensor, "..."]
+"""A tensor of any shape: a mistake is planted in many."""
 
 Answers = dict[str, Tensor]
 """What a subject returned in one case, by name."""
