@@ -58,7 +58,7 @@ def _one(rank: int, ranks: int, folder: str, timeout: float, work: Callable[...,
     for _, name in socket.if_nameindex():
         if name in ("lo", "lo0"):  # so that nothing listens but on this machine's own address
             os.environ["GLOO_SOCKET_IFNAME"] = name
-    meet = {"init_method": f"file://{folder}/meet", "timeout": timedelta(seconds=timeout)}
+    meet: dict[str, Any] = {"init_method": f"file://{folder}/meet", "timeout": timedelta(seconds=timeout)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks, **meet)
     torch.save(work(*args), Path(folder) / f"{rank}.pt")
     dist.barrier()  # nobody leaves while others still send
