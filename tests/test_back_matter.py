@@ -7,6 +7,8 @@ import nbformat
 import pytest
 import yaml
 
+from tools import repository
+
 BOOK = Path(__file__).parent.parent / "book"
 
 
@@ -46,8 +48,10 @@ def test_terms_that_chapters_link_to_are_in_the_glossary(page: Path) -> None:
 
 
 def test_the_citation_file_and_the_first_page_agree() -> None:
+    assert "{{ citation }}" in (BOOK / "index.md").read_text()
     citation = yaml.safe_load((BOOK.parent / "CITATION.cff").read_text())
-    page = (BOOK / "index.md").read_text()
+    config = yaml.safe_load((BOOK.parent / "_config.yml").read_text())
+    page = repository.citation(config["title"], None, "")
     (title,) = re.findall(r"title *= \{(.*)\},", page)
     assert citation["preferred-citation"]["title"] == title.replace("{", "").replace("}", "")
     (year,) = re.findall(r"year *= \{(\d+)\}", page)
