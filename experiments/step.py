@@ -68,7 +68,8 @@ def timeline(config: DeepseekV2Config, call: Call, mode: str | None) -> Curve:
     ``selective``) or not; without weights and their gradients."""
     config = as_run(config, call)
     kinds = [config.is_moe_layer(index) for index in range(config.num_hidden_layers)]
-    order, run = [], []  # which of the layers that run stands for each layer; their indices
+    order: list[int] = []
+    run: list[int] = []  # which of the layers that run stands for each layer; their indices
     for moe in sorted(set(kinds)):
         first, number = len(run), kinds.count(moe)
         fewer = min(number, ALIKE)
@@ -76,7 +77,8 @@ def timeline(config: DeepseekV2Config, call: Call, mode: str | None) -> Curve:
         order += [first] + [first + 1] * (number - 2) * (number > 1) + [first + fewer - 1] * (number > 1)
     with without_memory(call, training=True):
         model = DeepseekV2ForCausalLM(replace(config, num_hidden_layers=1)).train()
-        model.model.layers = nn.ModuleList(DeepseekV2DecoderLayer(config, index).train() for index in run)
+        layers = [DeepseekV2DecoderLayer(config, index).train() for index in run]
+        model.model.layers = nn.ModuleList(layers)
         ids = torch.zeros(call.batch, call.seq, dtype=torch.long)
         live = Step(config, call)
         starts: list[int] = []
@@ -88,9 +90,9 @@ def timeline(config: DeepseekV2Config, call: Call, mode: str | None) -> Curve:
             (x,) = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             x.register_hook(lambda gradient: ends.update({index: len(live.totals)}))
 
-        for module in (*model.model.layers, model.model.norm):
+        for module in (*layers, model.model.norm):
             module.register_forward_pre_hook(started, with_kwargs=True)
-        for layer in model.model.layers if mode else ():
+        for layer in layers if mode else ():
             _checkpointed(layer, str(mode))
         with live:
             out = model(ids)[0]
@@ -98,7 +100,8 @@ def timeline(config: DeepseekV2Config, call: Call, mode: str | None) -> Curve:
         with live:
             out.backward(gradient)
         for weight in model.parameters():
-            live.leave_out(weight.grad)
+            if weight.grad is not None:
+                live.leave_out(weight.grad)
 
     last = len(run)
     stretches = [(0, starts[0]), *((starts[i], starts[i + 1]) for i in order), (starts[last], ends[last])]

@@ -13,8 +13,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, ops
 from dsv2_ref.attention import attend
+from dsv2_ref.balance import LossFreeBalancing
+from dsv2_ref.checks import CHECKPOINTING
 from dsv2_ref.fast import products  # noqa: F401  # ways registered later are tried first
 from dsv2_ref.quantize import quantize
+from tests import test_recompute as recomputed
 from tests.fake_cuda import fake_cuda
 from tests.peers import SMALL, assert_close, randomised, tokens
 
@@ -312,3 +315,23 @@ def test_exported_with_quantised_weights() -> None:
     with torch.no_grad():
         program = torch.export.export(layer, (x,))
         assert_close(program.module()(x)[0], layer(x)[0], "output")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own tracing does so
+@all_the_way
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_a_checkpointed_model_is_one_graph(compiler: CompileCounterWithBackend, mode: str) -> None:
+    """Loads are counted in the graph. The compiler may sum in another order: a few roundings of 1e-16 times the sizes."""
+    model = recomputed.model_of(**recomputed.V3, first_k_dense_replace=1)
+    model.model.layers = model.model.layers[1:]
+    balancing = LossFreeBalancing(model)
+    wanted = {name: grad.clone() for name, grad in recomputed.gradients(model, None).items()}
+    (load,) = balancing.loads.values()
+    expected = load.clone()
+    load.zero_()
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    found = recomputed.gradients(model, mode, lambda: compiled(recomputed.tokens()))
+    assert compiler.frame_count == 1
+    assert torch.equal(load, expected)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-12)
