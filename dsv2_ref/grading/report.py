@@ -181,7 +181,8 @@ def judge_case(part: Part, number: int, found: dict[str, Any]) -> Check:
     else:
         check.error = distance(made, right)
         check.passed = check.error <= ROUNDING_OF_FLOAT32
-        off = "output" if len(right) == 1 else " and ".join(right)
+        apart = {name: distance(made, {name: right[name]}) for name in right}
+        off = ", ".join(n for n in apart if apart[n] > ROUNDING_OF_FLOAT32)
         check.message = f"{off} {percent(check.error)} off" * (not check.passed)
     check.points = case.points * check.passed
     return check
