@@ -20,7 +20,7 @@ def experts_of_a_device(experts: int, devices: int) -> int:
 
 
 def sent_to(
-    topk_idx: Tensor, group: int, devices: int
+    topk_idx: Int[Tensor, "*tokens top_k"], group: int, devices: int
 ) -> Bool[Tensor, "*tokens devices"]:
     """Whether a token has an expert on a device, each of which holds ``group``."""
     sent = topk_idx.new_zeros(*topk_idx.shape[:-1], devices, dtype=torch.bool)

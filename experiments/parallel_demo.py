@@ -4,7 +4,10 @@
         print(together(4, demo.step, 'all')[0]['loss'])"
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,28 +32,23 @@ def step(run: str, groups: int = 1) -> dict[str, Any]:
     parallelize_experts(model, mesh["experts"], mesh["replicas"])
 
     own = batch().chunk(dist.get_world_size())[dist.get_rank()]  # this rank's tokens
-    with Noted() as noted:
+    with noted() as sent:
         loss = router.loss_of(model, own)
     loss.backward()
     average_gradients(model)
     gradients = {name: weight.grad for name, weight in model.named_parameters()}
-    return {"loss": loss.detach(), "gradients": gradients, "sent": noted.sent}
+    return {"loss": loss.detach(), "gradients": gradients, "sent": sent}
 
 
-class Noted:
-    """Notes what this rank sends by its all-to-alls, while it is open: for each call the bytes of a row, and the rows
-    for each rank."""
+@contextmanager
+def noted() -> Iterator[list[tuple[int, list[int]]]]:
+    """Notes what this rank sends by its all-to-alls: for each call the bytes of a row, and the rows for each rank."""
+    notes: list[tuple[int, list[int]]] = []
+    exchange = Ranks.exchange
 
-    def __enter__(self) -> "Noted":
-        self.sent: list[tuple[int, list[int]]] = []
-        self.exchange = exchange = Ranks.exchange
+    def noting(ranks: Ranks, rows: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        notes.append((rows[:1].numel() * rows.element_size() if len(rows) else 0, sent))
+        return exchange(ranks, rows, received, sent)
 
-        def noting(ranks: Ranks, rows: Tensor, received: list[int], sent: list[int]) -> Tensor:
-            self.sent.append((rows[:1].numel() * rows.element_size() if len(rows) else 0, sent))
-            return exchange(ranks, rows, received, sent)
-
-        Ranks.exchange = noting  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        Ranks.exchange = self.exchange  # type: ignore[method-assign]
+    with patch.object(Ranks, "exchange", noting):
+        yield notes
