@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 
 __version__ = "0.1.0"
-__date__ = "2026-11-26"  # of this version, as the pages, the PDF and CITATION.cff have it
+# of this version, as the pages, the PDF and CITATION.cff have it
+__date__ = "2026-11-26"
 
 __all__ = [
     "ATTENTION_CLASSES",
