@@ -168,7 +168,8 @@ class TokenDropping:
         more = int(sequences) - len(self.drawn)
         if more > 0:
             drawn = torch.rand(more, generator=self.generator)
-            if ranks is not None:
-                drawn = ranks.gather(drawn.to(sequences.device))[:more].cpu()
             self.drawn = torch.cat((self.drawn, drawn))
-        return self.drawn[: int(sequences)] < self.exempt
+        drawn = self.drawn[: int(sequences)]
+        if ranks is not None:  # the first rank's; sent again where layers run again
+            drawn = ranks.gather(drawn.to(sequences.device))[: len(drawn)]
+        return drawn < self.exempt

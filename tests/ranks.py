@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, DeepseekV2MoE, MoEGate, ops
 from dsv2_ref import balance as balance_module
@@ -26,6 +25,7 @@ from dsv2_ref import parallel as parallel_module
 from dsv2_ref.capacity import TokenDropping
 from dsv2_ref.loss_free import LossFreeBalancing
 from dsv2_ref.parallel import ParallelExperts, average_gradients, parallelize_experts
+from dsv2_ref.recompute import checkpointed
 from experiments import parallel as experiment
 from experiments.corpus import KINDS
 
@@ -51,7 +51,7 @@ class Case:
     uneven: bool = True  # ranks bring different numbers of sequences
     liked: tuple[int, ...] = ()  # experts that all tokens choose
     shunned: tuple[int, ...] = ()  # and that none chooses
-    checkpointed: bool = False
+    checkpointing: str = ""
     dropping: bool = False
     loss_free: bool = False
     plain: bool = False
@@ -91,7 +91,10 @@ CASES = {
     "all tokens to one rank": Case(replace(SIZES, num_experts_per_tok=2), liked=(4, 5)),
     "a rank that receives nothing": Case(SIZES, shunned=(0, 1)),
     "a layer": Case(replace(GROUPED, **LOSSES, seq_aux=False), DeepseekV2DecoderLayer),
-    "a layer computed twice": Case(GROUPED, DeepseekV2DecoderLayer, checkpointed=True, dropping=True),
+    "a layer computed twice": Case(GROUPED, DeepseekV2DecoderLayer, checkpointing="full", dropping=True),
+    "a layer of which some is computed twice": Case(
+        GROUPED, DeepseekV2DecoderLayer, checkpointing="selective", dropping=True
+    ),
     "dropping": Case(GROUPED, dropping=True),
     "a model": Case(replace(GROUPED, **LOSSES, seq_aux=False), DeepseekV2ForCausalLM),
     "a model of V3's gate": Case(V3, DeepseekV2ForCausalLM, loss_free=True),
@@ -108,7 +111,7 @@ def train(case: Case, batches: list[Tensor], module: nn.Module, whole: list[Tens
     if x.is_floating_point():
         x.requires_grad_()
     with ops.plain() if case.plain else nullcontext():
-        out = checkpoint(module, x, use_reentrant=False) if case.checkpointed else module(x)
+        out = checkpointed(module, case.checkpointing)(x) if case.checkpointing else module(x)
         out = out[0] if isinstance(out, tuple) else out
         weights = torch.linspace(-1, 1, out[0].numel(), dtype=torch.float64).view_as(out[0])
         loss = (out * weights.to(out.dtype)).sum()
