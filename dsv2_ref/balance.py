@@ -19,31 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv2_ref.capacity import (
-    choices_within_budget,
-    devices_reached,
-    experts_of_a_device,
-    sent_to,
-)
+from dsv2_ref.capacity import choices_within_budget as choices_within_budget
+from dsv2_ref.capacity import devices_reached as devices_reached
+from dsv2_ref.capacity import experts_of_a_device, sent_to
 from dsv2_ref.checks import require
-from dsv2_ref.loss_free import LossFreeBalancing, updated_bias
+from dsv2_ref.loss_free import LossFreeBalancing as LossFreeBalancing
+from dsv2_ref.loss_free import updated_bias as updated_bias
 
 if TYPE_CHECKING:
     from dsv2_ref.moe import MoEGate
     from dsv2_ref.parallel import Ranks
-
-
-__all__ = [
-    "LossFreeBalancing",
-    "balance_loss",
-    "choices_within_budget",
-    "communication_balance_loss",
-    "device_balance_loss",
-    "devices_reached",
-    "expert_balance_loss",
-    "inject_loss",
-    "updated_bias",
-]
 
 
 def _frequency_and_score(

@@ -64,7 +64,7 @@ def checkpointed(
 
     Raises:
         ValueError: for another mode.
-        torch.utils.checkpoint.CheckpointError: in the backward pass, where something
+        RuntimeError: torch's ``CheckpointError``, in the backward pass, where something
             has another shape the second time. What has the same shape and other values
             goes unnoticed.
     """

@@ -173,7 +173,7 @@ def training_report(
     optimizer: str,
     activations: int | None,
 ) -> dict[str, object]:
-    """What `report` says of training."""
+    """What `dsv2_ref.accounting.summary.report` says of training."""
     flops = step_flops(config, call, layer_idx, checkpointing)
     totals = {name: _total(counts) for name, counts in flops.items()}
     sizes = state_bytes(config, call, layer_idx, optimizer)
