@@ -7,7 +7,7 @@ RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 BIN := $(if $(VENV),$(VENV)/bin/)
 INSTALLED := $(if $(VENV),$(VENV)/installed)
 
-UNIT := -m pytest -n 2 --dist loadgroup --ignore=tests/site --ignore=tests/cuda
+UNIT := -m pytest -n 2 --ignore=tests/site --ignore=tests/cuda
 NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nbval-current-env
 # Without vector instructions and with two threads, products are summed in another order: outputs must not depend on it.
 # tests/test_notebooks_on_cuda.py runs so too, on a pretended GPU; the chapter on kernels has none.
@@ -44,7 +44,7 @@ unit: $(INSTALLED)
 	@$(PLAIN_CPU) OMP_NUM_THREADS=2 $(NBVAL) book/kernels.ipynb
 
 site: book
-	@$(RUN) -m pytest -n 2 --dist loadgroup tests/site
+	@$(RUN) -m pytest -n 2 tests/site
 
 # On PyPI, torch for Linux is built with CUDA; builds for the CPU lie elsewhere, and pip's settings decide which of them an
 # environment gets. The tests must pass with both.

@@ -6,6 +6,7 @@ Not in the suite for GPUs, which compiles: the compiler cannot see through the c
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,23 @@ def pytest_configure(config: pytest.Config) -> None:
     alone = all(path.resolve().is_relative_to(SUITE_FOR_GPUS) for path in asked_for)
     if "DSV2_TEST_DEVICE" not in os.environ and not alone:
         install_import_hook("dsv2_ref", "tests.shapes.checked")
+
+
+SHARED = ("test_parallel.py", "site/test_repository.py", "site/test_pdf.py")
+"""Files whose tests share what takes long to make: one process runs them, where several run the others."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where pytest-xdist is there. Its own groups are lost with pytest 9.2, which has no ``_nodeid``."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneProcessForSome(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file.endswith(SHARED) else nodeid
+
+    return OneProcessForSome(config, log)
 
 
 torch.set_num_threads(1)

@@ -33,8 +33,6 @@ from dsv2_ref.quantize import quantize
 from experiments.processes import together
 from tests import ranks as cases
 
-pytestmark = pytest.mark.xdist_group("many processes")  # one process makes what they share
-
 ROOT = Path(__file__).resolve().parent.parent
 Found = list[dict[str, Any]]
 

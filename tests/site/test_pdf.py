@@ -21,8 +21,6 @@ from tests.site.test_browser import show
 from tests.site.test_pages import parsed
 from tools import pdf
 
-pytestmark = pytest.mark.xdist_group("pdf")  # one process makes what they share
-
 NAMES = [name for _, some in pdf.parts() for name in some]
 MOST_BYTES = 25e6
 FOOT = f"Version {__version__}, {__date__}"

@@ -15,8 +15,6 @@ from bs4 import BeautifulSoup
 from tests.site.conftest import ROOT
 from tools import repository
 
-pytestmark = pytest.mark.xdist_group("small books")  # one process makes what they share
-
 GITHUB = "https://github.com/someone/fork"
 ADDRESS = "https://someone.github.io/fork/"
 PAGES = ("running.md", "notation.ipynb")
