@@ -280,6 +280,7 @@ def test_the_site_as_one_file_opens_without_a_network(page: Page, tmp_path: Path
     page.goto((tmp_path / release.NAME / "index.html").as_uri())
     page.wait_for_url("**/book/index.html")
     page.locator(".chapters a").first.click()
+    page.wait_for_url("**/book/overview.html")  # loaded, its scripts too
     page.evaluate(DRAWN)
     assert page.locator("article mjx-container").count() > 0
     assert page.evaluate(UNREAD) == []

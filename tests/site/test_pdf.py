@@ -1,6 +1,8 @@
 """The book on paper: the whole of it as one PDF, and a chapter as a reader prints it."""
 
 import re
+import subprocess
+import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +18,7 @@ from pypdf import PageObject, PdfReader
 from pypdf.generic import Destination
 
 from dsv2_ref import __date__, __version__
-from tests.site.conftest import SITE
+from tests.site.conftest import ROOT, SITE
 from tests.site.test_browser import show
 from tests.site.test_pages import parsed
 from tools import pdf
@@ -35,7 +37,8 @@ def book(browser: Browser) -> PdfReader:
     )
     with FileLock(pdf.PDF.with_suffix(".lock")):
         if not pdf.PDF.exists() or pdf.PDF.stat().st_mtime < max(path.stat().st_mtime for path in made_from):
-            pdf.print_book(pdf.PDF)
+            # In a process of its own: the tests' browser is driven from this one.
+            subprocess.run([sys.executable, "-m", "tools.pdf"], cwd=ROOT, check=True)
     return PdfReader(pdf.PDF)
 
 
