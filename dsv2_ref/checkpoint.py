@@ -33,7 +33,8 @@ class StackedExperts(nn.Module):
         """Every published name, and its view of a stacked weight."""
         for expert in range(len(self.gate_up_proj)):
             for projection in PROJECTIONS:
-                yield f"{self.first + expert}.{projection}.weight", self.view_of(expert, projection)
+                name = f"{self.first + expert}.{projection}.weight"
+                yield name, self.view_of(expert, projection)
 
     def view_of(self, expert: int, projection: str) -> Float[Tensor, "outputs inputs"]:
         """One expert's ``gate_proj``, ``up_proj`` or ``down_proj``: gates lie above ups."""
