@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from dsv2_ref.grading import PARTS, grade
-from dsv2_ref.grading.report import as_text
+from dsv2_ref.grading.formats import as_text
 from tests.planted_in_solutions import PLANTED
 from tools import assignments
 from tools.budget import chapters

@@ -15,19 +15,8 @@ import torch
 
 from dsv2_ref import __main__ as command_line
 from dsv2_ref.grading import PARTS, Report, grade
-from dsv2_ref.grading.report import (
-    CHAPTERS,
-    ROUNDING,
-    ROUNDING_OF_FLOAT32,
-    as_csv,
-    as_gradescope,
-    as_json,
-    as_junit,
-    as_text,
-    cost_of,
-    distance,
-    expected,
-)
+from dsv2_ref.grading.formats import as_csv, as_gradescope, as_json, as_junit, as_text
+from dsv2_ref.grading.report import CHAPTERS, ROUNDING, ROUNDING_OF_FLOAT32, cost_of, distance, expected
 from tests.planted_in_solutions import BOTH_AT_ONCE, PLANTED, planted
 
 ROOT = Path(__file__).parent.parent

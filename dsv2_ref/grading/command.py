@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dsv2_ref.checks import require
 from dsv2_ref.grading import PARTS, grade
-from dsv2_ref.grading.report import as_csv, as_gradescope, as_json, as_junit, as_text
+from dsv2_ref.grading.formats import as_csv, as_gradescope, as_json, as_junit, as_text
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
