@@ -42,8 +42,8 @@ def attention_backward(
 
 
 MAPPING: dict[Any, Callable[..., int]] = {
-    products._grouped_product._opoverload.overloadpacket: grouped,
-    products._grouped_outer._opoverload.overloadpacket: outer,
+    products._grouped_product.overloadpacket: grouped,
+    products._grouped_outer.overloadpacket: outer,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }

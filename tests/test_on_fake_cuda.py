@@ -227,9 +227,9 @@ def test_inside_the_operator_of_grouped_products(gpu: Watch, monkeypatch: pytest
     rows, weights = (torch.empty(size, dtype=torch.bfloat16) for size in ((24, 16), (4, 32, 16)))
     ends = torch.empty(4, dtype=torch.int32)
     with gpu:
-        out = products._grouped_product._init_fn(rows, weights, ends)
+        out = products._grouped_product.__wrapped__(rows, weights, ends)
         assert out.shape == (24, 32)
-        assert products._grouped_outer._init_fn(out, rows, ends).shape == (4, 32, 16)
+        assert products._grouped_outer.__wrapped__(out, rows, ends).shape == (4, 32, 16)
 
 
 # Backward

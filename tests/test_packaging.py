@@ -121,7 +121,8 @@ def with_what_they_require(names: set[str]) -> set[str]:
 
 
 def test_the_package_runs_on_torch_and_jaxtyping_alone(tmp_path: Path) -> None:
-    """In an environment that holds these two, what they bring (Triton, if torch is built with CUDA), and nothing else."""
+    """In an environment that holds these two, what they bring (Triton, if torch is built with CUDA), and nothing else.
+    The compiler, which is torch's, would double the time of the import: it waits until someone compiles."""
     for name in with_what_they_require({"torch", "jaxtyping"}):
         distribution = metadata.distribution(name)
         for part in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
@@ -133,7 +134,7 @@ sys.path += [{str(tmp_path)!r}, {str(ROOT)!r}]
 import torch, dsv2_ref
 layer = dsv2_ref.DeepseekV2DecoderLayer(dsv2_ref.DeepseekV2Config.tiny(), 1)
 layer(torch.randn(1, 3, 64))[0].sum().backward()
-print(*(name for name in ("numpy", "matplotlib", "flash_attn", "transformers") if name in sys.modules))
+print(*(name for name in ("numpy", "matplotlib", "flash_attn", "transformers", "torch._dynamo") if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

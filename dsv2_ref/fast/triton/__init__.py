@@ -69,7 +69,7 @@ def cannot_compile() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@ops.once_when_compiling
 def cannot_run(device: torch.device) -> str:
     """Why kernels cannot run on this GPU; an empty string if they can. A compiled step asks once and not in its graph."""
     reason = cannot_compile()
@@ -116,7 +116,7 @@ def _rotate(q_pe: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return operators.rotate(q_pe, cos[:, None], sin[:, None]), operators.rotate(k_pe, cos, sin)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@ops.once_when_compiling
 def _processors(device: torch.device) -> int:
     return plan.gpu_of(device).processors
 
