@@ -41,11 +41,9 @@ class DeepseekV2Model(GradientCheckpointing):
         super().__init__()
         checks.is_config(config)
         self.config = config
-        vocab, hidden = config.vocab_size, config.hidden_size
-        # On meta, torch's own initialisation, which is overwritten, costs nothing.
-        self.embed_tokens = nn.Embedding(vocab, hidden, device="meta")
-        weight = torch.empty(vocab, hidden).normal_(std=config.initializer_range)
-        self.embed_tokens.weight = nn.Parameter(weight)
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        weight.normal_(std=config.initializer_range)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(
             DeepseekV2DecoderLayer(config, index)
             for index in range(config.num_hidden_layers)
