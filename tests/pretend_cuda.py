@@ -122,4 +122,8 @@ def begin() -> PretendCuda:
     torch.cuda.get_device_properties = lambda *_: h100
     mode = PretendCuda()
     mode.__enter__()
+    from dsv2_ref import teach  # only here: it looks for a GPU
+
+    right = teach.milliseconds
+    teach.milliseconds = lambda calls, repeats=1: right(calls, repeats=1)  # what is measured is not compared
     return mode

@@ -308,7 +308,7 @@ def test_head_and_embedding_in_one_matrix_take_no_activation_more() -> None:
 @pytest.mark.parametrize("mode", [None, *acc.CHECKPOINTING])
 def test_a_real_layer_of_the_cards_size_in_every_mode(mode: str | None) -> None:
     """All of its widths and heads; 8 of its experts, as what they compute does not depend on their number."""
-    config, call = replace(CARD, n_routed_experts=8, num_hidden_layers=2), acc.Call(seq=48, kv=48, dtype="bfloat16")
+    config, call = replace(CARD, n_routed_experts=8, num_hidden_layers=2), acc.Call(seq=8, kv=8, dtype="bfloat16")
     found = of_layer(config, call, 1, training=True, checkpointing=mode)
     assert acc.activation_peak(config, call, 1, training=True, checkpointing=mode) == found
 
