@@ -1,6 +1,6 @@
-"""The usage snippet of the layer's card, as it is written there but for the import line and for its two slips.
+"""The usage snippet of the layer's card, as it is written there but for the import line and for its two mistakes.
 
-The first slip is the mask: ones and zeros in floating point, which are added to the scores and so hide nothing. The layer
+The first mistake is the mask: ones and zeros in floating point, which are added to the scores and so hide nothing. The layer
 refuses it. The second is three names for two outputs: the weights are returned only where ``output_attentions=True`` asks
 for them. Python says so.
 """
@@ -95,7 +95,7 @@ def weights(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("layer", ["layer_0", "layer_1"])
 @pytest.mark.parametrize("mask", GOOD_MASKS, ids=["None", "bool"])
-def test_with_its_slips_mended(mask: str, layer: str, weights: torch.dtype) -> None:
+def test_with_its_mistakes_mended(mask: str, layer: str, weights: torch.dtype) -> None:
     usage = (PREFILL.replace(FLOATING_MASK, mask) + GOOD_UNPACKING + DECODE).replace("layer_0", layer)
     names = run(BUILD, usage)
     step, cache = names["outputs"]

@@ -490,7 +490,7 @@ def test_position_of_the_query_latent() -> None:
     assert error(out, by_oracle(attention, oracle.attention, x, replace(SMALL, q_lora_rank=2))) < RIGHT
 
 
-# Known slips in material that readers will have met
+# Known mistakes in material that readers will have met
 
 
 def test_slip_positions_restarted_at_every_step() -> None:

@@ -137,7 +137,7 @@ class Claim:
         the nearest to what is computed. computed: what it is, if one assumes (``assumes``). supposed: what it is under a
         further assumption, or None.
         verdict: ``holds``, ``holds if`` (``assumes`` is then what must be assumed), ``off`` or ``experiment`` (see ``note``).
-        explained: whether a slip is known that gives the card's number; ``note`` then says which.
+        explained: whether a mistake is known that gives the card's number; ``note`` then says which.
         inherits: whether all that is wrong is a number that it was computed from.
     """
 
@@ -235,7 +235,7 @@ def claim(entry: dict[str, Any]) -> Claim:
         supposed=compute(entry["under"]) if "under" in entry else None,
         verdict=verdict,
         assumes=filled(entry["assumption"] if verdict == "holds if" else entry.get("assumes", "")),
-        explained="slip" in entry and meets(entry, entry["slip"]),
+        explained="mistake" in entry and meets(entry, entry["mistake"]),
         inherits=entry.get("inherits", False),
         note=filled(entry.get("experiment", entry.get("note", ""))),
     )
