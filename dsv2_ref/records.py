@@ -86,8 +86,11 @@ class Record:
 def read_as(
     part: UInt8[Tensor, "batch kv_seq bytes"], dtype: torch.dtype
 ) -> Float[Tensor, "batch kv_seq features"]:
-    """Bytes as elements of this dtype: a copy, as some lie where it cannot be read."""
-    return part.clone(memory_format=torch.contiguous_format).view(dtype)
+    """Bytes as elements of this dtype: a copy if they lie where it cannot be read."""
+    places = part.storage_offset(), *part.stride()[:-1]
+    if torch.compiler.is_compiling() or any(x % dtype.itemsize for x in places):
+        part = part.clone(memory_format=torch.contiguous_format)
+    return part.view(dtype)
 
 
 FLOAT8 = torch.float8_e4m3fn
