@@ -87,8 +87,9 @@ def read_as(
     part: UInt8[Tensor, "batch kv_seq bytes"], dtype: torch.dtype
 ) -> Float[Tensor, "batch kv_seq features"]:
     """Bytes as elements of this dtype: a copy if they lie where it cannot be read."""
-    places = part.storage_offset(), *part.stride()[:-1]
-    if torch.compiler.is_compiling() or any(x % dtype.itemsize for x in places):
+    if torch.compiler.is_compiling() or any(
+        place % dtype.itemsize for place in (part.storage_offset(), *part.stride()[:-1])
+    ):  # the compiler does not know where a tensor lies
         part = part.clone(memory_format=torch.contiguous_format)
     return part.view(dtype)
 
