@@ -82,8 +82,8 @@ def _autocast() -> str:
 
 
 ROWS_AT_ONCE = 256
-"""Rows of a matrix whose codes are widened together: 2 MB of 2,048 inputs in float32, which stay in the processor's cache.
-A whole matrix goes through memory several times, which takes five times as long as the product."""
+"""Rows of a matrix whose codes are widened together, so that they stay in the processor's cache (2 MB of 2,048 inputs in
+float32). A whole matrix would go through memory several times."""
 
 
 def _not_in_float32(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
@@ -136,7 +136,7 @@ def _few_by_int4(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Ten
 # The latent cache in fewer bits
 
 RECORDS_AT_ONCE = 2048
-"""Records that are decoded together: 5 MB in float32, which stay in the processor's cache."""
+"""Records that are decoded together, so that they stay in the processor's cache (5 MB for V2-Lite in float32)."""
 
 
 def _not_one_query(query: Tensor, cache: QuantizedLatentCache, visible: Visibility, *_: Any, **__: Any) -> str:
@@ -184,8 +184,8 @@ def attend_in_pieces(
 
 def as_float16(codes: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
     """2⁻⁸ times what float8_e4m3fn codes (s eeee mmm) stand for, exactly. Their bits lie in float16 (s eeeee mmm…) as they
-    are, seven places further left, and its exponent's bias is 8 larger. torch converts one code at a time, six times as
-    slowly."""
+    are, seven places further left, and its exponent's bias is 8 larger. torch converts one code at a time, with AVX2 six
+    times as slowly."""
     bits = codes.view(torch.int8).to(torch.int16)  # the sign also fills the upper half
     return bits.mul_(2**7).bitwise_and_(~(1 << 14)).view(torch.float16)
 
