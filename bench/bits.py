@@ -1,6 +1,7 @@
 """``python -m bench.bits``: what fewer bits do to the time of V2-Lite's layer, of its cache, and of the whole model.
 
-Every row is timed in turn with the row that it is compared with. Weights are random: the time does not depend on them.
+Caches are timed in turn. Weights are timed one kind after the other, as they do not fit into memory together. They are
+random: the time does not depend on them.
 """
 
 import argparse
@@ -16,7 +17,13 @@ import torch
 
 from bench.machine import in_turn, median, read_bandwidth
 from bench.memory import status
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pack_weights
+from dsv2_ref import (
+    DeepseekV2Attention,
+    DeepseekV2Config,
+    DeepseekV2DecoderLayer,
+    DeepseekV2ForCausalLM,
+    pack_weights,
+)
 from dsv2_ref.fast.cpu import has_bfloat16
 from dsv2_ref.quantize import KINDS
 
@@ -49,14 +56,14 @@ def active_bytes(layer: DeepseekV2DecoderLayer, config: DeepseekV2Config) -> int
     return shared + routed * config.num_experts_per_tok // (config.n_routed_experts or 1)
 
 
-def _steps(layers: list[DeepseekV2DecoderLayer], past: int, seq: int, format: str | None = None) -> Callable[[], Any]:
-    """One call of every layer, of another token each time, over ``past`` cached ones."""
-    config = layers[0].self_attn.config
+def _steps(layers: list[Any], past: int, seq: int, format: str | None = None) -> Callable[[], Any]:
+    """One call of every layer, or attention, of another token each time, over ``past`` cached ones."""
+    attentions = [getattr(layer, "self_attn", layer) for layer in layers]
+    config = attentions[0].config
     tokens = torch.randn(8, 1, seq, config.hidden_size).to(torch.bfloat16)
     caches = []
-    for layer in layers:
-        attention: Any = layer.self_attn
-        cache = attention.empty_cache(1, past + 64, format=format) if format else attention.empty_cache(1, past + 64)
+    for attention in attentions:
+        cache = attention.empty_cache(1, past + 64, format)
         features = torch.randn(1, past, *attention.cache_features).to(torch.bfloat16)
         caches.append(cache.append(features) if past else cache)
     count = 0
@@ -92,17 +99,12 @@ def weights_table(config: DeepseekV2Config, rounds: int, bandwidth: float) -> li
 
 def cache_table(config: DeepseekV2Config, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of attention for one token over `LONG` cached ones, by the bits of the cache."""
-    layer = _layers(None, False, config)[:1]
-    steps = {format or "bfloat16": _steps(layer, LONG - 1, 1, format) for format in FORMATS}
+    attention = DeepseekV2Attention(config, 0).bfloat16().eval()
+    attention = pack_weights(attention) if has_bfloat16() else attention
+    steps = {format or "bfloat16": _steps([attention], LONG - 1, 1, format) for format in FORMATS}
     seconds = in_turn(steps, rounds)
-    sizes = {format or "bfloat16": _record_bytes(layer[0], format) for format in FORMATS}
+    sizes = {format or "bfloat16": attention.empty_cache(1, 1, format).reserved_nbytes for format in FORMATS}
     return [{"cache": name, "bytes": sizes[name], "decode": median(samples)} for name, samples in seconds.items()]
-
-
-def _record_bytes(layer: DeepseekV2DecoderLayer, format: str | None) -> int:
-    attention: Any = layer.self_attn
-    cache = attention.empty_cache(1, 1, format=format) if format else attention.empty_cache(1, 1)
-    return int(cache.reserved_nbytes)
 
 
 def _whole(weights: str, tokens: int, threads: int, config: DeepseekV2Config) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def main() -> None:
         times = f"{1e3 * row['decode']:12.2f}{1e3 * row['limit']:12.2f}{1e3 * row['prefill']:12.3f}"
         print(f"{row['weights']:32}{row['active_bytes'] / 1e6:14.1f}{times}")
     if caches:
-        print(f"\n{f'a layer over {LONG} tokens, cache in':32}{'bytes per token':>16}{'decode ms':>12}")
+        print(f"\n{f'attention to {LONG} tokens, cache in':32}{'bytes per token':>16}{'decode ms':>12}")
     for row in caches:
         print(f"{row['cache']:32}{row['bytes']:16}{1e3 * row['decode']:12.2f}")
     whole = [whole_model(kind, args.tokens, args.threads) for kind in args.whole]

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         option("--training", action="store_true", help="a training step")
     ways.add_argument("--device", default="cpu", help="cpu or cuda")
     ways.add_argument("--weights", metavar="KIND", help="quantised: int8, int4 or fp8")
+    ways.add_argument("--group", type=int, default=64, help="weights of a row that share a scale in int4 (64)")
     ways.add_argument("--cache", metavar="FORMAT", help="in fewer bits: fp8, int8 or int4")
     option, yes_or_no = account.add_argument, argparse.BooleanOptionalAction
     option("--causal", action=yes_or_no, default=True, help="count visible pairs only")
@@ -171,8 +172,9 @@ def _ways(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str
     require(args.device in ("cpu", "cuda"), "device", args.device, "cpu or cuda")
     require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype")
     require(config.use_mla or args.cache is None, "cache", args.cache, "none for multi-head attention")
-    sizes = call.batch, call.seq, call.kv
-    made = choices(config, layer, args.device, call.dtype, *sizes, args.training, args.weights, args.cache)
+    require(not args.training or args.cache is None, "cache", args.cache, "None: training has no cache")
+    bits = args.weights, args.group, args.cache
+    made = choices(config, layer, args.device, call.dtype, call.batch, call.seq, call.kv, args.training, *bits)
     kind = "training" if args.training else "inference"
     lines = [f"layer {layer}: {_tokens(vars(call))}, {call.dtype} on {args.device}, {kind}", ""]
     for choice, times in made.items():

@@ -161,6 +161,7 @@ class LayerCache:
     def select(self, sequences: Int[Tensor, "chosen"]) -> Self:
         """A copy with the given sequences of the batch, in that order; repeats are
         allowed (beam search)."""
+        checks.chosen_sequences(self, sequences)
         return self._with(self.stored[sequences], self.seen)
 
     def keep(self, rows: Int[Tensor, "#batch kept"]) -> Self:

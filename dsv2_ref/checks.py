@@ -2,6 +2,7 @@
 their check where `ops.defines` decorates them, and it runs once per public call. Importing this module does not import
 torch, so that the accounting works without it."""
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -37,14 +38,14 @@ def require(
 
 
 def describe(value: Any) -> str:
-    """A value in few words: a tensor's shape, dtype and device, a list's or tuple's length."""
+    """A value in few words, on one line: a tensor's shape, dtype and device, a list's, tuple's or dict's length."""
     if hasattr(value, "dtype") and hasattr(value, "device") and hasattr(value, "shape"):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | dict):
         return f"a {type(value).__name__} of {len(value)}"
     if hasattr(value, "named_modules"):  # their repr may take many lines
         return f"a {type(value).__name__}"
-    return repr(value)
+    return repr(value).replace("\n", " ")
 
 
 def require_tensor(value: object, name: str) -> None:
@@ -285,6 +286,29 @@ def expert_blocks(width: int, block: int) -> None:
     require(width % block == 0, "weights", "fp8", wanted)
 
 
+def is_module(module: object) -> None:
+    """Reject what is not a module, such as None or a state dict."""
+    from torch import nn
+
+    if not isinstance(module, nn.Module):
+        reject("module", module, "a torch.nn.Module", WrongTypeError)
+
+
+FLOATS = "float64, float32, float16 or bfloat16"
+
+
+def is_float(dtype: object) -> bool:
+    """Whether weights may have this dtype, one of `FLOATS`."""
+    import torch
+
+    return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def weights_dtype(dtype: object) -> None:
+    """Check of ``dtype`` of `PretrainedModel`."""
+    require(dtype is None or is_float(dtype), "dtype", dtype, f"None or torch's {FLOATS}")
+
+
 PLAIN_WEIGHTS = (
     "a plain torch.nn.Linear or the package's own experts: quantise before packing, and before an adapter, a wrapper or a "
     "hook is put on"
@@ -294,8 +318,7 @@ PLAIN_WEIGHTS = (
 def quantizable(name: str, matrices: "list[Tensor]", kind: str, group: int) -> None:
     """Reject weights that a group does not divide, of other dtypes, or not finite."""
     for matrix in matrices:
-        known = str(matrix.dtype).removeprefix("torch.") in ("float64", "float32", "float16", "bfloat16")
-        require(known, f"the weight of {name}", matrix, "float64, float32, float16 or bfloat16")
+        require(is_float(matrix.dtype), f"the weight of {name}", matrix, FLOATS)
         width_in_groups(name, matrix.shape[-1], kind, group)
         for part in matrix if matrix.ndim == 3 else (matrix,):
             if not matrix.is_meta:
@@ -303,10 +326,13 @@ def quantizable(name: str, matrices: "list[Tensor]", kind: str, group: int) -> N
                 require_values(finite, f"the weight of {name}", "infinite or NaN somewhere", "finite numbers")
 
 
-def cache_sizes(batch: int, capacity: int) -> None:
+def cache_sizes(batch: Any, capacity: Any) -> None:
     """Reject a cache without sequences, or with a negative capacity."""
-    require(batch >= 1, "batch", batch, "at least one sequence")
-    require(capacity >= 0, "capacity", capacity, "room for 0 or more tokens")
+    from torch import SymInt
+
+    require(isinstance(batch, int | SymInt) and batch >= 1, "batch", batch, "at least one sequence")
+    fits = isinstance(capacity, int | SymInt) and capacity >= 0
+    require(fits, "capacity", capacity, "room for 0 or more tokens")
 
 
 FLASH_ATTN_NEEDED = (
@@ -543,11 +569,33 @@ def budget(**rows: object) -> None:
     require(any(rows.values()), " and ".join(rows), 0, "a row at least")
 
 
+def is_cache(cache: object) -> None:
+    """Reject what is not the cache of one layer, such as None or those of all layers."""
+    from dsv2_ref.cache import LayerCache
+
+    if not isinstance(cache, LayerCache):
+        reject("cache", cache, "the cache of a layer", WrongTypeError)
+
+
+def chosen_sequences(cache: Any, sequences: "Tensor") -> None:
+    """Check of `LayerCache.select`."""
+    require_tensor(sequences, "sequences")
+    batch, device = len(cache.stored), cache.stored.device
+    fits = _indexes(sequences) and sequences.ndim == 1 and sequences.device == device
+    require(fits, "sequences", sequences, "integers (chosen,) on {}", device)
+    inside = ((sequences >= 0) & (sequences < batch)).all()
+    require_values(inside, "sequences", "beyond the batch somewhere", f"from 0 to {batch - 1}")
+
+
+def _indexes(x: "Tensor") -> bool:
+    return str(x.dtype) in ("torch.int32", "torch.int64")
+
+
 def kept_rows(cache: Any, rows: "Tensor") -> None:
     """Check of `LayerCache.keep`."""
     require_tensor(rows, "rows")
-    batch, integers = len(cache.stored), str(rows.dtype) in ("torch.int32", "torch.int64")
-    fits = integers and rows.ndim == 2 and len(rows) in (1, batch) and rows.device == cache.stored.device
+    batch = len(cache.stored)
+    fits = _indexes(rows) and rows.ndim == 2 and len(rows) in (1, batch) and rows.device == cache.stored.device
     require(fits, "rows", rows, "integers (1 or {}, kept) on {}", batch, cache.stored.device)
     inside = ((rows >= 0) & (rows < cache.length)).all()
     require_values(inside, "rows", "beyond the cached tokens somewhere", f"from 0 to {cache.length - 1}")
@@ -555,6 +603,7 @@ def kept_rows(cache: Any, rows: "Tensor") -> None:
 
 def received(cache: Any, weights: "Tensor", totals: "Tensor | None") -> None:
     """Check of `HeavyHitters.step`."""
+    is_cache(cache)
     require_tensor(weights, "weights")
     batch, length = len(cache.stored), cache.length
     fits = weights.ndim == 4 and (len(weights), weights.shape[-1]) == (batch, length)
@@ -563,6 +612,12 @@ def received(cache: Any, weights: "Tensor", totals: "Tensor | None") -> None:
         known, seq = tuple(totals.shape), weights.shape[2]
         wanted = "one with the rows kept last time and the new tokens, ({}, {} + {}, …)"
         require((batch, length) == (known[0], known[1] + seq), "cache", cache, wanted, *known, seq)
+
+
+def window_rows(seq: object, kv_seq: object) -> None:
+    """Check of `window_mask`."""
+    require(is_int(seq, 1), "seq", seq, "at least one query")
+    require(is_int(kv_seq, seq), "kv_seq", kv_seq, "at least the {} queries", seq)  # type: ignore[arg-type]
 
 
 def chosen_rows(rows: "Tensor", kv_seq: int) -> None:
@@ -666,6 +721,17 @@ def model_call(
             attention_mask = position_ids = None  # looked at once
 
 
+def _takes_one(function: Any) -> bool:
+    """Whether this can be called with one argument."""
+    try:
+        inspect.signature(function).bind(None)
+    except ValueError:  # it does not say
+        return callable(function)
+    except TypeError:
+        return False
+    return True
+
+
 def generation(
     config: "DeepseekV2Config",
     input_ids: "Tensor",
@@ -679,7 +745,8 @@ def generation(
 ) -> None:
     """Check of `DeepseekV2ForCausalLM.stream`; the model checks the tokens themselves."""
     latent_format(config, "cache_format", cache_format)
-    require(policy is None or callable(policy), "policy", policy, "None, or a callable that takes a layer's cache")
+    taken = "None, or a callable that takes a layer's cache alone: attention weights are not handed on"
+    require(policy is None or _takes_one(policy), "policy", policy, taken)
     if cache_format is not None:
         require_tensor(input_ids, "input_ids")
         require(input_ids.ndim == 2, "input_ids", input_ids, "integers (batch, seq)")

@@ -27,6 +27,7 @@ def window(cache: Cache, sinks: int, last: int) -> Cache:
     Source: StreamingLLM (arXiv 2309.17453), but for positions: there they are counted
     within the cache, so keys are cached unrotated. Here a row keeps its rotation.
     """
+    checks.is_cache(cache)
     checks.budget(sinks=sinks, last=last)
     if cache.length <= sinks + last:
         return cache
@@ -44,6 +45,9 @@ class HeavyHitters:
         totals: the attention that each kept row has received, (B, K); None before the
             first step.
 
+    `DeepseekV2ForCausalLM.generate` has no attention weights, so it takes no such policy:
+    call the layers one by one.
+
     Source: H2O (arXiv 2306.14048), whose totals are per head; one row of a latent cache
     serves all heads, so here a token's total is over heads, too. There half of the
     budget is for the newest.
@@ -58,7 +62,8 @@ class HeavyHitters:
     def step(
         self, cache: Cache, weights: Float[Tensor, "batch heads seq kv_seq"]
     ) -> Cache:
-        """The cache after one call, whose attention weights these are.
+        """The cache after one call, whose attention weights these are: what a layer with
+        ``_attn_implementation="eager"`` returns for ``output_attentions=True``.
 
         Raises:
             ValueError: for weights of another call: their keys are the cache's rows,
@@ -86,6 +91,7 @@ def window_mask(
     """The first ``sinks`` rows and the ``last`` up to each query's own: what a layer
     takes as ``attention_mask``. The cache may be whole, or what a window left of it."""
     checks.budget(sinks=sinks, last=last)
+    checks.window_rows(seq, kv_seq)
     own = torch.arange(kv_seq - seq, kv_seq, device=device)[:, None]
     keys = torch.arange(kv_seq, device=device)
     return ((keys <= own) & ((keys < sinks) | (keys > own - last)))[None, None]

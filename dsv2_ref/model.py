@@ -200,8 +200,9 @@ class DeepseekV2ForCausalLM(PretrainedModel, GradientCheckpointing):
         pad = (ends[0] if ends else 0) if pad_token_id is None else pad_token_id
         caches = None
         if cache_format is not None:
-            room = len(input_ids), input_ids.shape[1] + max_new_tokens
-            caches = self.empty_caches(*room, cache_format)
+            later = 0 if policy else max_new_tokens  # a policy makes its own room
+            room = input_ids.shape[1] + later
+            caches = self.empty_caches(len(input_ids), room, cache_format)
         return self._stream(
             input_ids, max_new_tokens, None if policy else attention_mask, ends, pad,
             lambda logits: choose(logits, temperature, top_p, generator), caches,

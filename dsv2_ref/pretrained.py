@@ -170,6 +170,7 @@ def _configuration(place: files.Place) -> tuple[Mapping[str, Any], DeepseekV2Con
 
 def _load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: str, how: "_How") -> Any:
     """``build(config)`` with the weights that a checkpoint has under the name ``part``, in evaluation mode."""
+    checks.weights_dtype(how.dtype)
     place = files.place_of(source, how.revision, how.token, whole=not part)
     told, config = _configuration(place)
     block = _block_of(told)
@@ -227,14 +228,16 @@ def _allocated(module: Any, dtype: torch.dtype, device: torch.device | str | Non
 
 def _random(
     build: Callable[[], Any],
-    std: float,
+    config: DeepseekV2Config,
     weights: str | None,
     group: int,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> Any:
     """A module with random weights that never existed in more bits, in evaluation mode."""
-    dtype = torch.get_default_dtype() if dtype is None else dtype
+    checks.is_config(config)
+    checks.weights_dtype(dtype)
+    dtype, std = torch.get_default_dtype() if dtype is None else dtype, config.initializer_range
     with torch.device("meta"):
         module = build().to(dtype)
     if weights is not None:
@@ -338,8 +341,7 @@ class PretrainedLayer:
         device: torch.device | str | None = None,
     ) -> Self:
         """A layer with random weights; see `PretrainedModel.random`."""
-        std = config.initializer_range
-        layer: Self = _random(lambda: cls(config, layer_idx), std, weights, group, dtype, device)  # type: ignore[call-arg]
+        layer: Self = _random(lambda: cls(config, layer_idx), config, weights, group, dtype, device)  # type: ignore[call-arg]
         return layer
 
 
@@ -388,7 +390,7 @@ class PretrainedModel:
             dtype: None is torch's default.
             device: None is the CPU.
         """
-        model: Self = _random(lambda: cls(config), config.initializer_range, weights, group, dtype, device)  # type: ignore[call-arg]
+        model: Self = _random(lambda: cls(config), config, weights, group, dtype, device)  # type: ignore[call-arg]
         return model
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int = 5_000_000_000) -> None:

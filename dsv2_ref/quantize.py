@@ -40,7 +40,7 @@ def quantize(
 
     Each matrix is rounded by itself, to the nearest (no calibration). What is computed
     is ``forward`` of the same layer with rounded weights, in every form, with every
-    cache; on CPUs `pack_weights` afterwards makes it fast. Its `state_dict`
+    cache; on CPUs `pack_weights` afterwards makes bfloat16 fast. Its `state_dict`
     has codes and scales; `load_state_dict` takes these, or weights under their
     published names, and quantises them, as ``from_pretrained(weights=...)`` does.
 
@@ -52,11 +52,12 @@ def quantize(
         parts: which of `PARTS`.
 
     Raises:
-        ValueError: for another kind, group or part, a weight that is not finite, and a
-            module without anything to quantise, with something quantised or packed
-            already, or with an adapter or a hook on a weight: it would be left out in
-            silence. Nothing has changed then.
+        ValueError: for what is no module, another kind, group or part, a weight that is
+            not finite, and a module without anything to quantise, with something
+            quantised or packed already, or with an adapter or a hook on a weight: it
+            would be left out in silence. Nothing has changed then.
     """
+    checks.is_module(module)
     checks.quantization(weights, group, parts, PARTS, KINDS)
     places = list(weights_of(module, parts))
     checks.require(bool(places), "module", module, "one that holds a layer's weights")

@@ -159,20 +159,24 @@ class QuantizedWeight(nn.Module):
 
     def dense(self, place: Any = ...) -> Float[Tensor, "... outputs inputs"]:
         """The matrices that codes and scales stand for, or some of them: a ``place`` as
-        for `fill`."""
-        expert, rows = place if isinstance(place, tuple) else (place, ...)
-        codes, scales = self.codes[expert], self.scales[expert]
+        for `fill`, of which nothing else is read than rows of the same block."""
+        expert, rows = place if isinstance(place, tuple) else (place, slice(None))
+        start, stop, _ = rows.indices(self.shape[-2])
+        block = FP8_BLOCK if self.kind == "fp8" else self.block_rows or 1
+        first, last = start // block, -(-stop // block)  # blocks
+        codes = self.codes[expert][..., first * block : last * block, :]
+        scales = self.scales[expert]
         if self.kind == "fp8":
             height, width = codes.shape[-2:]
-            scales = scales.repeat_interleave(FP8_BLOCK, dim=-2)[..., :height, :]
-            scales = scales.repeat_interleave(FP8_BLOCK, dim=-1)[..., :width]
-            matrix = codes.to(scales.dtype) * scales
-        elif self.kind == "int4":
-            plain = in_rows(codes, self.block_rows)
-            matrix = from_codes(unpack_nibbles(plain), scales)
+            scales = scales[..., first:last, :].repeat_interleave(FP8_BLOCK, dim=-2)
+            scales = scales[..., :height, :].repeat_interleave(FP8_BLOCK, dim=-1)
+            matrix = codes.to(scales.dtype) * scales[..., :width]
         else:
-            matrix = from_codes(codes, scales)
-        return matrix[rows].to(self.like.dtype)
+            if self.kind == "int4":
+                codes = unpack_nibbles(in_rows(codes, self.block_rows))
+            matrix = from_codes(codes, scales[..., first * block : last * block, :])
+        before = start - first * block
+        return matrix[..., before : before + stop - start, :].to(self.like.dtype)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

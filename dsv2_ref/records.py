@@ -86,8 +86,12 @@ class Record:
 def read_as(
     part: UInt8[Tensor, "batch kv_seq bytes"], dtype: torch.dtype
 ) -> Float[Tensor, "batch kv_seq features"]:
-    """Bytes as elements of this dtype: a copy, as some lie where it cannot be read."""
-    return part.clone(memory_format=torch.contiguous_format).view(dtype)
+    """Bytes as elements of this dtype: a copy if they lie where it cannot be read."""
+    if torch.compiler.is_compiling() or any(
+        place % dtype.itemsize for place in (part.storage_offset(), *part.stride()[:-1])
+    ):  # the compiler does not know where a tensor lies
+        part = part.clone(memory_format=torch.contiguous_format)
+    return part.view(dtype)
 
 
 FLOAT8 = torch.float8_e4m3fn

@@ -249,7 +249,9 @@ def test_generating_in_a_window(changes: dict[str, Any], sinks: int) -> None:
 def test_generating_with_a_cache_of_fewer_bits(format: str) -> None:
     model = model_of()
     seen: list[LayerCache] = []
-    found = model.generate(PROMPT, 9, cache_format=format, policy=lambda cache: seen.append(cache) or cache)
+    watch = model.register_forward_hook(lambda _, args, outputs: seen.extend(outputs[1]))
+    found = model.generate(PROMPT, 9, cache_format=format)
+    watch.remove()
     caches, ids, new = model.empty_caches(2, 30, format), PROMPT, PROMPT
     for _ in range(9):
         with torch.no_grad():
@@ -259,6 +261,9 @@ def test_generating_with_a_cache_of_fewer_bits(format: str) -> None:
     assert torch.equal(found, ids)
     assert all(isinstance(cache, QuantizedLatentCache) and cache.record.format == format for cache in seen)
     assert seen[-1].reserved_nbytes == 2 * 16 * seen[-1].stored.shape[-1]  # room for prompt and answer, made once
+    seen.clear()
+    model.generate(PROMPT, 9, cache_format=format, policy=lambda cache: seen.append(cache) or window(cache, 0, 3))
+    assert seen[0].reserved_nbytes == seen[0].nbytes  # a window of a long answer needs no room for all of it
 
 
 def test_a_policy_sees_every_layer_after_every_call() -> None:
@@ -297,6 +302,19 @@ KEPT = r"layer 0's LatentCache, perhaps with fewer rows \(`keep`\), and as many 
         (lambda: window(numbered(3), -1, 2), "sinks is -1; wanted a number of rows, 0 or more"),
         (lambda: window(numbered(3), 0, 2.5), "last is 2.5; wanted a number of rows, 0 or more"),
         (lambda: window(numbered(3), 0, 0), "sinks and last is 0; wanted a row at least"),
+        (lambda: window(None, 0, 2), "cache is None; wanted the cache of a layer"),
+        (lambda: window((numbered(3), numbered(3)), 0, 2), "cache is a tuple of 2; wanted the cache of a layer"),
+        (lambda: HeavyHitters(2).step(None, torch.ones(2, 4, 1, 3)), "cache is None; wanted the cache of a layer"),
+        (lambda: window_mask(5, 3, 0, 2), "kv_seq is 3; wanted at least the 5 queries"),
+        (lambda: window_mask(0, 3, 0, 2), "seq is 0; wanted at least one query"),
+        (
+            lambda: model_of().stream(PROMPT, 2, policy=HeavyHitters(2).step),
+            "policy is <bound method .*; wanted None, or a callable that takes a layer's cache alone: attention weights",
+        ),
+        (
+            lambda: model_of().stream(PROMPT, 2, policy=partial(window, sinks=1)),
+            "policy is functools.partial.*; wanted None",
+        ),
         (lambda: window_mask(1, 3, True, 1), "sinks is True; wanted a number of rows, 0 or more"),
         (lambda: HeavyHitters(3, 4), "recent is 4; wanted at most the 3 rows"),
         (lambda: HeavyHitters(0, 0), "budget and recent is 0; wanted a row at least"),

@@ -660,6 +660,27 @@ def test_random_weights(name: str, weights: str | None) -> None:
     assert all(value.is_meta for value in meta.state_dict().values())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float32"], ids=str)
+@pytest.mark.usefixtures("as_shipped")
+def test_a_dtype_in_which_no_layer_runs_is_rejected(dtype: Any, tmp_path: Path) -> None:
+    said = r"^dtype is .*; wanted None or torch's float64, float32, float16 or bfloat16$"
+    makers: list[Callable[[], object]] = [
+        lambda: DeepseekV2ForCausalLM.random(NARROW, "int8", dtype=dtype),
+        lambda: DeepseekV2DecoderLayer.random(NARROW, 0, dtype=dtype),
+        lambda: DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match=said):
+            make()
+    others: list[Callable[[], object]] = [
+        lambda: DeepseekV2ForCausalLM.random({}),  # type: ignore[arg-type]
+        lambda: DeepseekV2DecoderLayer.random(None, 0),  # type: ignore[arg-type]
+    ]
+    for make in others:
+        with pytest.raises(ValueError, match=r"^config is a \w+; wanted a DeepseekV2Config"):
+            make()
+
+
 def test_every_code_is_drawn() -> None:
     torch.manual_seed(0)
     for kind, codes in (("int8", range(-127, 128)), ("int4", range(-7, 8, 2))):

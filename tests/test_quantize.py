@@ -402,6 +402,14 @@ def test_a_module_that_holds_nothing_to_quantise(module: nn.Module) -> None:
         quantize(module, "int8")
 
 
+@pytest.mark.parametrize("change", [lambda module: quantize(module, "int8"), pack_weights], ids=["quantize", "pack"])
+@pytest.mark.parametrize("module", [None, {"weight": torch.ones(2, 2)}, [nn.Identity()]], ids=["None", "dict", "list"])
+@pytest.mark.usefixtures("as_shipped")
+def test_what_is_no_module(module: Any, change: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"^module is .*; wanted a torch.nn.Module$"):
+        change(module)
+
+
 @torch.no_grad()
 def test_a_bias_that_the_absorbed_form_would_leave_out() -> None:
     plain = layer_of("mla", mla_form="auto")

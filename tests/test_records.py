@@ -479,6 +479,13 @@ def test_autocast_treats_both_kinds_of_cache_alike() -> None:
         (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(1, 1, 8), "format is 8; wanted None or one of fp8, int8, int4"),
         (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(0, 1, "fp8"), "batch is 0; wanted at least one"),
         (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(1, -1, "fp8"), "capacity is -1; wanted room"),
+        (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(1.5, 1, "fp8"), "batch is 1.5; wanted at least one"),
+        (lambda: DeepseekV2Attention(SMALL, 0).empty_cache("1", 1), "batch is '1'; wanted at least one"),
+        (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(1, None), "capacity is None; wanted room for 0 or more"),
+        (lambda: cache_with("fp8")[0].select([0, 1]), "sequences is a list of 2; wanted a tensor"),
+        (lambda: cache_with("fp8")[0].select(torch.tensor([0, 2])), "sequences is beyond the batch .*; wanted from 0 to 1"),
+        (lambda: cache_with("fp8")[0].select(torch.tensor([-1])), "sequences is beyond the batch .*; wanted from 0 to 1"),
+        (lambda: cache_with("fp8")[0].select(torch.tensor([True])), r"sequences is .*bool .*; wanted integers \(chosen,\)"),
         (
             lambda: DeepseekV2Attention(replace(SMALL, kv_lora_rank=15), 0).empty_cache(1, 1, "int4"),
             "format is 'int4'; wanted fp8 or int8: the latent of 15 features cannot be halved",

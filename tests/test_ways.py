@@ -33,6 +33,19 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             ],
         ),
         (["--device", "cuda", "--seq", "9", "--training"], ["attend sdpa", "training"]),
+        (
+            ["--dtype", "float32", "--kv", "90", "--weights", "int4", "--group", "16", "--cache", "int8"],
+            [
+                "attend_records cpu records",
+                "RoutedExperts.forward chosen experts",
+                "quantized_product x 11 cpu float32",  # 4 of attention, 3 of shared experts, 2 of each chosen one
+            ],
+        ),
+        (
+            ["--seq", "9", "--weights", "int8", "--cache", "fp8", "--form", "absorbed"],
+            ["attend_records definition", "for one query at a time"],
+        ),
+        (["--seq", "9", "--weights", "int8", "--training"], ["quantized_product", "gives no gradients"]),
     ],
 )
 def test_the_way_of_each_call(arguments: list[str], lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +61,10 @@ def test_the_way_of_each_call(arguments: list[str], lines: list[str], capsys: py
         (["--layer", "9"], "layer_idx is 9; wanted"),
         (["--weights", "int3"], "weights is 'int3'; wanted int8, int4, fp8"),
         (["--kv", "9", "--cache", "fp9"], "format is 'fp9'; wanted None or one of fp8"),
+        (["--cache", "fp9"], "format is 'fp9'; wanted None or one of fp8"),
+        (["--training", "--cache", "fp8"], "cache is 'fp8'; wanted None: training has no cache"),
+        (["--weights", "int4", "--group", "3"], "group is 3; wanted an even number"),
+        (["--weights", "int4"], "group is 64; wanted a divisor of 48, the inputs of q_b_proj, such as 16"),
         (["--dtype", "int8"], "dtype is 'int8'; wanted a floating-point dtype"),
         (["--seq", "9", "--kv", "3"], "kv is 3; wanted at least the 9 new tokens"),
     ],

@@ -69,7 +69,8 @@ def _feed_forward(name: str, hidden: int, width: int) -> dict[str, Matrix]:
 def matrices(config: DeepseekV2Config, layer_idx: int) -> dict[str, Matrix]:
     """Every weight of a layer under its published name, with ``*`` in place of the index of a routed expert.
 
-    A token passes through ``num_experts_per_tok`` of the routed experts, and through all other weights.
+    A token passes through ``num_experts_per_tok`` of the routed experts, and through all other weights. The bias by which
+    ``noaux_tc`` chooses experts, a number for each, is no parameter and is not counted.
     """
     require_layer(config, layer_idx)
     s = Sizes.of(config)

@@ -20,6 +20,7 @@ def choices(
     kv: int = 1,
     training: bool = False,
     weights: str | None = None,
+    group: int = 64,
     cache_format: str | None = None,
 ) -> Counter[ops.Choice]:
     """The choice for every call of a layer, and how often it is made, in the order of the layer.
@@ -31,14 +32,15 @@ def choices(
         device: ``cpu`` or ``cuda``. dtype: of weights and activations, such as ``bfloat16``.
         batch: sequences. seq: new tokens of each. kv: tokens attended to, the new ones included.
         training: with gradients, and without a cache.
-        weights: what `dsv2_ref.quantize.quantize` makes of them. cache_format: of a `QuantizedLatentCache`.
+        weights: what `dsv2_ref.quantize.quantize` makes of them, in groups of ``group``. cache_format: of a
+            `QuantizedLatentCache`, which may be empty before the call.
     """
     with torch.device("meta"), torch.set_grad_enabled(training):
         layer = DeepseekV2DecoderLayer(config, layer_idx).to(getattr(torch, dtype)).train(training)
-        layer = layer if weights is None else quantize(layer, weights)
+        layer = layer if weights is None else quantize(layer, weights, group)
         x = torch.empty(batch, seq, config.hidden_size, dtype=getattr(torch, dtype))
         cache = None
-        if kv > seq:
+        if kv > seq or cache_format is not None:
             past = torch.empty(batch, kv - seq, *layer.self_attn.cache_features, dtype=x.dtype)
             form = {} if cache_format is None else {"format": cache_format}
             cache = layer.self_attn.empty_cache(batch, capacity=kv + 63, **form).append(past)

@@ -1,7 +1,8 @@
-"""Weights laid out for the CPU's matrix kernels: a layer for inference that reads them twice as fast in bfloat16.
+"""Weights laid out for the CPU's matrix kernels: a layer for inference that need not rearrange them.
 
 oneDNN multiplies matrices from blocks, into which it rearranges a plain matrix at every product. With thousands of
-tokens that hardly shows; with one it takes as long as the product. `pack_weights` rearranges once.
+tokens that hardly shows; with one it takes longer than reading the matrix does. `pack_weights` rearranges once. How
+much of a step that saves depends on the processor: ``python -m bench.bits`` times packed and plain weights.
 """
 
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv2_ref.checks import require
+from dsv2_ref.checks import is_module, require
 from dsv2_ref.fast.cpu import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
@@ -147,9 +148,10 @@ def pack_weights(module: Module) -> Module:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
 
     Raises:
-        ValueError: for weights of another dtype or device, before anything is packed.
+        ValueError: for what is no module, and weights of another dtype or device, before anything is packed.
         RuntimeError: for bfloat16 where the processor has no instructions for it that oneDNN can use.
     """
+    is_module(module)
     children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
     places = [(parent, name, child) for parent, name, child in children if is_plain(child)]
     quantised = [child for child in module.modules() if isinstance(child, QuantizedWeight)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from dsv2_ref import ops
@@ -41,7 +41,7 @@ def chosen_experts(
 ) -> Float[Tensor, "tokens hidden"]:
     """The routed experts where ``product(rows, expert, down)`` multiplies rows by one expert's matrix: gates above ups, or
     its down projection. Only experts that a token chose are asked for."""
-    if len(hidden_states) == 1:  # nothing to sort
+    if len(hidden_states) == 1 and not topk_idx.is_meta:  # nothing to sort
         out = []
         for expert in topk_idx[0].tolist():
             gate, up = product(hidden_states, expert, False).chunk(2, dim=-1)
@@ -49,12 +49,19 @@ def chosen_experts(
         return (topk_weight @ torch.cat(out).to(topk_weight.dtype)).to(hidden_states.dtype)
     order, group_ends, places = sort_by_expert(topk_idx, experts)
     rows = hidden_states[order // topk_idx.shape[1]]
-    ends, out = group_ends.tolist(), []
+    ends, out = ends_of_groups(group_ends, len(rows)), []
     for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if end > start:
             gate, up = product(rows[start:end], expert, False).chunk(2, dim=-1)
             out.append(product(F.silu(gate) * up, expert, True))
     return combine(torch.cat(out), places, topk_weight).to(hidden_states.dtype)
+
+
+def ends_of_groups(group_ends: Int[Tensor, "groups"], rows: int) -> list[int]:
+    """Where the rows of each group end; where there is no memory, as if all groups had as many."""
+    if group_ends.is_meta:
+        return [rows * group // len(group_ends) for group in range(1, len(group_ends) + 1)]
+    return group_ends.tolist()
 
 
 @ops.faster(QuantizedExperts.forward, "chosen experts", compiles=False)
@@ -67,14 +74,29 @@ def _chosen_experts(experts: QuantizedExperts, hidden_states: Tensor, topk_idx: 
 
 # On the CPU
 
-
-def _slow_in_bfloat16(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
-    return "this processor has bfloat16 products" if has_bfloat16() else ""
+ALSO_FLOAT32 = HALF_ON_CPU | {"dtypes": (torch.float32, torch.bfloat16)}
 
 
-@ops.faster(quantized_product, "cpu float32", why_not=_slow_in_bfloat16, **HALF_ON_CPU)
-def _in_float32(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
-    return F.linear(rows.float(), weight.dense(place).float()).to(rows.dtype)
+def _autocast() -> str:
+    return "torch.autocast chooses the dtype" if torch.is_autocast_enabled("cpu") else ""
+
+
+ROWS_AT_ONCE = 256
+"""Rows of a matrix whose codes are widened together, so that they stay in the processor's cache (2 MB of 2,048 inputs in
+float32). A whole matrix would go through memory several times."""
+
+
+def _not_in_float32(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
+    if rows.dtype == torch.bfloat16 and has_bfloat16():
+        return "this processor has bfloat16 products"
+    return _autocast()
+
+
+@ops.faster(quantized_product, "cpu float32", why_not=_not_in_float32, **ALSO_FLOAT32)
+def _some_rows_at_once(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
+    wide, starts = rows.float(), range(0, weight.shape[-2], ROWS_AT_ONCE)
+    pieces = (weight.dense((place, slice(start, start + ROWS_AT_ONCE))).float() for start in starts)
+    return torch.cat([F.linear(wide, piece) for piece in pieces], dim=-1).to(rows.dtype)
 
 
 def _not_few(rows: Tensor, weight: QuantizedWeight, kind: str) -> str:
@@ -113,8 +135,8 @@ def _few_by_int4(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Ten
 
 # The latent cache in fewer bits
 
-RECORDS_AT_ONCE = 1024
-"""Records whose codes are widened together, so that they stay in the processor's cache."""
+RECORDS_AT_ONCE = 2048
+"""Records that are decoded together, so that they stay in the processor's cache (5 MB for V2-Lite in float32)."""
 
 
 def _not_one_query(query: Tensor, cache: QuantizedLatentCache, visible: Visibility, *_: Any, **__: Any) -> str:
@@ -122,11 +144,11 @@ def _not_one_query(query: Tensor, cache: QuantizedLatentCache, visible: Visibili
         return "for one query at a time"
     if visible.attention_mask is not None:
         return "for queries that see every record"
-    return "for fp8 and int8" if cache.record.format == "int4" else ""
+    return _autocast()
 
 
-@ops.faster(attend_records, "cpu records", where={"implementation": "products"}, why_not=_not_one_query, **HALF_ON_CPU)
-def attend_by_tiles(
+@ops.faster(attend_records, "cpu records", where={"implementation": "products"}, why_not=_not_one_query, **ALSO_FLOAT32)
+def attend_in_pieces(
     query: Float[Tensor, "batch heads 1 features"],
     cache: QuantizedLatentCache,
     visible: Visibility,
@@ -136,28 +158,36 @@ def attend_by_tiles(
 ) -> tuple[Float[Tensor, "batch heads 1 latent"], None]:
     """`attend_records` of one query, some records at a time, with a running softmax.
 
-    Scales stay outside of the products: a tile's multiplies its scores, and then the weights of its values. So codes are
-    only widened, to bfloat16, which holds them exactly, or to float32 where no instruction multiplies bfloat16.
+    Products are in the dtype of the query, or in float32 where no instruction multiplies bfloat16.
     """
     record, wide = cache.record, query.dtype if has_bfloat16() else torch.float32
-    (B, H), C, tiles = query.shape[:2], record.latent, record.latent // record.tile
-    q_latent, q_pe = (query[:, :, 0] * scale).to(wide).split((C, record.rope), dim=-1)
-    q_tiles = q_latent.unflatten(-1, (tiles, -1)).transpose(1, 2)  # (B, tiles, H, tile)
+    (B, H), C, rows = query.shape[:2], record.latent, query[:, :, 0].to(wide)
     largest = query.new_full((B, H, 1), -torch.inf, dtype=torch.float32)
-    total, out = torch.zeros_like(largest), query.new_zeros(B, tiles, H, record.tile, dtype=torch.float32)
+    total, out = torch.zeros_like(largest), query.new_zeros(B, H, C, dtype=torch.float32)
+    keys = rows.new_empty(B, min(RECORDS_AT_ONCE, cache.length), C + record.rope)
     for start in range(0, cache.length, RECORDS_AT_ONCE):
         codes, scales, k_pe = record.split(cache.stored[:, start : start + RECORDS_AT_ONCE])
-        keys = codes.to(wide).unflatten(-1, (tiles, -1)).transpose(1, 2)  # (B, tiles, n, tile)
-        per_tile = (q_tiles @ keys.mT).float() * scales.mT[:, :, None]  # (B, tiles, H, n)
-        scores = per_tile.sum(dim=1) + (q_pe @ k_pe.to(wide).mT).float()  # (B, H, n)
+        key = keys[:, : codes.shape[1]]  # (B, n, C + R)
+        latent = key[..., :C]
+        if record.format == "fp8":
+            codes, scales = as_float16(codes), scales * 2**8
+        latent.copy_(codes).unflatten(-1, (-1, record.tile)).mul_(scales[..., None])
+        key[..., C:] = k_pe
+        scores = (rows @ key.mT).float() * scale  # (B, H, n)
         new = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
         weights, shrink = (scores - new).exp(), (largest - new).exp()
         total = total * shrink + weights.sum(dim=-1, keepdim=True)
-        weighted = (weights[:, None] * scales.mT[:, :, None]).to(wide)  # (B, tiles, H, n)
-        out = out * shrink[:, None] + (weighted @ keys).float()
+        out = out * shrink + (weights.to(wide) @ latent).float()  # (B, H, C)
         largest = new
-    out = (out / total[:, None]).transpose(1, 2).flatten(2)  # (B, H, C)
-    return out[:, :, None].to(query.dtype), None
+    return (out / total)[:, :, None].to(query.dtype), None
+
+
+def as_float16(codes: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """2⁻⁸ times what float8_e4m3fn codes (s eeee mmm) stand for, exactly. Their bits lie in float16 (s eeeee mmm…) as they
+    are, seven places further left, and its exponent's bias is 8 larger. torch converts one code at a time, with AVX2 six
+    times as slowly."""
+    bits = codes.view(torch.int8).to(torch.int16)  # the sign also fills the upper half
+    return bits.mul_(2**7).bitwise_and_(~(1 << 14)).view(torch.float16)
 
 
 # Codes laid out for torch's kernel
