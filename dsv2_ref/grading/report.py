@@ -25,7 +25,7 @@ whose softmax is flat: it passes too, as published code does so. Every known mis
 more than 100 times as large in some case."""
 
 LARGEST = 1e300
-"""Relative errors stop here: what overflows is wrong enough, and JSON has no infinity."""
+"""The largest relative error that is told, as JSON has no infinity."""
 
 CHAPTERS = {
     "overview": "The layer at a glance",
