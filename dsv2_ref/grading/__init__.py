@@ -26,7 +26,7 @@ def grade(part: str, file: str | Path, seconds: int = SECONDS, megabytes: int = 
         megabytes: of memory that it may take beyond those of torch.
 
     Raises:
-        ValueError: for a part that is not known, a file that is none, and limits that are none.
+        ValueError: for a part that is not known, a file that is none, and limits out of range.
     """
     require(part in PARTS, "part", part, f"one of {', '.join(PARTS)}")
     readable = Path(file).is_file() and Path(file).suffix != ".ipynb"

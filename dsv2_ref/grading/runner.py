@@ -87,7 +87,7 @@ def stop() -> None:
 
 
 def check_limits(seconds: int, megabytes: int) -> None:
-    """Raise `ValueError` for limits that are none."""
+    """Reject limits out of range."""
     require(1 <= seconds <= 86400, "seconds", seconds, "1 or more, and at most those of a day")
     require(1 <= megabytes <= 2**20, "megabytes", megabytes, "1 or more, and at most a terabyte's 1048576")
 
