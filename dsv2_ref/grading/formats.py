@@ -129,10 +129,6 @@ def as_csv(rows: Sequence[tuple[str, Report]]) -> str:
     return written.getvalue()
 
 
-FORMULA = tuple("=+-@＝＋－＠")
-"""What a formula in a spreadsheet begins with."""
-
-
 def cell_of(value: Any) -> Any:
     """A cell in one line, that no spreadsheet takes for a formula.
 
@@ -141,4 +137,4 @@ def cell_of(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = plain(" ".join(value.split()))
-    return f"'{text}" if text[:1] in FORMULA else text
+    return f"'{text}" if text[:1] in tuple("=+-@＝＋－＠") else text
