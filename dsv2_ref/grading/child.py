@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dsv2_ref import fast, model, ops  # noqa: F401  # all that holds guarded names
-from dsv2_ref.grading.part import Case, Part, WrongError, absent
+from dsv2_ref.grading.part import Case, Part, Values, WrongError, absent
 from dsv2_ref.grading.parts import PARTS
 
 if sys.platform != "win32":
@@ -191,7 +191,7 @@ def in_a_line(text: object) -> str:
     return " ".join(str(text).split())[:LONGEST].encode("utf-8", "replace").decode()
 
 
-def usable(name: str, value: torch.Tensor) -> torch.Tensor:
+def usable(name: str, value: Values) -> Values:
     """A result as a plain tensor of its own."""
     if value.layout != torch.strided or value.is_quantized:
         raise WrongError(f"{name} is a tensor of layout {value.layout}; wanted a dense one")
