@@ -203,6 +203,8 @@ def _write(text: str) -> int:
     """Print; 141, as a program that SIGPIPE ends, where the reader has gone."""
     try:
         print(text, flush=True)
+    except UnicodeEncodeError as error:  # the names of files may hold letters that the terminal, or Windows, has not
+        return _write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
     except OSError as error:
         # Python flushes once more when it ends, which must find an open file.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -227,6 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = run(args, _config(args), call)
     except (ValueError, OverflowError, OSError, ImportError) as error:
         return _refuse(error)
+    except KeyboardInterrupt:
+        return 130  # as a program that SIGINT ends
     return _write(text)
 
 

@@ -71,33 +71,11 @@ BOTH: dict[str, list[Edit]] = {
     "the rope key not rotated": [(TURNED, "q_pe, _ = apply_rotary(q_pe, k_pe, cos, sin)")],
     "no position at all": [(TURNED, "pass")],
     "the rope part of the scores lost": [(TURNED, f"{TURNED}\n        q_pe = torch.zeros_like(q_pe)")],
-}
-UP = "kv = self.kv_b_proj(latent).view(B, S, H, N + V).transpose(1, 2)"
-SPLIT = "k_nope, value = kv.split((N, V), dim=-1)"
-MLA = BOTH | {
-    "no causal mask": [(CAUSAL, CAUSAL.removesuffix(".tril()"))],
-    "the up-projections of keys and values exchanged": [
-        (SPLIT, f"{SPLIT}\n        if N == V:\n            k_nope, value = value, k_nope")
-    ],
-    "kv_b_proj split in the middle, not head by head": [
-        (UP, "kv = self.kv_b_proj(latent)"),
-        (
-            SPLIT,
-            "k_nope, value = kv.split((H * N, H * V), dim=-1)\n"
-            "        k_nope = k_nope.view(B, S, H, N).transpose(1, 2)\n"
-            "        value = value.view(B, S, H, V).transpose(1, 2)",
-        ),
-    ],
     "the norm on the query's latent left out": [("self.q_a_layernorm(self.q_a_proj(x))", "self.q_a_proj(x)")],
     "the layer's epsilon in the norms of the latents": [
         ("DeepseekV2RMSNorm(C)", "DeepseekV2RMSNorm(C, config.rms_norm_eps)"),
         ("DeepseekV2RMSNorm(config.q_lora_rank)", "DeepseekV2RMSNorm(config.q_lora_rank, config.rms_norm_eps)"),
     ],
-    "a token does not see itself": [
-        (CAUSAL, CAUSAL.replace("tril()", "tril(-1)")),
-        (".softmax(dim=-1)", ".softmax(dim=-1).nan_to_num()"),
-    ],
-    "a token sees the next one": [(CAUSAL, CAUSAL.replace("tril()", "tril(1)"))],
     "YaRN left out": [("** -0.5 * temperature", "** -0.5"), (YARN_TABLES, "config.rope_theta, dtype")],
     "YaRN's angles left out": [(YARN_TABLES, "config.rope_theta, dtype")],
     "YaRN's magnitude left out: m(mscale) / m(mscale_all_dim)": [
@@ -109,6 +87,24 @@ MLA = BOTH | {
     "scores not scaled": [(SCALE, "self.scale = temperature")],
     "heads not brought back beside their features before o_proj": [
         ("out.transpose(1, 2).reshape(B, S, H * V)", "out.reshape(B, S, H * V)")
+    ],
+}
+UP = "kv = self.kv_b_proj(latent).view(B, S, H, N + V).transpose(1, 2)"
+SPLIT = "k_nope, value = kv.split((N, V), dim=-1)"
+NO_NAN = (".softmax(dim=-1)", ".softmax(dim=-1).nan_to_num()")
+MLA = BOTH | {
+    "no causal mask": [(CAUSAL, CAUSAL.removesuffix(".tril()"))],
+    "a token does not see itself": [(CAUSAL, CAUSAL.replace("tril()", "tril(-1)")), NO_NAN],
+    "a token sees the next one": [(CAUSAL, CAUSAL.replace("tril()", "tril(1)"))],
+    "the up-projections of keys and values exchanged": [(SPLIT, "value, k_nope = kv.split((V, N), dim=-1)")],
+    "kv_b_proj split in the middle, not head by head": [
+        (UP, "kv = self.kv_b_proj(latent)"),
+        (
+            SPLIT,
+            "k_nope, value = kv.split((H * N, H * V), dim=-1)\n"
+            "        k_nope = k_nope.view(B, S, H, N).transpose(1, 2)\n"
+            "        value = value.view(B, S, H, V).transpose(1, 2)",
+        ),
     ],
 }
 EXPANDED = [
@@ -133,9 +129,9 @@ READ = "w_uk, w_uv = rows[:, :N], rows[:, N:]"
 RETURNED = "return out, None, cache"
 DECODING = BOTH | {
     "no causal mask": [(f".{CAUSAL_WITH_CACHE}", "")],
-    "the up-projections of keys and values exchanged": [
-        (READ, f"{READ}\n        if N == V:\n            w_uk, w_uv = w_uv, w_uk")
-    ],
+    "a token does not see itself": [(CAUSAL_WITH_CACHE, "tril(K - S - 1)"), NO_NAN],
+    "a token sees the next one": [(CAUSAL_WITH_CACHE, "tril(K - S + 1)")],
+    "the up-projections of keys and values exchanged": [(READ, "w_uv, w_uk = rows[:, :V], rows[:, V:]")],
     "kv_b_proj split in the middle, not head by head": [
         ("rows = self.kv_b_proj.weight.view(H, N + V, C)", "rows = self.kv_b_proj.weight"),
         (READ, "w_uk, w_uv = rows[: H * N].view(H, N, C), rows[H * N :].view(H, V, C)"),
@@ -195,6 +191,9 @@ GATE: dict[str, list[Edit]] = {
             GATHER,
             f"{GATHER}\n        if not sigmoid:\n            topk_weight = logits.gather(-1, topk_idx).softmax(-1)",
         )
+    ],
+    "softmax after top-k, in place of sigmoid scores too": [
+        (GATHER, "topk_weight = logits.gather(-1, topk_idx).softmax(-1)")
     ],
     "routed_scaling_factor left out": [(SCALED, "pass")],
     "routed_scaling_factor before normalising, which cancels it": [

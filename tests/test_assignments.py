@@ -116,7 +116,11 @@ def test_the_students_archive_holds_no_solution(archives: list[zipfile.ZipFile])
 def test_the_instructors_archive_holds_all(archives: list[zipfile.ZipFile]) -> None:
     students, instructors = archives
     assert {f"students/{name}" for name in names(students)} < names(instructors)
-    assert "instructors.md" in names(instructors)
+    page = instructors.read("assignments-instructors/instructors.md").decode()
+    assert not re.search(r"\{\{|\[\]\(", page)
+    linked = set(re.findall(r"\]\((chapters/\w+\.ipynb)\)", page))
+    assert len(linked) > 10
+    assert linked <= names(instructors)
     for path in chapters():
         assert instructors.read(f"assignments-instructors/chapters/{path.name}") == path.read_bytes()
 

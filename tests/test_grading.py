@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dsv2_ref import __main__ as command_line
 from dsv2_ref.grading import PARTS, Report, grade
 from dsv2_ref.grading.formats import as_csv, as_gradescope, as_json, as_junit, as_text
 from dsv2_ref.grading.report import CHAPTERS, ROUNDING, ROUNDING_OF_FLOAT32, cost_of, distance, expected
-from tests.planted_in_solutions import BOTH_AT_ONCE, PLANTED, planted
+from tests.planted_in_solutions import BOTH_AT_ONCE, CAUSAL, PLANTED, planted
 
 ROOT = Path(__file__).parent.parent
 SOLUTIONS = ROOT / "assignments" / "solutions"
@@ -203,39 +204,154 @@ def test_two_mistakes_at_once_are_both_named(submit: Submit) -> None:
     assert {named.name for named in submit("mla", source).mistakes} == set(two)
 
 
-FORMS = {
+ATTENTION = "def __init__(self, config, layer_idx):"
+LAST = "return out, None, cache"
+FORMS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "a norm of torch's": (
         "rmsnorm",
-        "class DeepseekV2RMSNorm",
-        "class DeepseekV2RMSNorm(torch.nn.RMSNorm):\n    pass\n\nclass Other",
+        [("class DeepseekV2RMSNorm", "class DeepseekV2RMSNorm(torch.nn.RMSNorm):\n    pass\n\nclass Other")],
     ),
-    "a tuple": ("rmsnorm", "return self.weight * (", "return (self.weight * ("),
+    "a tuple": (
+        "rmsnorm",
+        [("return self.weight * (", "return (self.weight * ("), ("self.eps))", "self.eps)), None)")],
+    ),
+    "a list": ("rmsnorm", [("return self.weight * (", "return [self.weight * ("), ("self.eps))", "self.eps))]")]),
+    "inference mode": ("rmsnorm", [("    def forward", "    @torch.inference_mode()\n    def forward")]),
+    "no forward": ("rmsnorm", [("def forward", "def __call__")]),
+    "arguments by name only": ("rmsnorm", [("(self, hidden_size, eps=1e-6)", "(self, *, hidden_size, eps)")]),
+    "arguments in another order": ("mla", [(ATTENTION, "def __init__(self, layer_idx, config):")]),
+    "arguments with other names": ("mla", [(ATTENTION, "def __init__(self, cfg, i):\n        config = cfg")]),
     "torch's attention": (
         "mla",
-        "out = weights @ value",
-        "out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)",
+        [
+            (
+                "out = weights @ value",
+                "out = torch.nn.functional.scaled_dot_product_attention("
+                "query, key, value, is_causal=True, scale=self.scale)",
+            )
+        ],
+    ),
+    "einsum": (
+        "mla",
+        [("query @ key.transpose(-1, -2)", "torch.einsum('bhsd,bhtd->bhst', query, key)")],
+    ),
+    "a mask that is kept": (
+        "mla",
+        [
+            (
+                CAUSAL,
+                "self.register_buffer('mask', torch.ones(S, S, dtype=torch.bool).tril())\n        causal = self.mask",
+            )
+        ],
+    ),
+    "functions with other names for what they take": (
+        "rope",
+        [
+            (
+                "def apply_rotary(q_pe, k_pe, cos, sin):",
+                "def apply_rotary(q, k, c, s):\n    q_pe, k_pe, cos, sin = q, k, c, s",
+            ),
+            ("scaling.mscale_all_dim) ** 2", "scaling.mscale_all_dim) ** 2 * torch.ones(())"),
+        ],
     ),
     "choices in another order": (
         "gate",
-        "return topk_idx, topk_weight, None",
-        "return topk_idx.flip(-1), topk_weight.flip(-1)",
+        [("return topk_idx, topk_weight, None", "return topk_idx.flip(-1), topk_weight.flip(-1)")],
     ),
-    "a cache in a dict": ("decoding", "return out, None, cache", "return out, {'rows': cache}"),
+    "choices by sequence": (
+        "gate",
+        [("return topk_idx, topk_weight, None", "return topk_idx[None].int(), topk_weight[None], None")],
+    ),
+    "a cache in a dict": (
+        "decoding",
+        [
+            ("past_key_value.shape", "past_key_value['rows'].shape"),
+            ("(past_key_value, cache)", "(past_key_value['rows'], cache)"),
+            (LAST, "return out, {'rows': cache}"),
+        ],
+    ),
+    "a cache in the module": (
+        "decoding",
+        [
+            ("past_key_value.shape", "self.cache.shape"),
+            ("(past_key_value, cache)", "(self.cache, cache)"),
+            (LAST, "self.cache = cache\n        return out, 'mine'"),
+        ],
+    ),
+    "a cache that holds its module": (
+        "decoding",
+        [
+            ("past_key_value.shape", "past_key_value[0].shape"),
+            ("(past_key_value, cache)", "(past_key_value[0], cache)"),
+            (LAST, "return out, None, (cache, self)"),
+        ],
+    ),
+    "tables and masks that are kept": (
+        "decoding",
+        [(LAST, f"self.kept = torch.ones(512, 512)\n        {LAST}")],
+    ),
+    "the same place for every output": (
+        "decoding",
+        [
+            (
+                LAST,
+                "self.out = getattr(self, 'out', out.new_zeros(out.shape))\n"
+                "        out = self.out.resize_(out.shape).copy_(out)\n"
+                f"        {LAST}",
+            )
+        ],
+    ),
+    "the published arguments": (
+        "decoding",
+        [
+            (
+                "hidden_states, past_key_value=None, use_cache=False",
+                "hidden_states, attention_mask=None, position_ids=None, past_key_value=None, use_cache=False, **kwargs",
+            )
+        ],
+    ),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_right_passes_whatever_its_form(form: str, submit: Submit) -> None:
-    part, old, new = FORMS[form]
-    source = (SOLUTIONS / f"{part}.py").read_text()
-    if form == "a tuple":
-        source = source.replace("self.eps))", "self.eps)), None)")
-    if form == "a cache in a dict":
-        source = source.replace("past_key_value.shape", "past_key_value['rows'].shape")
-        source = source.replace("(past_key_value, cache)", "(past_key_value['rows'], cache)")
-    assert old in source
-    report = submit(part, source.replace(old, new))
+    part, edits = FORMS[form]
+    report = submit(part, planted((SOLUTIONS / f"{part}.py").read_text(), edits))
     assert report.passed, as_text(report)
+
+
+def test_a_cache_that_the_module_keeps_is_counted(submit: Submit) -> None:
+    edits = FORMS["a cache in the module"][1]
+    source = planted((SOLUTIONS / "decoding.py").read_text(), edits)
+    report = submit(
+        "decoding", source.replace("self.cache = cache", "self.cache, self.more = cache, cache.repeat(1, 1, 4)")
+    )
+    assert [check.name for check in report.checks if not check.passed] == ["elements per token in the cache"]
+
+
+def test_angles_in_float32_pass(submit: Submit) -> None:
+    """As in published code."""
+    source = (SOLUTIONS / "rope.py").read_text()
+    old = "angles = position_ids[..., None].to(dtype) * frequencies"
+    report = submit("rope", source.replace(old, "angles = (position_ids[..., None] * frequencies.float()).to(dtype)"))
+    assert report.passed, as_text(report)
+    assert report.notes == ["some step is computed in float32, though its input is float64"]
+
+
+def test_a_row_that_sees_nothing_is_named_though_it_is_nan(submit: Submit) -> None:
+    mistake = "a token does not see itself"
+    for part in ("mla", "decoding"):
+        source = planted((SOLUTIONS / f"{part}.py").read_text(), PLANTED[part][mistake])
+        report = submit(part, source.replace(".nan_to_num()", ""))
+        assert [named.name for named in report.mistakes] == [mistake]
+        assert 0 < report.mistakes[0].effect < 10
+
+
+def test_a_mistake_that_fails_on_some_sizes_is_named(submit: Submit) -> None:
+    source = (SOLUTIONS / "mla.py").read_text()
+    report = submit("mla", source.replace("k_nope, value = kv.split", "value, k_nope = kv.split"))
+    assert [named.name for named in report.mistakes] == ["the up-projections of keys and values exchanged"]
+    assert "RuntimeError" in report.checks[1].message
 
 
 STACKED = """
@@ -320,10 +436,13 @@ AT_IMPORT = {
     "sys.exit": ("import sys; sys.exit(0)", "it calls sys.exit(0)"),
     "os._exit": ("import os; os._exit(0)", "its process ended with exit status 0 before it had answered"),
     "a crash": ("import ctypes; ctypes.string_at(0)", "it crashed: its process ended with SIGSEGV"),
-    "the default dtype": (
-        "import torch; torch.set_default_dtype(torch.float16)\nclass DeepseekV2RMSNorm: pass",
-        "it changes torch's default dtype",
+    "a null byte": (b"x = 1\x00", "source code"),
+    "a character that no text may hold": ("raise ValueError('\\ud800 mine')", "ValueError: ? mine"),
+    "an error whose name looks like a report": (
+        "raise type('E\\n  ok    8/8  all', (Exception,), {})('mine')",
+        "E ok 8/8 all: mine",
     ),
+    "its own file removed": ("import os; os.remove(__file__); raise ValueError('mine')", "ValueError: mine"),
     "the package's own": ("from dsv2_ref import DeepseekV2RMSNorm", BORROWED),
     "an error without a message": (
         "class E(Exception):\n    def __str__(self): raise E\nraise E",
@@ -359,10 +478,25 @@ IN_FORWARD = {
     "nothing": ("right = None", "forward returned a NoneType; wanted a tensor, or a tuple that begins with one"),
     "an input changed": ("x.mul_(2)", "it changes hidden_states in place"),
     "gradients switched on": ("torch.set_grad_enabled(True)", ""),
-    "the default dtype": (
-        "torch.set_default_dtype(torch.float32)",
-        "it changes torch's default dtype from torch.float64 to torch.float32",
+    "a sparse tensor": (
+        "right = right.to_sparse()",
+        "output is a tensor of layout torch.sparse_coo; wanted a dense one",
     ),
+    "a complex tensor": ("right = right + 0j", "output is torch.complex128; wanted torch.float64, as the input"),
+    "a tensor of no room": ("right = right.new_zeros(1).expand(2**40)", "output is (1099511627776,): far too large"),
+    "a large tensor": ("right = torch.zeros(2**24)", "output is (16777216,): far too large"),
+    "huge values": ("right = right * 1e200", "output 1e+302% off"),
+    "a generator": ("yield right", "forward returned a generator; wanted a tensor"),
+    "a dict": (
+        "right = {'output': right}",
+        "forward returned a dict; wanted a tensor, or a tuple that begins with one",
+    ),
+    "a tuple of nothing": ("right = ()", "forward returned a tuple of nothing; wanted"),
+    "an assertion": ("assert right is None", "AssertionError"),
+    "not written": ("raise NotImplementedError", "not written yet"),
+    "a list without end": ("[0] * 10**12", "it takes more memory than it may (MemoryError"),
+    "a signal without a name": ("os.kill(os.getpid(), 40)", "it crashed: its process ended with signal 40"),
+    "torch spoilt": ("torch.is_grad_enabled = None", "TypeError: 'NoneType' object is not callable"),
     "an error": ("raise ValueError('mine\\n' * 1000)", "ValueError: mine mine"),
     "sys.exit": ("sys.exit('done')", "it calls sys.exit(done)"),
     "os._exit": ("os._exit(7)", "its process ended with exit status 7"),
@@ -375,6 +509,18 @@ IN_FORWARD = {
         "import dsv2_ref.rmsnorm as m; right = m.DeepseekV2RMSNorm.forward(self, x)",
         BORROWED,
     ),
+    "the package's own loaded again": (
+        "import importlib, dsv2_ref.rmsnorm as m; right = importlib.reload(m).DeepseekV2RMSNorm(48)(x)",
+        BORROWED,
+    ),
+    "the package's own as a text": (
+        "import dsv2_ref.rmsnorm as m; exec(open(m.__file__).read())",
+        f"it reads rmsnorm.py of the package; {BORROWED}",
+    ),
+    "the package's own as a source": (
+        "import inspect, dsv2_ref; exec(inspect.getsource(dsv2_ref.DeepseekV2RMSNorm))",
+        "OSError",
+    ),
     "a meta tensor": ("right = right.to('meta')", "meta"),
 }
 
@@ -386,10 +532,69 @@ def test_a_forward_that_goes_wrong(kind: str, submit: Submit) -> None:
     if not wanted:  # torch.no_grad around it undoes that
         assert report.passed
         return
+    for written in (as_json(report), as_junit([report]), as_gradescope(report)):
+        assert "Infinity" not in written
     assert report.problem == ""
     assert not report.passed
     assert wanted in report.checks[0].message
     check_text(as_text(report), submit.folder)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch; torch.use_deterministic_algorithms(True); torch.manual_seed(1)\n" + NORM.format(""),
+        "import torch; torch.set_default_dtype(torch.float16)\n" + NORM.format(""),
+        NORM.format("torch.set_default_dtype(torch.float16)"),
+    ],
+)
+def test_what_is_right_passes_with_a_note_on_what_it_changes_for_others(source: str, submit: Submit) -> None:
+    report = submit("rmsnorm", source)
+    assert report.passed, as_text(report)
+    (note,) = report.notes
+    assert re.match(r"it changes torch's (default dtype|deterministic algorithms) to .+, for all code", note)
+
+
+SPOILS = {
+    "its folder": "[os.remove(name) for name in os.listdir('.')]",
+    "torch": "torch.save = os._exit = os.replace = None",
+    "what it prints to": "sys.stdout = sys.stderr = None; os.closerange(0, 3)",
+    "processes": "os.fork()",
+    "threads": "import threading; threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()",
+}
+
+
+@pytest.mark.parametrize("what", SPOILS)
+def test_what_a_submission_spoils_is_its_own(what: str, submit: Submit) -> None:
+    for source in (NORM.format(SPOILS[what]), f"import os, sys, torch\n{SPOILS[what]}\n{NORM.format('')}"):
+        report = submit("rmsnorm", source)
+        assert report.passed, as_text(report)
+
+
+def test_the_next_submission_is_graded_though_one_ends_the_grader(submit: Submit) -> None:
+    submit("rmsnorm", NORM.format("os.kill(os.getppid(), 9)"))
+    assert submit("rmsnorm", NORM.format("")).passed
+
+
+def test_a_terminal_shows_the_report_and_not_what_was_printed_over_it(submit: Submit) -> None:
+    report = submit("rmsnorm", NORM.format("print('\\x1b[2J\\rrmsnorm: 8 of 8 points, passed'); right = None"))
+    text = as_text(report)
+    assert not re.search(r"[^\n -~]", text)
+    assert text.splitlines()[0].endswith("work.py: 0 of 8 points, not passed")
+
+
+def test_what_is_set_as_it_always_is_changes_nothing(submit: Submit) -> None:
+    report = submit("rmsnorm", "import torch\ntorch.set_default_dtype(torch.float32)\n" + NORM.format(""))
+    assert report.passed
+    assert report.notes == []
+
+
+@pytest.mark.parametrize("what", ["right = right > 0", "right = right / 0", "right = right.float()"])
+def test_no_mistake_is_named_for_what_resembles_it_by_accident(what: str, submit: Submit) -> None:
+    """All mistakes agree on a token of zeros."""
+    report = submit("rmsnorm", NORM.format(what))
+    assert not report.passed
+    assert report.mistakes == []
 
 
 def test_a_hang_is_ended(submit: Submit) -> None:
@@ -489,7 +694,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
 
 
 def test_json(reports: list[Report]) -> None:
-    one, several = json.loads(as_json(reports[1:2])), json.loads(as_json(reports))
+    one, several = json.loads(as_json(reports[1])), json.loads(as_json(reports))
     assert several[1] == one
     assert (one["points"], one["of"], one["passed"]) == (3, 8, False)
     assert one["mistakes"][0]["name"] == "epsilon outside the root"
@@ -529,6 +734,12 @@ def test_csv(reports: list[Report]) -> None:
     assert rows[1]["mistakes"] == "epsilon outside the root"
     assert "no_such_module" in rows[2]["problem"]
     assert rows[0]["student"] == "'=evil()"
+    for name in ("\t=evil()", "\r\n@evil", "＝evil()", "-1+evil\udcff"):
+        text = as_csv([(name, reports[0])])
+        (row,) = csv.DictReader(io.StringIO(text))
+        assert row["student"].startswith("'")
+        assert row["student"].isprintable()
+        assert len(text.splitlines()) == 2
 
 
 def test_the_address_of_the_book_is_given_where_it_is_known(
@@ -570,6 +781,10 @@ def test_exit_status_and_files(reports: list[Report], capsys: pytest.CaptureFixt
         (["rmsnorm", "x.py", "--csv"], "--csv is True; wanted --all FOLDER beside it"),
         (["--all", "book", "--gradescope", "x"], "--gradescope is 'x'; wanted one FILE"),
         (["rmsnorm", "README.md", "--seconds", "0"], "seconds is 0; wanted 1 or more"),
+        (["rmsnorm", "README.md", "--seconds", "99999999999"], "seconds is 99999999999; wanted 1 or more"),
+        (["rmsnorm", "README.md", "--megabytes", "99999999999"], "megabytes is 99999999999; wanted 1 or more"),
+        (["--all", "assignments", "--csv", "--json"], "--csv is True; wanted that or --json"),
+        (["rmsnorm", "README.md", "--junit", "no_such/x.xml"], "No such file or directory: 'no_such/x.xml'"),
     ],
 )
 def test_bad_usage_is_said_in_a_line(
@@ -602,6 +817,63 @@ def test_a_folder_of_submissions(capsys: pytest.CaptureFixture[str], tmp_path: P
     ]
     status, out, _ = run("rmsnorm", "--all", str(tmp_path / "ann"), capsys=capsys)
     assert out.count("rmsnorm: ") == 3
+
+
+def test_every_submission_has_its_line_whatever_lies_beside_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    right = (SOLUTIONS / "rmsnorm.py").read_text()
+    folder = tmp_path / ".courses" / "submissions"
+    for name in (
+        "ann_12_rmsnorm-1.py",
+        "Bob (late) RMSNorm (2).py",
+        "eve/rmsnorm.py",
+        os.fsdecode(b"z\xff/rmsnorm.py"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(right)
+    (folder / "dan").mkdir()
+    (folder / "dan" / "rmsnorm.py").symlink_to("nowhere")
+    (folder / "rmsnorm.py").mkdir()
+    for name in (".git/layer.py", "__MACOSX/._rmsnorm.py", "venv/lib/python3.11/site-packages/torch/layer.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(right)
+    for name in ("fay/rmsnorm.ipynb", "fay/helper.py", "data.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    status, out, error = run("--all", str(folder), "--csv", capsys=capsys)
+    rows = {row["student"]: row for row in csv.DictReader(io.StringIO(out))}
+    assert (status, rows.keys()) == (1, {"ann_12", "Bob (late)", "eve", "z?", "dan"})
+    assert {name for name, row in rows.items() if row["passed"] == "yes"} == rows.keys() - {"dan"}
+    assert "wanted a Python file" in rows["dan"]["problem"]
+    told = re.findall(r"not graded, as it is no Python file named after a part: (.+)", error)
+    assert [Path(path).name for path in told] == ["helper.py", "rmsnorm.ipynb"]
+
+
+def test_an_array_for_a_folder_and_an_object_for_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "rmsnorm.py").write_text("import torch")
+    assert isinstance(json.loads(run("--all", str(tmp_path), "--json", capsys=capsys)[1]), list)
+    assert isinstance(json.loads(run("rmsnorm", str(tmp_path / "rmsnorm.py"), "--json", capsys=capsys)[1]), dict)
+
+
+def test_gradescope_gets_results_for_a_file_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    results = tmp_path / "results.json"
+    status, _, _ = run("rmsnorm", str(tmp_path / "no.py"), "--gradescope", str(results), capsys=capsys)
+    found = json.loads(results.read_text())
+    assert (status, found["score"], found["tests"][0]["status"]) == (1, 0, "failed")
+    assert "no.py'; wanted a Python file" in found["output"]
+
+
+def test_letters_that_a_terminal_lacks_are_written_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "Łukasz.py"
+    path.write_text((SOLUTIONS / "rmsnorm.py").read_text(), encoding="utf-8")
+    command = [sys.executable, "-m", "dsv2_ref", "grade", "rmsnorm", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u0141ukasz.py: 8 of 8 points, passed" in done.stdout
 
 
 def test_the_grader_works_from_the_command_line_alone(tmp_path: Path) -> None:

@@ -94,18 +94,29 @@ def test_the_command_line_says_the_version() -> None:
     assert done.returncode == 0
 
 
-def test_wheel_and_source_hold_what_is_committed(clone: Path, tmp_path: Path) -> None:
+def test_wheel_and_source_hold_what_is_committed(clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (clone / "dsv2_ref" / "lying_about.py").write_text("")
-    release.build_package(clone, tmp_path)
+    built = [f"{release.NAME}.pdf", f"{release.NAME}-site.zip"]
+    (clone / "_build").mkdir()
+    for file in (*built, "dsv2-layer-book-9.9.9.pdf", "assignments-instructors.zip"):
+        (clone / "_build" / file).write_bytes(b"built before")
+    monkeypatch.setattr(release, "ROOT", clone)
+    dist = tmp_path / "dist"
+    release.build(dist, "true")  # the program that says yes to any package
     name = f"dsv2_ref-{dsv2_ref.__version__}"
-    with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl") as wheel:
+    with zipfile.ZipFile(dist / f"{name}-py3-none-any.whl") as wheel:
         files = set(wheel.namelist())
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dsv2_ref").rglob("*.py")}
     assert sources | {"dsv2_ref/py.typed", "dsv2_ref/published.json"} <= files
     assert all(file.startswith(("dsv2_ref/", f"{name}.dist-info/")) for file in files)
     assert "dsv2_ref/lying_about.py" not in files
-    with tarfile.open(tmp_path / f"{name}.tar.gz") as source:
+    with tarfile.open(dist / f"{name}.tar.gz") as source:
         assert {f"{name}/pyproject.toml", f"{name}/README.md"} <= set(source.getnames())
+    packages = [f"{name}-py3-none-any.whl", f"{name}.tar.gz"]
+    wanted = {*built, *packages, f"{release.NAME}-assignments.zip", "SHA256SUMS"}
+    assert {path.name for path in dist.iterdir()} == wanted
+    with zipfile.ZipFile(dist / f"{release.NAME}-assignments.zip") as archive:
+        assert not [file for file in archive.namelist() if "solutions" in file]
 
 
 def test_the_site_is_one_file_with_the_same_bytes_each_time(tmp_path: Path) -> None:

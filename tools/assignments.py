@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import yaml
 from nbformat import NotebookNode
 
+from tools import repository
 from tools.budget import BOOK, chapters
 
 ROOT = BOOK.parent
@@ -63,6 +65,21 @@ def for_students() -> Iterator[tuple[str, bytes]]:
         yield name, (ROOT / name).read_bytes()
 
 
+def page_for_instructors() -> str:
+    """The book's page as one to be read alone: what is filled in there is filled in, and links lead to the chapters."""
+    configured = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]
+    told = repository.commands(repository.find(ROOT, configured["url"]), configured["branch"])
+    text = (BOOK / "instructors.md").read_text(encoding="utf-8")
+    text = re.sub(r"\{\{ (\w+) \}\}", lambda found: told[found[1]], text)
+    packed = {path.name for path in chapters()}
+
+    def link(found: re.Match[str]) -> str:
+        title = nbformat.read(BOOK / found[1], as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+        return f"[{title}](chapters/{found[1]})" if found[1] in packed else title
+
+    return re.sub(r"\[\]\((\w+\.ipynb)\)", link, text)
+
+
 def for_instructors() -> Iterator[tuple[str, bytes]]:
     """Names and contents of the instructors' files."""
     for name, content in for_students():
@@ -71,7 +88,7 @@ def for_instructors() -> Iterator[tuple[str, bytes]]:
         yield f"solutions/{path.name}", path.read_bytes()
     for path in chapters():
         yield f"chapters/{path.name}", path.read_bytes()
-    yield "instructors.md", (BOOK / "instructors.md").read_bytes()
+    yield "instructors.md", page_for_instructors().encode()
 
 
 def write(path: Path, files: Iterator[tuple[str, bytes]]) -> Path:

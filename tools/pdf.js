@@ -31,7 +31,9 @@ async ({ parts, version, style, scripts: drawing }) => {
     // A formula is one thing, which its TeX describes; a figure is a group, and the picture in it has the description.
     for (const formula of chapter.querySelectorAll(".math")) {
       formula.setAttribute("role", "img");
-      formula.setAttribute("aria-label", formula.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, ""));
+      formula.setAttribute("aria-label", formula.textContent.trim().replace(/(?<!\\)\\[()[\]]/g, ""));
+      // MathJax draws with generated content, for which alone Chromium makes no figure in a line of text.
+      formula.append(made("span", { class: "spoken" }, "\u00a0"));
     }
     for (const figure of chapter.querySelectorAll("figure")) figure.setAttribute("role", "group");
     for (const folded of chapter.querySelectorAll("details")) folded.open = true;

@@ -2,7 +2,7 @@
 
     python -m tools.release check 1.2.3    that every place says this version, and nothing is left to commit
     python -m tools.release site           the built book as one file that opens offline
-    python -m tools.release build TWINE    dist/: the PDF, the site, the wheel, the source, and their checksums
+    python -m tools.release build TWINE    dist/: PDF, site, assignments, wheel, source, and checksums
     python -m tools.release tag            the tag, on this machine only
 
 `make release` does all of it, the tests included. The wheel and the source come from what is committed, in a folder of
@@ -23,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from dsv2_ref import __date__, __version__
+from tools import assignments
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = f"dsv2-layer-book-{__version__}"
@@ -98,6 +99,7 @@ def build(folder: Path, twine: str) -> None:
     for file in sorted((ROOT / "_build").glob("*.pdf")) + sorted((ROOT / "_build").glob("*.zip")):
         if __version__ in file.name:
             shutil.copy(file, folder)
+    assignments.write(folder / f"{NAME}-assignments.zip", assignments.for_students())
     build_package(ROOT, folder)
     packages = [str(file) for file in sorted(folder.iterdir()) if file.suffix in (".whl", ".gz")]
     subprocess.run([twine, "check", "--strict", *packages], check=True)

@@ -9,16 +9,14 @@ float64, and name the mistakes that are known.
 from pathlib import Path
 
 from dsv2_ref.checks import require
-from dsv2_ref.grading.later import PARTS
+from dsv2_ref.grading.parts import PARTS
 from dsv2_ref.grading.report import Report, judge
-from dsv2_ref.grading.runner import MEGABYTES, SECONDS, run
+from dsv2_ref.grading.runner import MEGABYTES, SECONDS, check_limits, run
 
 __all__ = ["PARTS", "Report", "grade"]
 
 
-def grade(
-    part: str, file: str | Path, seconds: int = SECONDS, megabytes: int = MEGABYTES
-) -> Report:
+def grade(part: str, file: str | Path, seconds: int = SECONDS, megabytes: int = MEGABYTES) -> Report:
     """The report on a file that defines the class or the functions of a part.
 
     Args:
@@ -28,14 +26,11 @@ def grade(
         megabytes: of memory that it may take beyond those of torch.
 
     Raises:
-        ValueError: for a part that is not known, a file that is none, and limits below 1.
+        ValueError: for a part that is not known, a file that is none, and limits out of range.
     """
     require(part in PARTS, "part", part, f"one of {', '.join(PARTS)}")
     readable = Path(file).is_file() and Path(file).suffix != ".ipynb"
     wanted = "a Python file (Jupyter exports a notebook as one)"
     require(readable, "file", str(file), wanted)
-    require(seconds >= 1, "seconds", seconds, "1 or more")
-    require(megabytes >= 1, "megabytes", megabytes, "1 or more")
-    return judge(
-        PARTS[part], str(file), run(PARTS[part], Path(file), seconds, megabytes)
-    )
+    check_limits(seconds, megabytes)
+    return judge(PARTS[part], str(file), run(PARTS[part], Path(file), seconds, megabytes))

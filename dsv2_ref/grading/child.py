@@ -15,7 +15,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +26,8 @@ from typing import Any
 import torch
 
 from dsv2_ref import fast, model, ops  # noqa: F401  # all that holds guarded names
-from dsv2_ref.grading.later import PARTS
-from dsv2_ref.grading.part import Case, Part, WrongError, absent
+from dsv2_ref.grading.part import Case, Part, Values, WrongError, absent
+from dsv2_ref.grading.parts import PARTS
 
 if sys.platform != "win32":
     import resource
@@ -34,12 +36,23 @@ LONGEST = 500
 """Characters of an error message that are kept."""
 LARGEST_FILE = 2**26
 """Bytes that a submission may print, or write in one file."""
+LARGEST_ANSWER = 2**22
+"""Elements of a result; the right ones have fewer than a thousandth of it."""
 START = 60
 """Seconds more until a process is ended from outside, which has not ended itself."""
 
 
+CLOSED: set[str] = set()
+"""Files that cannot be read at this moment."""
+
+
 class BorrowedError(WrongError):
     """A submission called what it should have written."""
+
+
+class ReadingError(PermissionError):
+    """A submission reads what it should have written. As any file that cannot be read, it stops no warning that would
+    show a line of that file."""
 
 
 def limit(seconds: int, megabytes: int) -> None:
@@ -49,9 +62,7 @@ def limit(seconds: int, megabytes: int) -> None:
     if sys.platform == "win32":
         return
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (int(used) + seconds + 1, int(used) + seconds + 5)
-    )
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + seconds + 1, int(used) + seconds + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     status = Path("/proc/self/statm")
@@ -75,6 +86,20 @@ def guard(part: Part) -> None:
                     setattr(other, attribute, stand_in)
 
 
+def sources(part: Part) -> set[str]:
+    """Files with the package's own version of what a part asks for, as text and compiled."""
+    modules = [sys.modules[module] for module, _ in part.forbidden]
+    return {os.path.realpath(str(path)) for module in modules for path in (module.__file__, module.__cached__)}
+
+
+def keep_closed(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: let nobody open the files of `CLOSED`."""
+    if event == "open" and CLOSED and isinstance(arguments[0], str | bytes):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if path in CLOSED:
+            raise ReadingError(f"it reads {Path(path).name} of the package; wanted code of your own")
+
+
 def borrowed(name: str) -> Any:
     """What stands in for a function of the package."""
 
@@ -86,7 +111,7 @@ def borrowed(name: str) -> Any:
 
 
 def settings() -> dict[str, Any]:
-    """The state of torch that a part must leave as it is."""
+    """The state of torch that a submission should leave as it is."""
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -95,16 +120,16 @@ def settings() -> dict[str, Any]:
     }
 
 
-def restore(before: dict[str, Any]) -> str:
-    """Undo what has changed, and say what it was."""
+def restore(before: dict[str, Any], usual: dict[str, Any]) -> str:
+    """Undo what has changed, and say what it was, unless it is as usual now."""
     after = settings()
-    changed = [name for name in before if before[name] != after[name]]
+    changed = [name for name in before if after[name] not in (before[name], usual[name])]
     torch.set_default_dtype(before["default dtype"])
     torch.set_default_device(before["default device"])
     torch.set_grad_enabled(before["gradients"])
     torch.use_deterministic_algorithms(before["deterministic algorithms"])
-    said = (f"{name} from {before[name]} to {after[name]}" for name in changed)
-    return f"it changes torch's {', '.join(said)}" if changed else ""
+    said = (f"{name} to {after[name]}" for name in changed)
+    return f"it changes torch's {', '.join(said)}, for all code that runs after it" if changed else ""
 
 
 def imported(part: Part, path: Path) -> ModuleType:
@@ -134,80 +159,101 @@ def imported(part: Part, path: Path) -> ModuleType:
 def told(error: BaseException, path: Path) -> dict[str, str]:
     """An error in one line, and where in the submission it arose."""
     try:
-        text = " ".join(str(error).split())[:LONGEST]
+        text = in_a_line(error)
     except Exception:
         text = "(its message cannot be printed)"
-    name = type(error).__name__
+    said = ": ".join(filter(None, (in_a_line(type(error).__name__), text)))
     frames = [
-        f"line {frame.lineno}, in {frame.name}: {(frame.line or '')[:LONGEST]}"
+        f"line {frame.lineno}, in {in_a_line(frame.name)}: {in_a_line(frame.line or '')}"
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename == str(path)
     ]
-    if isinstance(error, WrongError):
-        return {"error": text, "where": ""}
+    where = "\n".join(frames[-3:])
+    if isinstance(error, WrongError | ReadingError):
+        return {"error": text, "where": where}
+    if isinstance(error, NotImplementedError):
+        return {"error": f"not written yet: {text}" if text else "not written yet", "where": ""}
     if isinstance(error, SystemExit):
-        return {"error": f"it calls sys.exit({text})", "where": "\n".join(frames[-3:])}
+        return {"error": f"it calls sys.exit({text})", "where": where}
     if isinstance(error, SyntaxError) and error.filename == str(path):
-        line = (error.text or "").strip()[:LONGEST]
-        return {
-            "error": f"{name}: {error.msg}",
-            "where": f"line {error.lineno}: {line}",
-        }
+        said = ": ".join((type(error).__name__, in_a_line(error.msg)))
+        return {"error": said, "where": f"line {error.lineno}: {in_a_line(error.text or '')}"}
+    if isinstance(error, MemoryError):
+        return {"error": f"it takes more memory than it may ({said})", "where": where}
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         most = f"it prints or writes more than {LARGEST_FILE >> 20} MB"
         return {"error": most, "where": "\n".join(frames[-1:])}
-    if isinstance(error, NotImplementedError):
-        return {"error": f"not written yet: {text}", "where": ""}
-    return {"error": f"{name}: {text}", "where": "\n".join(frames[-3:])}
+    return {"error": said, "where": where}
 
 
-def answer(
-    part: Part, made: Any, case: Case, given: tuple[Any, Any, Any], path: Path
-) -> dict[str, Any]:
-    """What a submission returns in one case, or what is wrong with it; given are the
-    weights and the inputs, twice."""
-    (state, inputs, untouched), before = given, settings()
-    found: dict[str, Any] = {}
-    try:
-        torch.manual_seed(0)
-        subject = part.subject(made, case, state)
-        if part.is_class:
-            found["absent"] = absent(subject, state)
-        with torch.no_grad(), ops.plain():
-            answers = part.answer(subject, inputs)
-        for name, value in untouched.items():
-            if isinstance(value, torch.Tensor) and not value.equal(inputs[name]):
-                raise WrongError(f"it changes {name} in place; wanted it untouched")
-        found["answers"] = {
-            name: value.detach().as_subclass(torch.Tensor).to("cpu").clone()
-            for name, value in answers.items()
-        }
-    except BaseException as error:
-        found |= told(error, path)
-    if (changed := restore(before)) and "error" not in found:
-        found |= {"error": f"{changed}; wanted it left alone", "where": ""}
-    return found
+def in_a_line(text: object) -> str:
+    """The beginning of a text without line ends, and with nothing that a report cannot hold."""
+    return " ".join(str(text).split())[:LONGEST].encode("utf-8", "replace").decode()
+
+
+def usable(name: str, value: Values) -> Values:
+    """A result as a plain tensor of its own."""
+    if value.layout != torch.strided or value.is_quantized:
+        raise WrongError(f"{name} is a tensor of layout {value.layout}; wanted a dense one")
+    if value.numel() > LARGEST_ANSWER:
+        raise WrongError(f"{name} is {tuple(value.shape)}: far too large")
+    return value.detach().as_subclass(torch.Tensor).to("cpu").clone()
+
+
+def answer(part: Part, made: Any, case: Case, given: tuple[Any, Any, Any]) -> dict[str, Any]:
+    """What a submission returns in one case; given are the weights and the inputs, twice.
+
+    Raises:
+        WrongError: for what cannot be graded, and whatever the submission raises.
+    """
+    state, inputs, untouched = given
+    torch.manual_seed(0)
+    subject = part.subject(made, case, state)
+    missing = absent(subject, state) if part.is_class else ""
+    with torch.no_grad(), ops.plain():
+        answers = part.answer(subject, inputs)
+    for name, value in untouched.items():
+        if isinstance(value, torch.Tensor) and not value.equal(inputs[name]):
+            raise WrongError(f"it changes {name} in place; wanted it untouched")
+    return {"absent": missing, "answers": {name: usable(name, value) for name, value in answers.items()}}
 
 
 def work(job: dict[str, Any]) -> None:
     """Write ``import.pt`` and, if that went well, ``0.pt``, ``1.pt``, …, and end."""
     part, path, folder = PARTS[job["part"]], Path(job["file"]), Path(job["folder"])
-    save, leave = torch.save, os._exit
+    save, rename, leave, whoami, own = torch.save, os.replace, os._exit, os.getpid, os.getpid()
     cases = part.cases
     given = [(part.state(case), case.inputs(), case.inputs()) for case in cases]
+    usual = settings()
     guard(part)
+    sys.addaudithook(keep_closed)
     # So that tables that a submission makes without naming a dtype are in float64.
     torch.set_default_dtype(torch.float64)
     limit(job["seconds"], job["megabytes"])
-    before = settings()
-    try:
-        made = imported(part, path)
-        loaded = {"error": restore(before), "where": ""}
-    except BaseException as error:
-        loaded = told(error, path)
-    save(loaded, folder / "import.pt")
+    before, notes, closed = settings(), set(), sources(part)
+
+    def attempt(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a run gives or why it does not, in a file that is there only when it is whole."""
+        try:
+            CLOSED.update(closed)
+            try:
+                found = run()
+            finally:
+                CLOSED.clear()
+                if changed := restore(before, usual):
+                    notes.add(changed)
+        except BaseException as error:
+            found = told(error, path)
+        if whoami() != own:
+            leave(0)  # a fork that the submission has made
+        shown = {key: value for key, value in found.items() if key != "module"}
+        save({**shown, "notes": sorted(notes)}, folder / "unfinished")
+        rename(folder / "unfinished", folder / name)
+        return found
+
+    loaded = attempt("import.pt", lambda: {"error": "", "module": imported(part, path)})
     for number, case in enumerate(cases if not loaded["error"] else ()):
-        save(answer(part, made, case, given[number], path), folder / f"{number}.pt")
+        attempt(f"{number}.pt", partial(answer, part, loaded["module"], case, given[number]))
     with suppress(BaseException):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -220,7 +266,9 @@ def alone(job: dict[str, Any]) -> None:
     printed = os.open(Path(job["folder"]) / "printed", os.O_CREAT | os.O_WRONLY, 0o600)
     for descriptor, place in ((nothing, 0), (printed, 1), (printed, 2)):
         os.dup2(descriptor, place)
-    os.chdir(job["folder"])
+    room = Path(job["folder"]) / "room"
+    room.mkdir()
+    os.chdir(room)
     work(job)
 
 

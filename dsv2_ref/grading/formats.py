@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from dsv2_ref.grading.report import Check, Named, Report, percent
+from dsv2_ref.grading.report import LARGEST, Check, Named, Report, percent
 
 
 def as_text(report: Report) -> str:
     """A short report."""
     done = "passed" if report.passed else "not passed"
     points = f"{report.points} of {report.of} points, {done}"
-    lines = [f"{report.part}: {report.file}: {points}"]
+    lines = [f"{report.part}: {' '.join(report.file.splitlines())}: {points}"]
     if report.problem:
         lines += ["", *indented(report.problem), *indented(report.where, 4)]
     lines += [""] * bool(report.checks)
@@ -28,22 +28,18 @@ def as_text(report: Report) -> str:
         lines += indented(check.where, 12) if not same else []
         before = check.message
     for mistake in report.mistakes:
-        lines += [
-            "",
-            f"  Known mistake: {mistake.name}.",
-            *indented(said_of(mistake), 4),
-        ]
+        lines += ["", f"  Known mistake: {mistake.name}.", *indented(said_of(mistake), 4)]
     lines += [""] * bool(report.notes)
     lines += [f"  Note: {note}." for note in report.notes]
     if report.printed:
         lines += ["", "  It printed:", *indented(report.printed, 4)]
-    return "\n".join(lines)
+    return plain("\n".join(lines))
 
 
 def said_of(mistake: Named) -> str:
     """Effect and place of a mistake."""
-    size = f"{mistake.effect:.2g} times the {mistake.cost} of the reference"
-    size = size if mistake.cost else f"{percent(mistake.effect)} off"
+    size = f"{percent(mistake.effect)} off" if mistake.effect < LARGEST else "no result that could be used"
+    size = f"{mistake.effect:.2g} times the {mistake.cost} of the reference" if mistake.cost else size
     where = mistake.address or mistake.page
     effect = f'Its effect here: {size} in "{mistake.case}".'
     return f'{effect}\nExplained in: {mistake.chapter}, "{mistake.section}" ({where})'
@@ -57,10 +53,10 @@ def indented(text: str, by: int = 2) -> list[str]:
 # For programs
 
 
-def as_json(reports: Sequence[Report]) -> str:
-    """One report as an object, several as an array."""
-    found: Any = [report.to_dict() for report in reports]
-    return json.dumps(found[0] if len(found) == 1 else found, indent=2)
+def as_json(reports: Report | Sequence[Report]) -> str:
+    """One report as an object, a sequence of them as an array."""
+    found: Any = reports.to_dict() if isinstance(reports, Report) else [report.to_dict() for report in reports]
+    return json.dumps(found, indent=2, allow_nan=False)
 
 
 def as_junit(reports: Sequence[Report]) -> str:
@@ -74,9 +70,7 @@ def as_junit(reports: Sequence[Report]) -> str:
         numbers["errors"] = int(bool(report.problem))
         attributes = {name: str(count) for name, count in numbers.items()}
         name = f"{report.part}: {report.file}"
-        suite = ElementTree.SubElement(
-            root, "testsuite", {"name": plain(name), **attributes}
-        )
+        suite = ElementTree.SubElement(root, "testsuite", {"name": plain(name), **attributes})
         for check in checks:
             about = {"classname": f"grade.{report.part}", "name": check.name}
             case = ElementTree.SubElement(suite, "testcase", about)
@@ -90,12 +84,8 @@ def as_junit(reports: Sequence[Report]) -> str:
 
 
 def plain(text: str) -> str:
-    """Without characters that XML cannot hold."""
-    kept = (
-        c if c in "\n\t" or (c >= " " and c not in "\ufffe\uffff") else "?"
-        for c in text
-    )
-    return "".join(kept).encode("utf-8", "replace").decode()
+    """Without characters that XML cannot hold, or that move a terminal's cursor."""
+    return "".join(c if c.isprintable() or c in "\n\t\xa0" else "?" for c in text)
 
 
 def as_gradescope(report: Report) -> str:
@@ -116,7 +106,9 @@ def as_gradescope(report: Report) -> str:
         for check in report.checks
     ]
     case = {"name": report.part, "score": 0, "max_score": report.of, "status": "failed"}
-    tests = tests or [case | {"output": report.problem, "output_format": "text"}]
+    tests = tests or [
+        case | {"output": "\n".join(filter(None, [report.problem, report.where])), "output_format": "text"}
+    ]
     whole = {"score": report.points, "output": text, "output_format": "text"}
     return json.dumps({**whole, "visibility": "visible", "tests": tests}, indent=2)
 
@@ -138,9 +130,11 @@ def as_csv(rows: Sequence[tuple[str, Report]]) -> str:
 
 
 def cell_of(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula."""
-    return (
-        f"'{value}"
-        if isinstance(value, str) and value[:1] in "=+-@" and value
-        else value
-    )
+    """A cell in one line, that no spreadsheet takes for a formula.
+
+    Source: OWASP, "CSV Injection".
+    """
+    if not isinstance(value, str):
+        return value
+    text = plain(" ".join(value.split()))
+    return f"'{text}" if text[:1] in tuple("=+-@＝＋－＠") else text

@@ -6,6 +6,7 @@ for functions, a namespace that holds them. It is made of the submission, of the
 reference, and of the reference with a mistake planted.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ Values = Shaped[Tensor, "..."]
 
 Answers = dict[str, Tensor]
 """What a subject returned in one case, by name."""
+
+
+Plant = Callable[[Any], AbstractContextManager[Any] | None]
+"""Changes a subject of the reference, and may return a context manager for what it changes elsewhere."""
 
 
 class WrongError(Exception):
@@ -55,16 +60,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A known mistake, the chapter and the section that explain it, and how to make it.
-
-    ``plant`` changes a subject of the reference, and may return a context manager for
-    what it changes elsewhere.
-    """
+    """A known mistake, the chapter and the section that explain it, and how to make it."""
 
     name: str
     chapter: str
     section: str
-    plant: Callable[[Any], AbstractContextManager[Any] | None]
+    plant: Plant
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Part:
         answer: runs a subject on a case's inputs.
         cases: all points are theirs.
         mistakes: what is recognised.
+        takes: names of the constructor's arguments, where the part is a class.
         yours: further names, ``module.name``, that a submission may not take from the
             package; all it ``defines`` are.
     """
@@ -88,6 +90,7 @@ class Part:
     answer: Callable[[Any, dict[str, Any]], Answers]
     cases: tuple[Case, ...]
     mistakes: tuple[Mistake, ...]
+    takes: tuple[str, ...] = ()
     yours: tuple[str, ...] = ()
 
     @property
@@ -132,10 +135,8 @@ class Part:
     def subject(self, made: Any, case: Case, state: Mapping[str, Tensor]) -> Any:
         """The class of a namespace, built and loaded; or a copy of its functions."""
         if not self.is_class:
-            return SimpleNamespace(
-                **{name: getattr(made, name) for name in self.defines}
-            )
-        module = getattr(made, self.defines[0])(*case.args)
+            return SimpleNamespace(**{name: getattr(made, name) for name in self.defines})
+        module = call(getattr(made, self.defines[0]), dict(zip(self.takes, case.args, strict=True)))
         if not isinstance(module, nn.Module):
             said = f"{self.defines[0]} is a {type(module).__name__}"
             raise WrongError(f"{said}; wanted a subclass of torch.nn.Module")
@@ -191,10 +192,7 @@ def absent(module: nn.Module, state: Mapping[str, Tensor]) -> str:
     own = module.state_dict()
     stacked = {name.removesuffix("gate_up_proj") for name in own}
     missing = [
-        name
-        for name in state
-        if name not in own
-        and not any(s and name.startswith(s) for s in stacked - own.keys())
+        name for name in state if name not in own and not any(s and name.startswith(s) for s in stacked - own.keys())
     ]
     return _some(missing)
 
@@ -217,13 +215,64 @@ def normal(*shape: int, seed: int, size: float = 1.0) -> Float[Tensor, "..."]:
     return size * torch.randn(shape, generator=generator).double()
 
 
+def given(**makers: Callable[[], Any]) -> Callable[[], dict[str, Any]]:
+    """Arguments of a case, made anew for each subject."""
+    return lambda: {name: make() for name, make in makers.items()}
+
+
+def tokens(*shape: int, seed: int, size: float = 1.0, mean: float = 0.0) -> Callable[[], dict[str, Any]]:
+    """The arguments of a module that takes tokens alone."""
+    return given(hidden_states=lambda: normal(*shape, seed=seed, size=size) + mean)
+
+
+def has(name: str, value: Callable[..., Any]) -> Plant:
+    """Another function of this name."""
+    return lambda functions: setattr(functions, name, value)
+
+
+def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """What a class or a function makes of arguments: by their names, or in this order if it has other names."""
+    try:
+        known = inspect.signature(function)
+    except ValueError:  # one that is not written in Python
+        return function(*arguments.values())
+    named = not isinstance(function, type) or arguments.keys() <= known.parameters.keys()
+    ways: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = [((), arguments), (tuple(arguments.values()), {})]
+    said = ""
+    for args, kwargs in ways if named else reversed(ways):
+        try:
+            known.bind(*args, **kwargs)
+        except TypeError as error:
+            said = said or str(error)
+        else:
+            return function(*args, **kwargs)
+    raise WrongError(f"{getattr(function, '__name__', 'it')} cannot be called with ({', '.join(arguments)}): {said}")
+
+
+def returned(result: Any, name: str) -> str:
+    """What a call returned, for people."""
+    inner = (
+        f" of {', '.join(type(one).__name__ for one in result) or 'nothing'}"
+        if isinstance(result, tuple | list)
+        else ""
+    )
+    return f"{name} returned a {type(result).__name__}{inner}"
+
+
 def first(result: Any, name: str = "forward") -> Float[Tensor, "..."]:
     """The tensor that a call returned, or the first entry of its tuple."""
-    found = result[0] if isinstance(result, tuple) and result else result
+    found = result[0] if isinstance(result, tuple | list) and result else result
     if not isinstance(found, Tensor):
-        said = f"{name} returned a {type(found).__name__}"
-        raise WrongError(f"{said}; wanted a tensor, or a tuple that begins with one")
+        raise WrongError(f"{returned(result, name)}; wanted a tensor, or a tuple that begins with one")
     return found
+
+
+def pair(result: Any, name: str, wanted: str) -> tuple[Values, Values]:
+    """The first two of the tensors that a call returned."""
+    two = list(result[:2]) if isinstance(result, tuple | list) else []
+    if len(two) < 2 or not all(isinstance(one, Tensor) for one in two):
+        raise WrongError(f"{returned(result, name)}; wanted {wanted}")
+    return two[0], two[1]
 
 
 def output(module: nn.Module, inputs: dict[str, Any]) -> Answers:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_ref.grading.later import PARTS
 from dsv2_ref.grading.part import Answers, Part
+from dsv2_ref.grading.parts import PARTS
 from dsv2_ref.grading.runner import Ran
 
 ROUNDING = 2.0**-32
@@ -23,6 +23,9 @@ ROUNDING_OF_FLOAT32 = 2.0**-17
 """The same where some step is computed in float32 (2**-24), whose sums are shorter and
 whose softmax is flat: it passes too, as published code does so. Every known mistake is
 more than 100 times as large in some case."""
+
+LARGEST = 1e300
+"""The largest relative error that is told, as JSON has no infinity."""
 
 CHAPTERS = {
     "overview": "The layer at a glance",
@@ -115,15 +118,20 @@ def expected(part: str, case: int, mistakes: tuple[int, ...] = ()) -> Answers | 
 
 
 def distance(made: Answers, right: Answers) -> float:
-    """The largest relative error; infinite for other shapes, and where one is not finite
-    and the other is."""
+    """The largest relative error; infinite for other shapes.
+
+    It is that of the elements that are finite in both, if the others are the same ones. It is so too where ``made`` has
+    more that are not finite, up to a half: a softmax over nothing is NaN to one and 0 to another. Else it is infinite.
+    """
     found = 0.0
     for name, wanted in right.items():
         one = made.get(name)
-        if one is None or one.shape != wanted.shape:
+        if one is None or one.shape != wanted.shape or one.is_complex():
             return torch.inf
-        one, usable = one.to(wanted.dtype), wanted.isfinite()
-        if not usable.equal(one.isfinite()):
+        one, usable = one.to(wanted.dtype), one.isfinite()
+        if not usable.equal(wanted.isfinite()) and (
+            (usable & ~wanted.isfinite()).any() or 2 * usable.sum() < usable.numel()
+        ):
             return torch.inf
         size = wanted[usable].norm().item()
         difference = (one - wanted)[usable].norm().item()
@@ -168,12 +176,12 @@ def judge_case(part: Part, number: int, found: dict[str, Any]) -> Check:
         return check
     if case.at_most:
         (name, value), wanted = cost_of(made), cost_of(right)[1]
-        check.error = value / wanted
+        check.error = min(value / wanted, LARGEST)
         check.passed = check.error <= case.at_most
         most = f"at most {case.at_most:g} times the reference's {wanted:,.0f}"
         check.message = f"{value:,.0f} {name}; wanted {most}" * (not check.passed)
     else:
-        check.error = distance(made, right)
+        check.error = min(distance(made, right), LARGEST)
         check.passed = check.error <= ROUNDING_OF_FLOAT32
         apart = {name: distance(made, {name: right[name]}) for name in right}
         off = ", ".join(n for n in apart if apart[n] > ROUNDING_OF_FLOAT32)
@@ -184,20 +192,18 @@ def judge_case(part: Part, number: int, found: dict[str, Any]) -> Check:
 
 def percent(error: float) -> str:
     """A relative error in a few digits."""
-    return f"{error:.0%}" if 0.1 <= error < 100 else f"{100 * error:.2g} %"
+    return f"{error:.0%}" if 0.1 <= error < 100 else f"{100 * error:.2g}%"
 
 
-def equals(
-    part: Part, number: int, found: dict[str, Any], mistakes: tuple[int, ...]
-) -> bool:
+def equals(part: Part, number: int, found: dict[str, Any], mistakes: tuple[int, ...]) -> bool:
     """Whether a submission returned in a case what the reference with mistakes does.
 
     A cost equals that of a mistake from which it differs by a fifth at most: the same
     idea may be written with a few products more.
     """
     made, wrong = found.get("answers"), expected(part.name, number, mistakes)
-    if wrong is None or not isinstance(made, dict):
-        return wrong is None and made is None
+    if wrong is None or made is None:
+        return False
     if part.cases[number].at_most:
         right = expected(part.name, number)
         assert right is not None
@@ -209,32 +215,34 @@ def equals(
     return distance(made, wrong) <= ROUNDING_OF_FLOAT32
 
 
-def recognise(
-    part: Part, ran: Ran, checks: Sequence[Check]
-) -> Iterator[tuple[int, ...]]:
-    """The known mistake, or two of them, that return in every case what the submission
-    did; where there are none, those that do in a case that failed and in all that passed.
+def tells(part: Part, number: int, found: dict[str, Any]) -> bool:
+    """Whether a case that failed tells of a mistake."""
+    made = found.get("answers", {})
+    return any(value.isfinite().any() for value in made.values()) and not equals(part, number, found, ())
+
+
+def recognise(part: Part, ran: Ran, checks: Sequence[Check]) -> Iterator[tuple[int, ...]]:
+    """The known mistake, or two of them, that return in every case what the submission did; where there are none, those
+    that do in a case that failed and in all that passed. A case says nothing that ended with an error, whose answers
+    have no finite element, or whose values are right and have another dtype.
     """
-    costs = [case.at_most > 0 for case in part.cases]
-    order = sorted(
-        range(len(checks)), key=costs.__getitem__
-    )  # what takes longest, last
-    passed = [n for n in order if checks[n].passed]
-    failed = [n for n in order if not checks[n].passed and "answers" in ran.cases[n]]
+    passed = [n for n, check in enumerate(checks) if check.passed]
+    failed = [n for n, check in enumerate(checks) if not check.passed and tells(part, n, ran.cases[n])]
+    quick = [n for n in passed if not part.cases[n].at_most]
+    every = sorted((*failed, *passed), key=lambda n: part.cases[n].at_most > 0)  # what takes longest, last
 
     def fit(mistakes: tuple[int, ...], cases: Sequence[int]) -> bool:
         return all(equals(part, n, ran.cases[n], mistakes) for n in cases)
 
     if not failed:
         return
-    possible = [(m,) for m in range(len(part.mistakes)) if fit((m,), passed)]
+    possible = [(m,) for m in range(len(part.mistakes)) if fit((m,), quick)]
     pairs = ((*one, *other) for one, other in combinations(possible, 2))
-    whole = [n for n in order if not checks[n].passed]
     for mistakes in (*possible, *pairs):
-        if fit(mistakes, whole):
+        if fit(mistakes, every):
             yield mistakes
             return
-    yield from (one for one in possible if any(fit(one, [n]) for n in failed))
+    yield from (one for one in possible if any(fit(one, [n]) for n in failed) and fit(one, passed))
 
 
 def named(part: Part, number: int, ran: Ran, checks: Sequence[Check]) -> Named:
@@ -243,13 +251,17 @@ def named(part: Part, number: int, ran: Ran, checks: Sequence[Check]) -> Named:
     failed = [n for n, check in enumerate(checks) if not check.passed]
     alone = [n for n in failed if equals(part, n, ran.cases[n], (number,))]
     worst = max(alone or failed, key=lambda n: checks[n].error or 0.0)
-    right = expected(part.name, worst)
-    cost = cost_of(right)[0] if right is not None and part.cases[worst].at_most else ""
+    right, wrong = expected(part.name, worst), expected(part.name, worst, (number,))
+    assert right is not None
+    cost = cost_of(right)[0] if part.cases[worst].at_most else ""
+    effect = checks[worst].error
+    if effect is None:  # nothing to compare: as large as where the reference makes it
+        effect = torch.inf if wrong is None else distance(wrong, right)
     site = os.environ.get("BOOK_URL", "").rstrip("/")
     address = f"{site}/book/{mistake.chapter}.html" if site else ""
     return Named(
         name=mistake.name,
-        effect=checks[worst].error or 0.0,
+        effect=min(effect, LARGEST),
         case=checks[worst].name,
         cost=cost,
         chapter=CHAPTERS[mistake.chapter],
@@ -261,30 +273,17 @@ def named(part: Part, number: int, ran: Ran, checks: Sequence[Check]) -> Named:
 
 def judge(part: Part, file: str, ran: Ran) -> Report:
     """The report on a run."""
-    report = Report(part.name, file, part.points, printed=ran.printed)
+    report = Report(part.name, file, part.points, notes=ran.notes, printed=ran.printed)
     if ran.problem:
         report.problem, report.where = ran.problem, ran.where
         return report
-    for number, found in enumerate(ran.cases):
-        report.checks.append(judge_case(part, number, found))
+    report.checks = [judge_case(part, number, found) for number, found in enumerate(ran.cases)]
     if report.points < report.of:
-        known = {
-            number for found in recognise(part, ran, report.checks) for number in found
-        }
+        known = {number for found in recognise(part, ran, report.checks) for number in found}
         report.mistakes += [named(part, n, ran, report.checks) for n in sorted(known)]
     for missing in sorted({str(case.get("absent") or "") for case in ran.cases} - {""}):
         report.notes.append(f"it has no weights with the names {missing}")
-    rough = [c.error for c in report.checks if c.passed and not part_cost(part, c)]
-    if report.passed and any(error is not None and error > ROUNDING for error in rough):
-        report.notes.append(
-            "some step is computed in float32, though its input is float64"
-        )
+    results = [check for case, check in zip(part.cases, report.checks, strict=True) if not case.at_most]
+    if report.passed and any((check.error or 0) > ROUNDING for check in results):
+        report.notes.append("some step is computed in float32, though its input is float64")
     return report
-
-
-def part_cost(part: Part, check: Check) -> bool:
-    """Whether a check measures a cost."""
-    return any(case.at_most > 0 for case in part.cases if case.name == check.name)
-
-
-# For people

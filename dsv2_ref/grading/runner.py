@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dsv2_ref.checks import require
 from dsv2_ref.grading.part import Part
 
 SECONDS, MEGABYTES = 60, 2048
@@ -37,12 +38,14 @@ class Ran:
         where: lines of the submission in which that arose.
         cases: for each case its answers, or an error.
         printed: what the submission printed, cut.
+        notes: what it changed that stays changed for other code.
     """
 
     problem: str = ""
     where: str = ""
     cases: list[dict[str, Any]] = field(default_factory=list)
     printed: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 _lock = threading.Lock()
@@ -53,6 +56,7 @@ def serve() -> "subprocess.Popen[str]":
     """The process that runs submissions, started where there is none."""
     global _server
     if _server is None or _server.poll() is not None:
+        stop()
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {
@@ -74,7 +78,7 @@ def serve() -> "subprocess.Popen[str]":
 
 @atexit.register
 def stop() -> None:
-    """End that process; the next run starts another."""
+    """End the process that runs submissions, if there is one; the next run starts another."""
     if _server is not None:
         for stream in (_server.stdin, _server.stdout):
             with suppress(OSError):
@@ -82,16 +86,30 @@ def stop() -> None:
         _server.wait()
 
 
-def run(
-    part: Part, path: Path, seconds: int = SECONDS, megabytes: int = MEGABYTES
-) -> Ran:
+def check_limits(seconds: int, megabytes: int) -> None:
+    """Reject limits out of range."""
+    require(1 <= seconds <= 86400, "seconds", seconds, "1 or more, and at most those of a day")
+    require(1 <= megabytes <= 2**20, "megabytes", megabytes, "1 or more, and at most a terabyte's 1048576")
+
+
+def hand_over(job: str) -> Any:
+    """The process that has got a job: another one where what ran before has ended the first."""
+    for _ in range(2):
+        server: Any = serve()
+        with suppress(BrokenPipeError):
+            server.stdin.write(f"{job}\n")
+            server.stdin.flush()
+            break
+        server.wait()
+    return server
+
+
+def run(part: Part, path: Path, seconds: int = SECONDS, megabytes: int = MEGABYTES) -> Ran:
     """Run the file on all cases of a part."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _lock:
         limits = {"seconds": seconds, "megabytes": megabytes}
         job = {"part": part.name, "file": str(path.resolve()), "folder": folder}
-        server: Any = serve()
-        server.stdin.write(json.dumps(job | limits) + "\n")
-        server.stdin.flush()
+        server = hand_over(json.dumps(job | limits))
         status = server.stdout.readline()  # nothing where it had to end with its job
         ended = how_it_ended(int(status) if status else server.wait(), seconds)
         printed = head(Path(folder) / "printed")
@@ -99,7 +117,8 @@ def run(
         if loaded["error"]:
             return Ran(loaded["error"], loaded["where"], [], printed)
         cases = [read(Path(folder) / f"{n}.pt") for n in range(len(part.cases))]
-        return Ran(cases=[case or {"error": ended} for case in cases], printed=printed)
+        notes = sorted({note for found in (loaded, *cases) for note in (found or {}).get("notes", ())})
+        return Ran(cases=[case or {"error": ended} for case in cases], printed=printed, notes=notes)
 
 
 def head(path: Path) -> str:
@@ -114,7 +133,8 @@ def head(path: Path) -> str:
 
 def how_it_ended(code: int, seconds: int) -> str:
     """Why there is no answer, from the exit status of the process."""
-    name = signal.Signals(-code).name if code < 0 else ""
+    known = {int(one): one.name for one in signal.Signals}
+    name = known.get(-code, f"signal {-code}") if code < 0 else ""
     if name in ("SIGALRM", "SIGXCPU"):
         return f"it was ended after the limit of {seconds} seconds"
     if name == "SIGKILL":

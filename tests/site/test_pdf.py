@@ -194,7 +194,7 @@ def test_the_contents_say_on_which_page(book: PdfReader) -> None:
     assert {*NAMES, "solutions"} <= targets
 
 
-def test_figures_are_described(book: PdfReader) -> None:
+def test_figures_and_formulas_are_described(book: PdfReader) -> None:
     """Objects of the structure are not compressed: of eighty thousand only those of figures are parsed."""
     numbers = re.findall(rb"\n(\d+) 0 obj\s*<<\s*/Type\s*/StructElem\s*/S\s*/Figure\b", pdf.PDF.read_bytes())
     figures = [book.get_object(int(number)) for number in numbers]
@@ -208,6 +208,13 @@ def test_figures_are_described(book: PdfReader) -> None:
     }
     assert len(pictures) > 20
     assert pictures <= described
+    formulas = {
+        " ".join(re.sub(r"(?<!\\)\\[()\[\]]", "", formula.get_text()).split())
+        for name in NAMES[1:]
+        for formula in parsed(f"book/{name}.html").article.select("span.math")
+    }
+    assert len(formulas) > 200
+    assert formulas <= described
 
 
 def test_a_chapter_prints_well(browser: Browser, origin: str, tmp_path: Path) -> None:
