@@ -559,6 +559,7 @@ def account(into: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, stdout=into, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_pipe_that_nobody_reads_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -567,6 +568,7 @@ def test_a_pipe_that_nobody_reads_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_is_told_in_one_line() -> None:
     with open("/dev/full", "w") as full:

@@ -157,6 +157,7 @@ def met_by_a_token(config: DeepseekV2Config) -> int:
     return met
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(config=configs(), call=calls())
 def test_the_report_of_any_model(config: DeepseekV2Config, call: acc.Call) -> None:

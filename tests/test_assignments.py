@@ -14,6 +14,8 @@ from tests.planted_in_solutions import PLANTED
 from tools import assignments
 from tools.budget import chapters
 
+pytestmark = pytest.mark.slow
+
 FOLDER = assignments.ASSIGNMENTS
 NAMES = list(PLANTED)
 

@@ -876,6 +876,7 @@ def test_letters_that_a_terminal_lacks_are_written_otherwise(tmp_path: Path) -> 
     assert "\\u0141ukasz.py: 8 of 8 points, passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_grader_works_from_the_command_line_alone(tmp_path: Path) -> None:
     """In a process of its own, in another folder, and it leaves no process behind."""
     command = [sys.executable, "-m", "dsv2_ref", "grade", "rmsnorm", str(SOLUTIONS / "rmsnorm.py")]

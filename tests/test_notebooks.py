@@ -22,6 +22,8 @@ from PIL import Image
 from dsv2_ref import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2RMSNorm, plots
 from tools import notebooks
 
+pytestmark = pytest.mark.slow
+
 IN_BOOK = notebooks.in_book()
 PRIVATE = re.compile(
     r"(?<![\w.:/])/(?:home|Users|root|work|tmp|opt|usr|content)/|[A-Z]:\\|site-packages|\b0x[0-9a-f]{6,}"
@@ -225,7 +227,6 @@ def test_make_notebooks_brings_the_first_cell_up_to_date() -> None:
     assert notebooks.with_loader("sys.path[:0] = roots()") == "sys.path[:0] = roots()"
 
 
-@pytest.mark.slow
 def test_the_chapter_on_weights_reads_the_model_that_it_is_told_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

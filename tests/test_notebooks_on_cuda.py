@@ -48,6 +48,7 @@ def test_a_notebook_prints_the_same_on_cuda(path: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
 
 
+@pytest.mark.slow
 def test_what_would_fail_or_differ_on_a_gpu_is_seen(tmp_path: Path) -> None:
     """The planted faults, and cells that are right."""
     cells = [

@@ -316,6 +316,7 @@ def test_weights_that_others_did_not_quantise_stay_where_bfloat16_cannot_be_pack
     assert (layer.self_attn.o_proj is attention) == (not has_bfloat16())
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """At toy sizes: every row is there, bytes are those of the modules, and the whole model runs in its own process."""
     monkeypatch.setattr(bits, "PREFILL", 8)
