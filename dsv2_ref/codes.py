@@ -23,8 +23,8 @@ def to_codes(
 ) -> tuple[Shaped[Tensor, "*rows inputs"], Float[Tensor, "*rows groups"]]:
     """Round every ``group`` neighbours of a row to multiples of one scale, which makes
     the largest of them the largest code. ``kind`` is ``fp8`` or ``int`` and a number of
-    bits from 2 to 8; a group of zeros has the scale 0, one with a NaN is NaN. What the
-    dtype of the scales cannot hold, infinity too, becomes the largest that it can.
+    bits from 2 to 8; a group of zeros has the scale 0, one with a NaN is NaN. A scale
+    too large for its dtype, infinity included, becomes the largest that fits.
 
     Returns:
         ``(codes, scales)``: int8 or float8_e4m3fn; and what to multiply them by.
