@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pretrained
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, loading
 from dsv2_ref.__main__ import main
 from dsv2_ref.accounting import Call
 from dsv2_ref.accounting.communication import (
@@ -269,8 +269,8 @@ def test_a_rank_reads_only_its_experts(kind: str, tmp_path: Path, monkeypatch: p
     model = cases.CASES["a model"].build().float()
     model.save_pretrained(tmp_path, 5_000)
     whole, read = model.state_dict(), []
-    plain_read = pretrained.read_tensor
-    monkeypatch.setattr(pretrained, "read_tensor", lambda entry: read.append(entry.name) or plain_read(entry))
+    plain_read = loading.read_tensor
+    monkeypatch.setattr(loading, "read_tensor", lambda entry: read.append(entry.name) or plain_read(entry))
     names: list[str] = []
     for rank in range(4):
         read.clear()
