@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv2_ref import checks, files, published, tensors
-from dsv2_ref.checks import require, require_object, require_values
+from dsv2_ref.checks import reject, require, require_object, require_values
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.quantize import KINDS, PARTS, quantize, weights_of
 from dsv2_ref.quantized import FP8_BLOCK, quantized_places
@@ -69,8 +69,8 @@ def _block_of(told: Mapping[str, Any]) -> tuple[int, int] | None:
     method, block = how.get("quant_method"), how.get("weight_block_size")
     require(method == "fp8", "quantization_config.quant_method", method, "fp8, or weights that are not quantised")
     require(how.get("fmt", "e4m3") == "e4m3", "quantization_config.fmt", how.get("fmt"), "e4m3")
-    two = isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) > 0
-    require(two, "quantization_config.weight_block_size", block, "rows and columns that share a scale")
+    if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
+        reject("quantization_config.weight_block_size", block, "rows and columns that share a scale")
     return block[0], block[1]
 
 

@@ -236,7 +236,7 @@ def rope_scaling(scaling: Mapping[str, Any], key: str = "rope_scaling") -> dict[
     _reject_others(scaling, table["only"], f"{key}.")
     given = {name: value for name, value in scaling.items() if value is not None and name not in table["only"]}
     given.pop("rope_theta", None)
-    kinds = {name: given.pop(name) for name in ("type", "rope_type") if name in given}
+    kinds: dict[str, Any] = {name: given.pop(name) for name in ("type", "rope_type") if name in given}
     if not kinds and not given and scaling:
         return None
     kind = next(iter(kinds.values()), None)
