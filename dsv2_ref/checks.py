@@ -675,7 +675,8 @@ def model_call(
 
 def ending_tokens(config: "DeepseekV2Config", eos_token_id: object, pad_token_id: object) -> list[int]:
     """The tokens that end a sequence: one, several or none."""
-    ends = list(eos_token_id) if isinstance(eos_token_id, list | tuple | range) else [eos_token_id]
+    several = (list, tuple, range)
+    ends: list[Any] = [*eos_token_id] if isinstance(eos_token_id, several) else [eos_token_id]
     ends = [] if eos_token_id is None else ends
     last = config.vocab_size - 1
     for name, token in [*(("eos_token_id", end) for end in ends), ("pad_token_id", pad_token_id)]:

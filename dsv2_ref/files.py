@@ -241,6 +241,12 @@ def place_of(source: str | Path, revision: str | None, token: str | None, whole:
     if isinstance(source, str | Path) and Path(source).is_dir():
         return Folder(Path(source))
     if isinstance(source, str) and source.startswith(("http://", "https://")):
+        try:
+            host = urlsplit(source).hostname
+        except ValueError:
+            host = None
+        if not host:
+            raise ValueError(f"source is {describe(source)}; wanted an address with a host, as http://host/folder")
         return Address(source, _bearer(token))
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         shown = describe(str(source) if isinstance(source, Path) else source)

@@ -29,7 +29,7 @@ ROOTS = ("", "language.", "language_model.")  # models with vision keep their de
 
 @dataclass(frozen=True)
 class How:
-    """What `from_pretrained` is told beside the source."""
+    """What ``from_pretrained`` is told beside the source."""
 
     dtype: torch.dtype | None
     device: torch.device | str | None
@@ -43,7 +43,7 @@ class How:
 
 
 OWN_METHOD = "dsv2_ref"
-"""``quant_method`` of the checkpoints of quantised models that `PretrainedModel.save_pretrained` writes."""
+"""``quant_method`` of the checkpoints of quantised models that `dsv2_ref.saving.save` writes."""
 
 
 def _own_codes(told: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -223,6 +223,8 @@ def load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: str
     if how.experts_of is not None:
         from dsv2_ref.parallel import share_experts
 
+        pair = isinstance(how.experts_of, tuple | list) and len(how.experts_of) == 2
+        require(pair, "experts_of", how.experts_of, "a rank, from 0, and the number of ranks")
         require(how.weights is None and own is None, "experts_of", how.experts_of, "None for quantised experts")
         module = share_experts(module, *how.experts_of)
         targets = module.state_dict()

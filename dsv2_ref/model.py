@@ -280,7 +280,8 @@ def choose(
     probabilities = (below / divisor).softmax(dim=-1)
     if top_p < 1:
         best, order = probabilities.sort(dim=-1, descending=True)  # (B, vocab)
-        beyond = best.cumsum(dim=-1) - best >= top_p  # the first is always kept
+        beyond = best.cumsum(dim=-1) - best >= top_p
+        beyond[..., 0] = False  # the first is always kept
         kept = best.masked_fill(beyond, 0)
         probabilities = torch.zeros_like(kept).scatter(-1, order, kept)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -216,7 +216,8 @@ def _require_same(name: str, value: Any, other: Any, whose: str) -> None:
 
 def _reject_others(given: Mapping[str, Any], only: Mapping[str, list[Any]], where: str = "") -> None:
     for key, found in given.items():
-        if key in only and not any(_same(found, value) for value in only[key]):
+        says = None if found == {} else found  # an empty object says nothing
+        if key in only and not any(_same(says, value) for value in only[key]):
             allowed = " or ".join("no such key" if value is None else repr(value) for value in only[key])
             reject(f"{where}{key}", found, f"{allowed}: the layer would be another")
 

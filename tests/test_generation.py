@@ -90,7 +90,7 @@ def test_drawing_follows_the_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(1e-9, [0]), (0.64, [0]), (0.65, [0, 1]), (0.89, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
+    ("top_p", "kept"), [(5e-324, [0]), (1e-9, [0]), (0.64, [0]), (0.65, [0, 1]), (0.89, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
 )
 def test_top_p_draws_from_the_fewest_tokens_that_reach_it(top_p: float, kept: list[int]) -> None:
     """Probabilities 0.64, 0.24, 0.09, 0.03, in another order."""

@@ -293,9 +293,9 @@ def test_experts_of_one_rank_do_not_compute_alone(tmp_path: Path) -> None:
     part = DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=(1, 2))
     with pytest.raises(RuntimeError, match="one rank's share; wanted parallelize_experts first"):
         part(torch.tensor([[1, 2, 3]]))
-    for wrong in ((2, 2), (-1, 2), (0, 0)):
+    for wrong in ((2, 2), (-1, 2), (0, 0), ("0", "1"), 5, (0,), (0, 1, 2), "01"):
         with pytest.raises(ValueError, match=r"experts_of is .*; wanted a rank, from 0, and the number of ranks"):
-            DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=wrong)
+            DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"experts_of is .*; wanted None for quantised experts"):
         DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=(0, 2), weights="int8")
 

@@ -1085,6 +1085,11 @@ def test_a_server_that_says_no(status: int, tmp_path: Path, serve: Any, monkeypa
     assert tried == (files.ATTEMPTS if status >= 500 else 1)
 
 
+@pytest.mark.parametrize("address", ["http://", "https:///folder", "https://[::1", "http://[x]/"])
+def test_addresses_without_a_host(address: str) -> None:
+    assert_rejected(address, r"^source is '\S+'; wanted an address with a host, as http://host/folder$")
+
+
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     assert_rejected("http://127.0.0.1:9", "http://127.0.0.1:9/config.json cannot be read: .*refused", OSError)

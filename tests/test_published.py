@@ -269,6 +269,8 @@ def test_a_rejected_value_takes_few_letters(value: Any, shown: str) -> None:
 def test_keys_that_would_make_another_layer_are_rejected_by_name(key: str) -> None:
     for allowed in known()["only"][key]:
         assert read(BARE | {key: allowed}) == read(BARE)
+        if allowed is None:  # an empty object says nothing
+            assert read(BARE | {key: {}}) == read(BARE)
     for other in (7, 0.5, ["x"], not known()["only"][key][0]):
         if other not in known()["only"][key]:
             assert_rejected(BARE | {key: other}, f"^{key} is .*; wanted .*: the layer would be another$")

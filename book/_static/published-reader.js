@@ -85,7 +85,7 @@ const publishedReader = (() => {
     if (typeof value === "bigint") return String(value);
     if (typeof value === "number") return inFull(value);
     if (typeof value === "string") return quoted(value);
-    return "{}"; // of lists and objects, only the empty object is ever wanted
+    throw new TypeError("lists and objects are described by their length");
   }
 
   function described(value) {
@@ -199,7 +199,8 @@ const publishedReader = (() => {
   function rejectOthers(given, only, where = "") {
     for (const [key, value] of given) {
       const allowed = only.get(key);
-      if (!allowed || allowed.some((one) => same(value, one))) continue;
+      const says = isNothing(value) ? null : value; // an empty object says nothing
+      if (!allowed || allowed.some((one) => same(says, one))) continue;
       const names = allowed.map((one) => (one === null ? "no such key" : written(one))).join(" or ");
       require(false, `${where}${key}`, value, `${names}: the layer would be another`);
     }
