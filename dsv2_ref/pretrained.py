@@ -84,8 +84,8 @@ class PretrainedLayer:
                 `dsv2_ref.parallel.parallelize_experts`; None reads all.
 
         Raises:
-            ValueError: for a configuration that is rejected, files that are cut or damaged, and a tensor that is missing,
-                left over, of another shape or in another format; it names the file and the tensor.
+            ValueError: for an argument or a configuration that is rejected, files that are cut or damaged, and a tensor
+                that is missing, left over, of another shape or in another format; it names the file and the tensor.
             FileNotFoundError: for a source or a file of it that does not exist.
             OSError: for a server that fails.
             ImportError: for a name on the Hub without huggingface_hub.
