@@ -37,15 +37,22 @@ def require(
         reject(name, value, wanted.format(*details) if details else wanted, error)
 
 
+LONGEST_VALUE = 100
+"""Letters of a value that an error repeats."""
+
+
 def describe(value: Any) -> str:
-    """A value in few words, on one line: a tensor's shape, dtype and device, a list's, tuple's or dict's length."""
+    """A value in few words, and in a line: a tensor's shape, dtype and device, the length of a list, tuple or object."""
     if hasattr(value, "dtype") and hasattr(value, "device") and hasattr(value, "shape"):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
-    if isinstance(value, list | tuple | dict):
+    if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"an object of {len(value)}"
     if hasattr(value, "named_modules"):  # their repr may take many lines
         return f"a {type(value).__name__}"
-    return repr(value).replace("\n", " ")
+    text = " ".join(repr(value).splitlines())
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
 def require_tensor(value: object, name: str) -> None:
@@ -120,14 +127,14 @@ def _require_numbers(holder: object, names: tuple[str, ...], least: float, below
 def require_object(value: object, name: str) -> Mapping[str, Any]:
     """The value, which must be a JSON object."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {value!r}; wanted a JSON object")
+        reject(name, value, "a JSON object")
     return value
 
 
 def rope_scaling(scaling: "RopeScaling") -> None:
     """Reject a stretch of rotary positions that cannot be computed."""
     kind, slow = scaling.type, scaling.beta_slow
-    require(kind in ("linear", "dynamic", "yarn"), "rope_scaling type", kind, "linear, dynamic or yarn")
+    require(kind in ("linear", "dynamic", "yarn"), "rope_scaling.type", kind, "linear, dynamic or yarn")
     _require_numbers(scaling, ("factor",), 1)
     require_ints(scaling, ("original_max_position_embeddings",), 1)
     _require_numbers(scaling, ("beta_slow", "mscale", "mscale_all_dim"), 0)
@@ -732,12 +739,23 @@ def _takes_one(function: Any) -> bool:
     return True
 
 
+def ending_tokens(config: "DeepseekV2Config", eos_token_id: object, pad_token_id: object) -> list[int]:
+    """The tokens that end a sequence: one, several or none."""
+    several = (list, tuple, range)
+    ends: list[Any] = [*eos_token_id] if isinstance(eos_token_id, several) else [eos_token_id]
+    ends = [] if eos_token_id is None else ends
+    last = config.vocab_size - 1
+    for name, token in [*(("eos_token_id", end) for end in ends), ("pad_token_id", pad_token_id)]:
+        known = is_int(token, 0, last) or (token is None and name == "pad_token_id")
+        require(known, name, token, "tokens from 0 to {}", last)
+    return ends
+
+
 def generation(
     config: "DeepseekV2Config",
     input_ids: "Tensor",
     max_new_tokens: int,
     attention_mask: "Tensor | None",
-    ends: list[int],
     temperature: float,
     top_p: float,
     cache_format: str | None,
@@ -747,18 +765,13 @@ def generation(
     latent_format(config, "cache_format", cache_format)
     taken = "None, or a callable that takes a layer's cache alone: attention weights are not handed on"
     require(policy is None or _takes_one(policy), "policy", policy, taken)
-    if cache_format is not None:
-        require_tensor(input_ids, "input_ids")
-        require(input_ids.ndim == 2, "input_ids", input_ids, "integers (batch, seq)")
+    require_tensor(input_ids, "input_ids")
+    require(input_ids.ndim == 2, "input_ids", input_ids, "integers (batch, seq)")
     require(is_int(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "0 or more tokens")
-    last = config.vocab_size - 1
-    for token in ends:
-        require(is_int(token, 0, last), "eos_token_id", token, "tokens from 0 to {}", last)
     require(_is_number(temperature) and temperature >= 0, "temperature", temperature, "0, or more to draw")
     require(_is_number(top_p) and 0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
     if attention_mask is None:
         return
-    require_tensor(input_ids, "input_ids")
     require_tensor(attention_mask, "attention_mask")
     same = attention_mask.shape == input_ids.shape and attention_mask.device == input_ids.device
     wanted = "the shape and device of input_ids, {} on {}"
@@ -767,7 +780,7 @@ def generation(
     on_the_left = bool((keeps[:, 1:] >= keeps[:, :-1]).all() and keeps[:, -1].all())
     require(on_the_left, "attention_mask", attention_mask, "padding on the left only, and a token last")
     whole = policy is None or bool(keeps.all())  # else each layer's padding would have to follow its rows
-    require(whole, "attention_mask", "one with padding", "True everywhere where there is a policy")
+    require(whole, "attention_mask", attention_mask, "True everywhere, without padding, where there is a policy")
 
 
 # Many ranks

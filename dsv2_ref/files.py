@@ -1,18 +1,20 @@
-"""Where a checkpoint lies: a folder, or a folder behind an address of which only the bytes asked for are read."""
+"""Where a checkpoint lies: a folder, or a folder at an address of which only the bytes asked for are read."""
 
 import http.client
 import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from dsv2_ref.checks import require
+from dsv2_ref.checks import describe
 
 PATIENCE = 30  # seconds without a byte
 ATTEMPTS = 5  # in a row that bring no byte
+FIRST = 1 << 16  # bytes asked for to learn how long a file is: all of a small one, most headers
 SKIPPED = 1 << 20  # bytes that are read and dropped rather than asked around
 
 
@@ -21,6 +23,9 @@ class File(Protocol):
 
     name: str
     size: int
+
+    def expect(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Say which bytes (first, and one after the last) are read next, so that neighbours come in one answer."""
 
     def read_into(self, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``start`` on."""
@@ -46,6 +51,9 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self.name, self.size = str(path), path.stat().st_size
         self._stream = path.open("rb", buffering=0)
+
+    def expect(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Nothing is gained by knowing ahead."""
 
     def read_into(self, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``start`` on."""
@@ -80,70 +88,101 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         new = super().redirect_request(request, fp, code, msg, headers, newurl)
-        if new is not None and urlsplit(newurl).netloc != urlsplit(request.full_url).netloc:
+        if new is not None and urlsplit(newurl)[:2] != urlsplit(request.full_url)[:2]:  # scheme and host
             new.remove_header("Authorization")
         return new
 
 
+class _FinalError(ConnectionError):
+    """What would not be another time either."""
+
+
 class RemoteFile:
-    """A file behind an address, read by byte ranges.
+    """A file at an address, read by byte ranges.
 
     A connection that breaks is resumed where it broke. A server that does not know ranges is read from the start, and
     what was not asked for is dropped.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        OSError: for a server that says no, fails ATTEMPTS times in a row, or sends what was not asked for.
     """
 
     def __init__(self, address: str, headers: dict[str, str]) -> None:
         self.name, self._headers = address, headers
         self._opener = urllib.request.build_opener(_Redirects)
         self._stream: Any = None
-        self._position, self._by_ranges = 0, False
-        self.size = -1
-        self._ask_from(0)
+        self._position, self._end = 0, 0  # of the bytes that the stream still gives
+        self._by_ranges, self._runs = True, [(0, FIRST)]
+        self.size, failures = -1, 0
+        while self.size < 0:
+            try:
+                self._ask_from(0, 1)
+            except (OSError, http.client.HTTPException) as error:
+                failures += 1
+                self._give_up_or_wait(error, failures)
 
-    def _ask_from(self, start: int) -> None:
-        """Open a stream at ``start``, or before it where the server knows no ranges."""
+    def expect(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Ask for these bytes in runs, which bridge gaps that are not worth a request of their own."""
+        runs: list[tuple[int, int]] = []
+        for first, last in sorted(spans):
+            near = bool(runs) and first - runs[-1][1] <= SKIPPED
+            begin, end = runs.pop() if near else (first, last)
+            runs.append((begin, max(end, last)))
+        self._runs = runs
+
+    def _ask_from(self, start: int, end: int) -> None:
+        """Open a stream of these bytes and those expected with them, or of the whole file where the server knows no
+        ranges."""
         self._close()
-        asked = {**self._headers, "Range": f"bytes={start}-", "Accept-Encoding": "identity"}
-        request = urllib.request.Request(self.name, headers=asked)
+        end = max([end, *(last for first, last in self._runs if first <= start < last)])
+        asked = {**self._headers, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         try:
-            stream = self._opener.open(request, timeout=PATIENCE)
+            self._stream = self._opener.open(urllib.request.Request(self.name, headers=asked), timeout=PATIENCE)
         except urllib.error.HTTPError as error:
             code, reason = error.code, error.reason
             error.close()
             if code == 404:
                 raise FileNotFoundError(f"{self.name} does not exist: the server says 404") from None
-            raise ConnectionError(f"the server says {code} {reason}") from None
-        length = stream.headers.get("Content-Length")
-        self._by_ranges = stream.status == 206
-        if self._by_ranges:
-            total = stream.headers.get("Content-Range", "").rpartition("/")[2]
-            self._position = start
-        else:
-            total, self._position = length, 0
-        require(total is not None and total.isdigit(), "the length of", self.name, "known from the server's answer")
-        require(self.size in (-1, int(total)), self.name, f"of {total} bytes", f"{self.size}, as before")
-        self.size, self._stream = int(total), stream
+            passing = code >= 500 or code in (408, 429)
+            raise (ConnectionError if passing else _FinalError)(f"the server says {code} {reason}") from None
+        self._by_ranges = self._stream.status == 206
+        told = self._stream.headers.get("Content-Range" if self._by_ranges else "Content-Length", "nothing")
+        numbers = [int(number) for number in re.findall(r"\d+", told)]
+        if len(numbers) != (3 if self._by_ranges else 1):
+            raise _FinalError(f"it is sent with the length {told!r}; wanted how many bytes it has")
+        first, last, size = numbers if self._by_ranges else (0, numbers[0] - 1, numbers[0])
+        if self._by_ranges and not (first == start <= last < size):
+            raise _FinalError(f"it is sent as {told!r}; wanted its bytes from {start} on")
+        if self.size not in (-1, size):
+            raise _FinalError(f"it has {size} bytes; wanted {self.size}, as before")
+        self.size, self._position, self._end = size, first, last + 1
+
+    def _give_up_or_wait(self, error: Exception, failures: int) -> None:
+        self._close()
+        if isinstance(error, FileNotFoundError):
+            raise error
+        if isinstance(error, _FinalError) or failures == ATTEMPTS:
+            raise OSError(f"{self.name} cannot be read: {_in_a_line(error)}") from error
+        time.sleep(failures / 5)
 
     def read_into(self, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``start`` on."""
-        end, failures = start + len(view), 0
-        require(end <= self.size, self.name, f"of {self.size} bytes", f"at least {end}")
+        failures = 0
+        if start + len(view) > self.size:
+            raise ValueError(f"{self.name} has {self.size} bytes; wanted at least {start + len(view)}")
         while view:
             try:
                 ahead = start - self._position
-                if self._stream is None or ahead < 0 or (self._by_ranges and ahead > SKIPPED):
-                    self._ask_from(start)
+                if self._stream is None or ahead < 0 or start >= self._end or (self._by_ranges and ahead > SKIPPED):
+                    self._ask_from(start, start + len(view))
                 self._drop(start - self._position)
-                count = self._stream.readinto(view)
+                count = self._stream.readinto(view[: self._end - start])
                 if not count:
                     raise ConnectionError(f"the connection ended after {self._position} bytes")
             except (OSError, http.client.HTTPException) as error:
                 failures += 1
-                self._close()
-                again = not isinstance(error, FileNotFoundError) and failures < ATTEMPTS
-                if not again:
-                    raise OSError(f"{self.name} cannot be read: {_in_a_line(error)}") from error
-                time.sleep(failures / 5)
+                self._give_up_or_wait(error, failures)
                 continue
             failures = 0
             start, self._position, view = start + count, self._position + count, view[count:]
@@ -166,19 +205,14 @@ def _in_a_line(error: BaseException) -> str:
 
 
 class Address:
-    """A folder behind an http or https address."""
+    """A folder at an http or https address."""
 
     def __init__(self, address: str, headers: dict[str, str] | None = None) -> None:
         self.address, self.headers = address.rstrip("/"), headers or {}
 
     def open(self, name: str) -> RemoteFile:
         """The file of this name; FileNotFoundError if there is none."""
-        try:
-            return RemoteFile(f"{self.address}/{name}", self.headers)
-        except FileNotFoundError:
-            raise
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"{self.address}/{name} cannot be read: {_in_a_line(error)}") from error
+        return RemoteFile(f"{self.address}/{name}", self.headers)
 
 
 class Cached:
@@ -204,25 +238,41 @@ def place_of(source: str | Path, revision: str | None, token: str | None, whole:
 
     A whole model goes through the Hub's cache. Of a part, what the cache has is read there, the rest from the Hub.
     """
-    if Path(source).is_dir():
+    if isinstance(source, str | Path) and Path(source).is_dir():
         return Folder(Path(source))
     if isinstance(source, str) and source.startswith(("http://", "https://")):
+        try:
+            host = urlsplit(source).hostname
+        except ValueError:
+            host = None
+        if not host:
+            raise ValueError(f"source is {describe(source)}; wanted an address with a host, as http://host/folder")
         return Address(source, _bearer(token))
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        shown = describe(str(source) if isinstance(source, Path) else source)
         wanted = "a folder, an http or https address, or a name on the Hugging Face Hub such as owner/model"
-        raise FileNotFoundError(f"source is {str(source)!r}; wanted {wanted}")
+        raise FileNotFoundError(f"source is {shown}; wanted {wanted}")
     try:
         import huggingface_hub as hub
     except ImportError as error:
         instead = "pip install huggingface_hub, or a folder or an address"
         raise ImportError(f"source is {source!r}, which looks like a name on the Hub; wanted {instead}") from error
-    asked: Any = {"revision": revision, "token": token, "allow_patterns": ["*.json", "*.safetensors"]}
-    if whole:
-        return Folder(Path(hub.snapshot_download(source, **asked)))
-    address = Address(
-        hub.hf_hub_url(source, "config.json", revision=revision).rpartition("/")[0], _bearer(token or hub.get_token())
-    )
+
+    def snapshot(**settings: Any) -> Folder:
+        asked: Any = {"revision": revision, "token": token, "allow_patterns": ["*.json", "*.safetensors"]}
+        return Folder(Path(hub.snapshot_download(source, **asked, **settings)))
+
+    def address(revision: str | None) -> Address:
+        config = hub.hf_hub_url(source, "config.json", revision=revision)
+        return Address(config.rpartition("/")[0], _bearer(token or hub.get_token()))
+
     try:
-        return Cached(Folder(Path(hub.snapshot_download(source, local_files_only=True, **asked))), address)
-    except hub.errors.LocalEntryNotFoundError:
-        return address
+        if whole:
+            return snapshot()
+        try:
+            cached = snapshot(local_files_only=True)
+        except hub.errors.LocalEntryNotFoundError:
+            return address(revision)
+        return Cached(cached, address(cached.path.name))  # a snapshot is called after its commit
+    except Exception as error:  # of the libraries that the Hub's client uses, too
+        raise OSError(f"{source} cannot be read from the Hugging Face Hub: {_in_a_line(error)}") from error

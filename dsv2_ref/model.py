@@ -156,7 +156,7 @@ class DeepseekV2ForCausalLM(PretrainedModel, GradientCheckpointing):
         max_new_tokens: int,
         attention_mask: Shaped[Tensor, "batch seq"] | None = None,
         *,
-        eos_token_id: int | Sequence[int] = (),
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -192,10 +192,10 @@ class DeepseekV2ForCausalLM(PretrainedModel, GradientCheckpointing):
             ValueError: for settings out of range, padding that is not on the left or
                 beside a policy, and tokens that `DeepseekV2Model.forward` rejects.
         """
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        ends = checks.ending_tokens(self.config, eos_token_id, pad_token_id)
         checks.generation(
-            self.config, input_ids, max_new_tokens, attention_mask, ends, temperature,
-            top_p, cache_format, policy,
+            self.config, input_ids, max_new_tokens, attention_mask, temperature, top_p,
+            cache_format, policy,
         )  # fmt: skip
         pad = (ends[0] if ends else 0) if pad_token_id is None else pad_token_id
         caches = None
@@ -274,10 +274,13 @@ def choose(
     fewest tokens whose probabilities reach ``top_p`` (Holtzman et al., 2020)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits / temperature).softmax(dim=-1)
+    below = logits - logits.amax(dim=-1, keepdim=True)  # 0 for the most probable
+    divisor = max(temperature, torch.finfo(logits.dtype).tiny)  # no zero once rounded
+    probabilities = (below / divisor).softmax(dim=-1)
     if top_p < 1:
         best, order = probabilities.sort(dim=-1, descending=True)  # (B, vocab)
-        beyond = best.cumsum(dim=-1) - best >= top_p  # the first is always kept
+        beyond = best.cumsum(dim=-1) - best >= top_p
+        beyond[..., 0] = False  # the first is always kept
         kept = best.masked_fill(beyond, 0)
         probabilities = torch.zeros_like(kept).scatter(-1, order, kept)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv2_ref.checks import reject, require, require_object
+from dsv2_ref.checks import describe, reject, require, require_object
 
 if TYPE_CHECKING:
     from dsv2_ref.config import DeepseekV2Config
@@ -80,14 +80,17 @@ def read(source: object, names: Collection[str]) -> tuple[Mapping[str, Any], dic
     for other, name in known()["same_as"].items():
         if other in decoder:
             given.setdefault(name, decoder[other])
-            require(_same(decoder[other], given[name]), other, decoder[other], f"{name}'s {given[name]!r}")
-    for name in (name for name in outer if name in names):
-        inside = given.setdefault(name, outer[name]) if name == "tie_word_embeddings" else given.get(name, outer[name])
-        require(_same(outer[name], inside), name, outer[name], f"what the nested configuration says, {inside!r}")
-        if name not in given:
+            _require_same(other, decoder[other], given[name], f"{name}'s")
+    if "tie_word_embeddings" in outer:
+        given.setdefault("tie_word_embeddings", outer["tie_word_embeddings"])
+    inside = {**decoder, **given}
+    for name in (name for name in outer if _is_read(name, names)):
+        if name in inside:
+            _require_same(name, outer[name], inside[name], "what the nested configuration says,")
+        else:
             unknown.append(name)
     if unknown:
-        keys = ", ".join(dict.fromkeys(unknown))
+        keys = ", ".join(map(str, dict.fromkeys(unknown)))
         message = f"not known, and so not read from the configuration: {keys}"
         warnings.warn(message, stacklevel=4)
     given |= {"rope_scaling": None} | _rope_of(decoder)
@@ -101,14 +104,17 @@ def decoder_of(source: object) -> Mapping[str, Any]:
 
 
 def encode(config: "DeepseekV2Config") -> dict[str, Any]:
-    """A ``config.json`` that this package and, where it has the model, transformers read as this configuration."""
-    v3 = config.scoring_func == "sigmoid" and config.topk_method == "noaux_tc" and config.n_routed_experts is not None
-    name = "DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"
+    """A ``config.json`` that this package and, where it has the model, transformers read as this configuration.
+    Youtu-LLM is V2's layer without experts, which transformers' DeepseekV2 cannot be."""
+    dense = config.n_routed_experts is None
+    v3 = config.scoring_func == "sigmoid" and config.topk_method == "noaux_tc" and not dense
+    kind = "deepseek_v3" if v3 else "youtu" if dense and config.use_mla else "deepseek_v2"
+    architectures = [f"{name}ForCausalLM" for name in known()["kinds"][kind]["architectures"]]
     own = ("_attn_implementation", "mla_form", "device_aux_loss_alpha", "communication_aux_loss_alpha")
     fields = {key: value for key, value in config.to_dict().items() if key not in own}
     if config.num_key_value_heads is None:
         fields["num_key_value_heads"] = config.num_attention_heads
-    return {"architectures": [name], "model_type": "deepseek_v3" if v3 else "deepseek_v2"} | fields
+    return {"architectures": architectures, "model_type": kind} | fields
 
 
 def _decoder_of(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, Mapping[str, Any]]:
@@ -118,11 +124,11 @@ def _decoder_of(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, M
     require(told is None or isinstance(told, str), "model_type", told, "a name")
     kind: str | None = _kind_by_architecture(published) if told is None else told
     if kind is not None and kind in kinds:
-        _require_architecture(published, kind, kinds[kind]["architectures"])
+        _require_architectures(published, kind, kinds[kind]["architectures"])
         return {}, kind, published
     key, inner_kind = _nested_key(published), None
     if kind is not None and kind in nested:
-        _require_architecture(published, kind, nested[kind]["architectures"])
+        _require_architectures(published, kind, nested[kind]["architectures"])
         key, inner_kind = nested[kind]["key"], nested[kind]["kind"]
     elif kind is not None:
         why = f": {kind} has {known()['others'][kind]}" if kind in known()["others"] else ""
@@ -149,30 +155,36 @@ def _decoder_of(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, M
 def _nested_key(published: Mapping[str, Any]) -> str | None:
     keys = {entry["key"] for entry in known()["nested"].values()}
     present = [key for key in sorted(keys) if published.get(key) not in (None, {})]
-    require(len(present) < 2, " and ".join(present), "given", "one decoder's configuration")
+    if len(present) > 1:
+        raise ValueError(f"{' and '.join(present)} are given; wanted one decoder's configuration")
     return present[0] if present else None
 
 
-def _bases(published: Mapping[str, Any]) -> list[str]:
-    """Names of architectures, without what the class is for: DeepseekV3 of DeepseekV3ForCausalLM."""
-    names = published.get("architectures") or []
+def _architectures(published: Mapping[str, Any]) -> list[str]:
+    names: list[str] = published.get("architectures") or []
     fits = isinstance(names, list) and all(isinstance(name, str) for name in names)
     require(fits, "architectures", names, "a list of names")
-    return [re.sub(r"(For[A-Z][A-Za-z0-9]*|Model)\Z", "", name) for name in names]
+    return names
 
 
-def _require_architecture(published: Mapping[str, Any], kind: str, own: list[str]) -> None:
-    bases = _bases(published)
+def _are_of(names: list[str], own: list[str]) -> bool:
+    """Whether all these classes belong to these architectures, whatever they are for: DeepseekV3ForCausalLM to
+    DeepseekV3."""
+    return all(re.sub(r"(For[A-Z][A-Za-z0-9]*|Model)\Z", "", name) in own for name in names)
+
+
+def _require_architectures(published: Mapping[str, Any], kind: str, own: list[str]) -> None:
+    names = _architectures(published)
     wanted = f"an architecture of model_type {kind}: {', '.join(f'{name}ForCausalLM' for name in own)}"
-    require(not bases or any(base in own for base in bases), "architectures", " ".join(bases), wanted)
+    require(_are_of(names, own), "architectures", " ".join(names), wanted)
 
 
 def _kind_by_architecture(published: Mapping[str, Any]) -> str | None:
-    bases = _bases(published)
-    for name, entry in [*known()["kinds"].items(), *known()["nested"].items()]:
-        if any(base in entry["architectures"] for base in bases):
-            return str(name)
-    require(not bases, "architectures", " ".join(bases), "an architecture of a model that is known")
+    names = _architectures(published)
+    for kind, entry in [*known()["kinds"].items(), *known()["nested"].items()] if names else ():
+        if _are_of(names, entry["architectures"]):
+            return str(kind)
+    require(not names, "architectures", " ".join(names), "an architecture of a model that is known")
     return None
 
 
@@ -181,7 +193,7 @@ def _kind_by_keys(published: Mapping[str, Any]) -> str:
     for key, what in known()["not_a_model"].items():
         if key in published and "hidden_size" not in published:
             raise ValueError(f"the configuration is {what}, as its key {key} says; wanted a model's config.json")
-    told = "use_mla" in published or published.keys() >= {*LATENT_KEYS, *SIZE_KEYS}
+    told = published.keys() >= {*SIZE_KEYS} and ("use_mla" in published or published.keys() >= {*LATENT_KEYS})
     routed = published.get("n_routed_experts") is not None
     if not told or (routed and not published.keys() >= {*ROUTING_KEYS}):
         wanted = f"one of {', '.join([*known()['kinds'], *known()['nested']])}: the keys leave open which model this is"
@@ -193,17 +205,29 @@ def _same(value: object, other: object) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
+def _require_same(name: str, value: Any, other: Any, whose: str) -> None:
+    """Reject what is said twice, and otherwise; of two objects it names the first key in which they differ."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        for key in dict.fromkeys([*value, *other]):
+            _require_same(f"{name}.{key}", value.get(key), other.get(key), whose)
+    else:
+        require(_same(value, other), name, value, f"{whose} {describe(other)}")
+
+
 def _reject_others(given: Mapping[str, Any], only: Mapping[str, list[Any]], where: str = "") -> None:
     for key, found in given.items():
-        if key in only and not any(_same(found, value) for value in only[key]):
+        says = None if found == {} else found  # an empty object says nothing
+        if key in only and not any(_same(says, value) for value in only[key]):
             allowed = " or ".join("no such key" if value is None else repr(value) for value in only[key])
             reject(f"{where}{key}", found, f"{allowed}: the layer would be another")
 
 
+def _is_read(key: str, names: Collection[str]) -> bool:
+    return any(key in keys for keys in (names, known()["same_as"], known()["read"]))
+
+
 def _is_known(key: str, names: Collection[str], only: Iterable[str], beside: Iterable[str]) -> bool:
-    table = known()
-    read = (*table["same_as"], "rope_parameters", "head_dim", "qk_head_dim", "layer_types", "mlp_layer_types")
-    return any(key in keys for keys in (names, only, beside, table["irrelevant"], read))
+    return _is_read(key, names) or any(key in keys for keys in (only, beside, known()["irrelevant"]))
 
 
 def rope_scaling(scaling: Mapping[str, Any], key: str = "rope_scaling") -> dict[str, Any] | None:
@@ -213,18 +237,20 @@ def rope_scaling(scaling: Mapping[str, Any], key: str = "rope_scaling") -> dict[
     _reject_others(scaling, table["only"], f"{key}.")
     given = {name: value for name, value in scaling.items() if value is not None and name not in table["only"]}
     given.pop("rope_theta", None)
-    kinds = [given.pop(name) for name in ("type", "rope_type") if name in given]
+    kinds: dict[str, Any] = {name: given.pop(name) for name in ("type", "rope_type") if name in given}
     if not kinds and not given and scaling:
         return None
-    one = len(kinds) > 0 and kinds.count(kinds[0]) == len(kinds)
-    require(one, key, dict(scaling), "one type (linear, dynamic or yarn)")
-    if kinds[0] == "default":
-        require(not given, key, dict(scaling), "no further keys beside type default")
+    kind = next(iter(kinds.values()), None)
+    for name, value in (kinds or {"type": None}).items():
+        require(value in ("linear", "dynamic", "yarn", "default"), f"{key}.{name}", value, "linear, dynamic or yarn")
+        require(value == kind, f"{key}.{name}", value, f"{kind!r}, as its type says")
+    for name, value in given.items():
+        known_name = kind != "default" and name in table["read"]
+        require(known_name, f"{key}.{name}", value, f"no such key beside type {kind}")
+    if kind == "default":
         return None
-    require(kinds[0] in ("linear", "dynamic", "yarn"), f"{key} type", kinds[0], "linear, dynamic or yarn")
-    require(given.keys() <= set(table["read"]), key, dict(scaling), f"beside the type only {sorted(table['read'])}")
-    require("factor" in given, key, dict(scaling), "a factor")
-    return {"type": kinds[0], **given}
+    require("factor" in given, f"{key}.factor", None, "a factor")
+    return {"type": kind, **given}
 
 
 def _rope_of(decoder: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,10 +260,12 @@ def _rope_of(decoder: Mapping[str, Any]) -> dict[str, Any]:
     for key, parameters in stretched.items():
         read = rope_scaling(require_object(parameters, key), key)
         theta = parameters.get("rope_theta", found.get("rope_theta"))
-        for name, value in (("rope_theta", theta), ("rope_scaling", read)):
-            require(found.get(name, value) == value, key, parameters, "what rope_parameters says, or one of the two")
-            if name == "rope_scaling" or value is not None:
-                found[name] = value
+        before, default = found or {"rope_theta": theta, "rope_scaling": read}, {"type": "default"}
+        _require_same(f"{key}.rope_theta", theta, before.get("rope_theta", theta), "what rope_parameters says,")
+        _require_same(key, read or default, before["rope_scaling"] or default, "what rope_parameters says,")
+        found["rope_scaling"] = read
+        if theta is not None:
+            found["rope_theta"] = theta
     return found
 
 

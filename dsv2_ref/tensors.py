@@ -1,20 +1,21 @@
 """Tensors in safetensors files, one file or shards with an index: what is there, and one of them read.
 
 A file begins with 8 bytes, the length of a JSON header (little-endian), which tells each tensor's dtype, shape and
-place behind it.
+place after it.
 """
 
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from dsv2_ref import files
-from dsv2_ref.checks import require, require_object
+from dsv2_ref import files, published
+from dsv2_ref.checks import reject, require_object
 
 WEIGHTS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -62,7 +63,7 @@ def read_header(file: files.File) -> dict[str, Entry]:
     except (ValueError, RecursionError):
         header = None
     check(isinstance(header, dict), "its header is not a JSON object")
-    entries, ends = {}, 0
+    entries = {}
     for name, told in header.items():
         if name == "__metadata__":
             continue
@@ -75,8 +76,11 @@ def read_header(file: files.File) -> dict[str, Entry]:
         size = end - start if code not in DTYPES else math.prod(shape) * DTYPES[code].itemsize
         check(end - start == size, f"tensor {name} has {end - start} bytes for {size}")
         entries[name] = Entry(name, file, code, shape, 8 + length + start, 8 + length + end)
-        ends = max(ends, 8 + length + end)
-    check(ends == file.size or not entries, f"it has {file.size} bytes, and its tensors end at {ends}")
+    reached = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        check(entry.start == reached <= entry.end, f"tensor {entry.name} begins at {entry.start}, not at {reached}")
+        reached = entry.end
+    check(reached == file.size, f"it has {file.size} bytes, and its tensors end at {reached}")
     return entries
 
 
@@ -87,21 +91,33 @@ def read_headers(place: files.Place, prefixes: tuple[str, ...]) -> dict[str, Ent
     except FileNotFoundError:
         return read_header(place.open(SINGLE))
     try:
-        names = require_object(json.loads(index).get("weight_map"), "weight_map")
-    except (ValueError, AttributeError) as error:
+        names = require_object(require_object(published.decode(index), "it").get("weight_map"), "weight_map")
+        for name, shard in names.items():
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+", shard):
+                reject(f"the file of {name}", shard, "the name of a file beside it")
+    except ValueError as error:
         raise ValueError(f"{INDEX} is not the index of a checkpoint: {error}") from error
     wanted = {name: shard for name, shard in names.items() if name.startswith(prefixes)}
     entries: dict[str, Entry] = {}
     for shard in sorted(set(wanted.values())):
-        require(re.fullmatch(r"[\w.-]+", str(shard)) is not None, INDEX, shard, "names of files beside it")
         try:
             found = read_header(place.open(shard))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; {INDEX} names it") from None
         lost = [name for name, where in wanted.items() if where == shard and name not in found]
-        require(not lost, shard, f"without {', '.join(lost[:3])}", f"the tensors that {INDEX} says it holds")
-        entries |= found
+        if lost:
+            raise ValueError(f"{shard} has no tensor {', '.join(lost[:3])}; wanted what {INDEX} says it holds")
+        entries |= {name: entry for name, entry in found.items() if names.get(name, shard) == shard}
     return entries
+
+
+def expect(entries: Iterable[Entry]) -> None:
+    """Tell each file which tensors of it are read next, so that neighbours come together."""
+    spans: dict[files.File, list[tuple[int, int]]] = {}
+    for entry in entries:
+        spans.setdefault(entry.file, []).append((entry.start, entry.end))
+    for file, own in spans.items():
+        file.expect(own)
 
 
 def read_tensor(entry: Entry) -> Shaped[Tensor, "..."]:

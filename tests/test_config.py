@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, RopeScaling
+from dsv2_ref.checks import describe
 from tests.published_configs import TOTALS, configs
 
 # What the config.json of each model says of its layers.
@@ -141,14 +142,14 @@ def test_the_newer_rope_parameters(parameters: dict[str, Any], theta: float, sca
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[1]", r"the configuration is \[1\]; wanted a JSON object"),
+        ("[1]", "the configuration is a list of 1; wanted a JSON object"),
         ("null", "the configuration is None; wanted a JSON object"),
         ("7", "the configuration is 7; wanted a JSON object"),
-        ('{"language_config": [2]}', r"language_config is \[2\]; wanted a JSON object"),
+        ('{"language_config": [2]}', "language_config is a list of 1; wanted a JSON object"),
         ('{"model_type": "deepseek_v2", "rope_parameters": "yarn"}', "rope_parameters is 'yarn'; wanted a JSON object"),
         (
             '{"model_type": "deepseek_v2", "rope_scaling": {"type": [], "factor": 2}}',
-            "rope_scaling type is a list of 0; wanted linear",
+            "rope_scaling.type is a list of 0; wanted linear",
         ),
         ('{"model_type": "deepseek_v2", "hidden_size": 0}', "hidden_size is 0; wanted"),
         ('{"model_type": "deepseek_v2", "hidden_size": NaN}', "is not JSON: NaN is no number"),
@@ -229,7 +230,7 @@ def check_refusal(wanted: str, **fields: Any) -> None:
     with pytest.raises(ValueError, match="; wanted ") as caught:
         DeepseekV2Config(**fields)
     said, _, want = str(caught.value).partition("; wanted ")
-    assert said == f"{name} is {given!r}"
+    assert said == f"{name} is {describe(given)}"
     assert wanted in want
 
 
@@ -331,24 +332,24 @@ def test_a_bias_in_the_mlp_is_refused_rather_than_dropped() -> None:
 @pytest.mark.parametrize(
     ("changes", "name", "wanted"),
     [
-        ({"type": "longrope"}, "rope_scaling type", "linear, dynamic or yarn"),
-        ({"type": None}, "rope_scaling", "one type"),
-        ({"rope_type": "linear"}, "rope_scaling", "one type"),
-        ({"factor": None}, "rope_scaling", "a factor"),
+        ({"type": "longrope"}, "rope_scaling.type", "linear, dynamic or yarn"),
+        ({"type": None}, "rope_scaling.type", "linear, dynamic or yarn"),
+        ({"rope_type": "linear"}, "rope_scaling.rope_type", "'yarn', as its type says"),
+        ({"factor": None}, "rope_scaling.factor", "a factor"),
         ({"factor": 0.5}, "factor", "at least 1"),
         ({"factor": float("inf")}, "factor", "a finite number"),
         ({"factor": "40"}, "factor", "a finite number"),
         ({"factor": 10**400}, "factor", "a finite number"),
-        ({"type": []}, "rope_scaling type", "linear, dynamic or yarn"),
+        ({"type": []}, "rope_scaling.type", "linear, dynamic or yarn"),
         ({"beta_fast": 0.5}, "beta_fast", "at least 1"),
         ({"beta_slow": 0}, "beta_slow", "above 0, and at most beta_fast"),
         ({"mscale": -1.0}, "mscale", "at least 0"),
         ({"mscale_all_dim": float("nan")}, "mscale_all_dim", "a finite number"),
         ({"original_max_position_embeddings": 0}, "original_max_position_embeddings", "an integer of at least 1"),
         ({"attention_factor": 1.0}, "rope_scaling.attention_factor", "no such key"),
-        ({"short_factor": 1.0}, "rope_scaling", "beside the type only"),
+        ({"short_factor": 1.0}, "rope_scaling.short_factor", "no such key beside type yarn"),
         ({"type": "linear"}, "mscale", "nothing: linear scaling has no such setting"),
-        ({"type": "default"}, "rope_scaling", "no further keys"),
+        ({"type": "default"}, r"rope_scaling.\w+", "no such key beside type default"),
     ],
 )
 def test_rope_scaling(changes: dict[str, Any], name: str, wanted: str) -> None:

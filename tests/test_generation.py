@@ -85,11 +85,12 @@ def test_drawing_follows_the_probabilities() -> None:
         shares = drawn.bincount(minlength=4) / len(drawn)
         assert torch.allclose(shares, (logits[0] / temperature).softmax(-1), atol=0.025)
     assert choose(logits).unique().tolist() == [0]
-    assert choose(logits, 1e-6).unique().tolist() == [0]
+    for lowest in (1e-6, 1e-40, 5e-324):  # logits divided by it would be infinite
+        assert choose(logits, lowest).unique().tolist() == [0]
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(1e-9, [0]), (0.64, [0]), (0.65, [0, 1]), (0.89, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
+    ("top_p", "kept"), [(5e-324, [0]), (1e-9, [0]), (0.64, [0]), (0.65, [0, 1]), (0.89, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
 )
 def test_top_p_draws_from_the_fewest_tokens_that_reach_it(top_p: float, kept: list[int]) -> None:
     """Probabilities 0.64, 0.24, 0.09, 0.03, in another order."""
@@ -122,6 +123,11 @@ def test_a_generator_repeats_itself() -> None:
         ({"top_p": 1.5}, "top_p is 1.5; wanted above 0, at most 1"),
         ({"eos_token_id": 64}, "eos_token_id is 64; wanted tokens from 0 to 63"),
         ({"eos_token_id": [1, None]}, "eos_token_id is None; wanted tokens from 0 to 63"),
+        ({"eos_token_id": 2.5}, "eos_token_id is 2.5; wanted tokens from 0 to 63"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; wanted tokens from 0 to 63"),
+        ({"eos_token_id": torch.tensor(3)}, "eos_token_id is .*; wanted tokens from 0 to 63"),
+        ({"eos_token_id": 3, "pad_token_id": -100}, "pad_token_id is -100; wanted tokens from 0 to 63"),
+        ({"eos_token_id": 3, "pad_token_id": 64}, "pad_token_id is 64; wanted tokens from 0 to 63"),
         (
             {"attention_mask": torch.ones(2, 5)},
             r"attention_mask is \(2, 5\) .*; wanted the shape and device of input_ids, \(3, 5\)",
@@ -138,3 +144,22 @@ def test_what_is_rejected_is_rejected_at_once(settings: dict[str, Any], message:
     for call in (model.generate, model.stream):
         with pytest.raises(ValueError, match=f"^{message}"):
             call(padded()[0], **({"max_new_tokens": 3} | settings))
+
+
+def test_prompts_that_are_none_are_rejected_at_once(as_shipped: None) -> None:
+    model = model_of("v2")
+    for prompts in ([[1, 2]], torch.tensor([1, 2]), None):
+        for number in (0, 3):
+            with pytest.raises(ValueError, match=r"^input_ids is .*; wanted (a tensor|integers \(batch, seq\))"):
+                model.generate(prompts, number)  # type: ignore[arg-type]
+
+
+def test_where_a_sequence_ends_may_be_left_out() -> None:
+    model, (ids, mask) = model_of("v2"), padded()
+    free = model.generate(ids, 4, mask)
+    for nothing in (None, (), []):
+        assert torch.equal(model.generate(ids, 4, mask, eos_token_id=nothing), free)
+    end = int(free[0, 7])
+    assert torch.equal(
+        model.generate(ids, 4, mask, eos_token_id=(end,)), model.generate(ids, 4, mask, eos_token_id=end)
+    )

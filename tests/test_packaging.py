@@ -51,8 +51,8 @@ OPTIONAL = {
     "flash_attn": {"checks"},
     "triton": {"triton"},
     "huggingface_hub": {"files"},
-    "safetensors": {"pretrained"},
-    "tqdm": {"pretrained"},
+    "safetensors": {"saving"},
+    "tqdm": {"loading"},
 }
 """Where what the package does not require may be imported: the names of modules or their folders."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pretrained
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, loading
 from dsv2_ref.__main__ import main
 from dsv2_ref.accounting import Call
 from dsv2_ref.accounting.communication import (
@@ -269,8 +269,8 @@ def test_a_rank_reads_only_its_experts(kind: str, tmp_path: Path, monkeypatch: p
     model = cases.CASES["a model"].build().float()
     model.save_pretrained(tmp_path, 5_000)
     whole, read = model.state_dict(), []
-    plain_read = pretrained.read_tensor
-    monkeypatch.setattr(pretrained, "read_tensor", lambda entry: read.append(entry.name) or plain_read(entry))
+    plain_read = loading.read_tensor
+    monkeypatch.setattr(loading, "read_tensor", lambda entry: read.append(entry.name) or plain_read(entry))
     names: list[str] = []
     for rank in range(4):
         read.clear()
@@ -293,9 +293,9 @@ def test_experts_of_one_rank_do_not_compute_alone(tmp_path: Path) -> None:
     part = DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=(1, 2))
     with pytest.raises(RuntimeError, match="one rank's share; wanted parallelize_experts first"):
         part(torch.tensor([[1, 2, 3]]))
-    for wrong in ((2, 2), (-1, 2), (0, 0)):
+    for wrong in ((2, 2), (-1, 2), (0, 0), ("0", "1"), 5, (0,), (0, 1, 2), "01"):
         with pytest.raises(ValueError, match=r"experts_of is .*; wanted a rank, from 0, and the number of ranks"):
-            DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=wrong)
+            DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"experts_of is .*; wanted None for quantised experts"):
         DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=(0, 2), weights="int8")
 

@@ -1,27 +1,31 @@
 """Layers and models from checkpoints: what is loaded is what was saved, from a folder and from afar, or nothing is."""
 
+import gc
 import json
 import re
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, MoEGate, files
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, MoEGate, files, loading
 from dsv2_ref.published import encode
 from dsv2_ref.quantize import KINDS, quantize
 from dsv2_ref.quantized import QuantizedWeight, quantized_places
-from dsv2_ref.tensors import dequantize
+from dsv2_ref.tensors import dequantize, read_header
 from tests.peers import SMALL, V3_GATE, YARN, native_config, native_of, native_weights, randomised
 
 CONFIGS = {
@@ -61,12 +65,28 @@ def test_a_model_in_shards_comes_back(name: str, tmp_path: Path) -> None:
         assert same(DeepseekV2DecoderLayer.from_pretrained(tmp_path, index), expected)
 
 
-def test_saving_again_leaves_no_shard_behind(tmp_path: Path) -> None:
-    saved(tmp_path)
-    model = saved(tmp_path, shard=10**9)
-    assert (tmp_path / "model.safetensors").exists()
-    assert not (tmp_path / "model.safetensors.index.json").exists()
-    assert same(DeepseekV2ForCausalLM.from_pretrained(str(tmp_path)), model)
+def test_saving_again_leaves_nothing_of_the_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model-of-mine.safetensors").write_bytes(b"")
+    for shard in (30_000, 60_000, 10**9, 30_000):
+        model = saved(tmp_path, shard=shard)
+        names = {path.name for path in tmp_path.iterdir()} - {"model-of-mine.safetensors", "config.json"}
+        if shard == 10**9:
+            assert names == {"model.safetensors"}
+        else:
+            index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+            assert names == {"model.safetensors.index.json", *index["weight_map"].values()}
+        assert same(DeepseekV2ForCausalLM.from_pretrained(str(tmp_path)), model)
+
+
+def test_what_saving_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DeepseekV2ForCausalLM(SMALL)
+    for size in ("5GB", 0, -1, 1e9, True, None):
+        with pytest.raises(ValueError, match=f"^max_shard_size is {size!r}; wanted a number of bytes$"):
+            model.save_pretrained(tmp_path / "new", size)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"^a checkpoint is written by safetensors; wanted pip install safetensors$"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -98,6 +118,18 @@ def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours(IDS)[0], theirs(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scaling", [None, {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}])
+def test_transformers_reads_a_model_without_experts(scaling: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours = saved(tmp_path, replace(SMALL, n_routed_experts=None, rope_scaling=scaling))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert type(theirs).__name__ == "YoutuForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS)[0], theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert same(DeepseekV2ForCausalLM.from_pretrained(tmp_path), ours)
+
+
 def test_every_preset_can_be_written_and_read_as_a_configuration() -> None:
     for name in ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr", "deepseek_v3", "moonlight"):
         config = getattr(DeepseekV2Config, name)()
@@ -118,6 +150,35 @@ def test_dtypes(tmp_path: Path) -> None:
     assert DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1).mlp.gate.weight.dtype == torch.bfloat16
     change_config(tmp_path, torch_dtype=None)
     assert DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1).mlp.gate.weight.dtype == torch.float32
+
+
+def test_dtypes_that_config_json_names(tmp_path: Path) -> None:
+    saved(tmp_path)  # in float32
+    for told, dtype in (
+        ({"dtype": None, "torch_dtype": "float16"}, torch.float16),
+        ({"dtype": "torch.float16"}, torch.float16),
+        ({"dtype": "half"}, torch.float16),
+        ({"dtype": "float8_e4m3fn"}, torch.bfloat16),
+        ({"dtype": "auto"}, torch.float32),
+        ({"dtype": "cuda"}, torch.float32),
+        ({"dtype": 3}, torch.float32),
+    ):
+        change_config(tmp_path, **{"torch_dtype": None} | told)
+        assert DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0).self_attn.o_proj.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex64, torch.float8_e4m3fn, float, 16])
+def test_dtypes_in_which_no_layer_computes(dtype: Any, tmp_path: Path) -> None:
+    saved(tmp_path)
+    shown = re.escape(repr(dtype))
+    for load in (
+        partial(DeepseekV2ForCausalLM.from_pretrained, tmp_path),
+        partial(DeepseekV2DecoderLayer.from_pretrained, tmp_path, 0),
+        partial(DeepseekV2ForCausalLM.random, SMALL),
+        partial(DeepseekV2DecoderLayer.random, SMALL, 0),
+    ):
+        with pytest.raises(ValueError, match=f"^dtype is {shown}; wanted torch.float64, .*bfloat16 or None$"):
+            load(dtype=dtype)
 
 
 def test_settings_that_no_checkpoint_has(tmp_path: Path) -> None:
@@ -192,7 +253,7 @@ def test_a_checkpoint_in_eight_bits(tmp_path: Path) -> None:
             {"quant_method": "gptq", "bits": 4},
             "quantization_config.quant_method is 'gptq'; wanted fp8, or weights that",
         ),
-        ({"quant_method": "fp8"}, "quantization_config.weight_block_size is a list of 0; wanted rows and columns"),
+        ({"quant_method": "fp8"}, "quantization_config.weight_block_size is None; wanted rows and columns"),
         ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [1, 1]}, "quantization_config.fmt is 'e5m2'"),
         ("fp8", "quantization_config is 'fp8'; wanted a JSON object"),
     ],
@@ -208,13 +269,35 @@ def test_eight_bits_without_their_scales(tmp_path: Path) -> None:
     eight_bits(tmp_path, model, [16, 16])
     change_config(tmp_path, quantization_config=None)
     assert_rejected(
-        tmp_path, r"model.safetensors: tensor model.layers.1.\S+ is 'F8_E4M3'; wanted floating point, or F8_E4M3 with"
+        tmp_path, r"model.safetensors: tensor model.layers.1.\S+ is 'F8_E4M3'; wanted floating point, or a matrix in F8"
     )
     eight_bits(tmp_path, model, [16, 16])
     change_weights(tmp_path, lambda weights: weights.pop("model.layers.1.self_attn.o_proj.weight_scale_inv"))
-    assert_rejected(
-        tmp_path, r"tensor model.layers.1.self_attn.o_proj.weight_scale_inv is missing; wanted \(3, 3\), a scale"
-    )
+    scale = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    wanted = r"wanted \(3, 3\) in floating point, a scale for each block"
+    assert_rejected(tmp_path, f"tensor {scale} is missing; {wanted}")
+    for strange, shown in (
+        (torch.ones(3, 2), r"\(3, 2\) F32"),
+        (torch.ones(3, 3).int(), r"\(3, 3\) I32"),
+        (torch.ones(3, 3).to(torch.uint8), r"\(3, 3\) U8"),
+        (torch.ones(3, 3).to(torch.float8_e8m0fnu), r"\(3, 3\) F8_E8M0"),
+        (torch.ones(3, 3).to(torch.float8_e4m3fn), r"\(3, 3\) F8_E4M3"),
+    ):
+        change_weights(tmp_path, lambda weights, strange=strange: weights.update({scale: strange}))
+        assert_rejected(tmp_path, f"tensor {scale} is {shown}; {wanted}")
+
+
+def test_what_lies_in_no_blocks_of_a_checkpoint_in_eight_bits(tmp_path: Path) -> None:
+    norm = "model.layers.1.input_layernorm.weight"
+    eight_bits(tmp_path, saved(tmp_path, V3_GATE), [16, 16])
+    change_weights(tmp_path, lambda weights: weights.update({norm: weights[norm].to(torch.float8_e4m3fn)}))
+    assert_rejected(tmp_path, f"tensor {norm} is 'F8_E4M3'; wanted floating point, or a matrix in F8_E4M3")
+    eight_bits(tmp_path, saved(tmp_path, V3_GATE), [16, 16])
+    change_weights(tmp_path, lambda weights: weights.update({NAME: weights[NAME].bfloat16()}))
+    assert_rejected(tmp_path, f"tensor {NAME}_scale_inv has no place; wanted only")
+    change_weights(tmp_path, lambda weights: weights.pop(f"{NAME}_scale_inv"))
+    layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1)
+    assert torch.equal(layer.self_attn.o_proj.weight, load_file(tmp_path / "model.safetensors")[NAME].float())
 
 
 # What is wrong
@@ -244,7 +327,7 @@ NAME = "model.layers.1.self_attn.o_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop(NAME), f"no tensor {NAME}; wanted every weight"),
+        (lambda w: w.pop(NAME), f"^/.*: the checkpoint has no tensor {NAME}; wanted every weight"),
         (
             lambda w: [w.pop(n) for n in list(w) if ".1.mlp." in n],
             "no tensor model.layers.1.mlp.gate.weight and 39 more",
@@ -278,9 +361,15 @@ def test_tensors_of_other_parts_and_of_further_prediction_do_not_matter(tmp_path
     }
     change_weights(tmp_path, lambda weights: weights.update(extra | {"model.vision.x": torch.ones(1)}))
     assert same(DeepseekV2ForCausalLM.from_pretrained(tmp_path), model)
-    change_config(tmp_path, num_nextn_predict_layers=0)
-    with pytest.raises(ValueError, match=r"tensor model.layers.2.eh_proj.weight has no place"):
-        DeepseekV2ForCausalLM.from_pretrained(tmp_path)
+    change_config(tmp_path, num_nextn_predict_layers=10**12)
+    assert same(DeepseekV2ForCausalLM.from_pretrained(tmp_path), model)
+    for number in ("1", -1, 1.0, True, [1]):
+        change_config(tmp_path, num_nextn_predict_layers=number)
+        assert_rejected(tmp_path, "^num_nextn_predict_layers is .*; wanted an integer of at least 0$")
+    for number in (0, None):
+        change_config(tmp_path, num_nextn_predict_layers=number)
+        with pytest.raises(ValueError, match=r"tensor model.layers.2.eh_proj.weight has no place"):
+            DeepseekV2ForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_decoder_inside_a_model_with_vision(tmp_path: Path) -> None:
@@ -304,9 +393,10 @@ def test_tied_weights_that_differ(tmp_path: Path) -> None:
     head = {"lm_head.weight": load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()}
     change_weights(tmp_path, lambda weights: weights.update(head))
     DeepseekV2ForCausalLM.from_pretrained(tmp_path)
+    assert DeepseekV2ForCausalLM.from_pretrained(tmp_path, device="meta").lm_head.weight.is_meta
     head["lm_head.weight"][3, 3] += 1
     change_weights(tmp_path, lambda weights: weights.update(head))
-    with pytest.raises(ValueError, match=r"tensor lm_head.weight is 'another matrix'; wanted the embedding"):
+    with pytest.raises(ValueError, match=r"tensor lm_head.weight has other values; wanted the embedding"):
         DeepseekV2ForCausalLM.from_pretrained(tmp_path)
 
 
@@ -331,6 +421,32 @@ def test_damaged_files(damage: Callable[[bytes], bytes], message: str, tmp_path:
     assert_rejected(tmp_path, f"model.safetensors is not a safetensors file that {message}")
 
 
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([[0, 8], [0, 8]], "tensor b begins at [0-9]+, not at"),
+        ([[0, 8], [4, 12]], "tensor b begins at [0-9]+, not at"),
+        ([[0, 8], [12, 20]], "tensor b begins at [0-9]+, not at"),
+        ([[4, 12], [12, 20]], "tensor a begins at [0-9]+, not at"),
+        ([[8, 16], [0, 8]], ""),
+    ],
+)
+def test_tensors_lie_one_after_the_other(offsets: list[list[int]], message: str, tmp_path: Path) -> None:
+    """As the format wants it, which its own library holds to as well."""
+    told = [{"dtype": "F32", "shape": [2], "data_offsets": place} for place in offsets]
+    header = json.dumps(dict(zip("ab", told, strict=True))).encode()
+    size = max(end for _, end in offsets)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    if not message:
+        assert read_header(files.LocalFile(path)).keys() == load_file(path).keys()
+        return
+    with pytest.raises(ValueError, match=f"x.safetensors is not a safetensors file that can be read: {message}"):
+        read_header(files.LocalFile(path))
+    with pytest.raises(SafetensorError):
+        load_file(path)
+
+
 def test_shards_that_are_missing_cut_or_strange(tmp_path: Path) -> None:
     saved(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
@@ -342,19 +458,45 @@ def test_shards_that_are_missing_cut_or_strange(tmp_path: Path) -> None:
     shard.unlink()
     assert_rejected(tmp_path, f"{shard.name} does not exist; model.safetensors.index.json names it", FileNotFoundError)
     shard.write_bytes(whole)
-    for other, message in {"../x": "is '../x'; wanted names of files beside it"}.items():
+    for other, shown in (
+        ("../x", "'../x'"),
+        ([shard.name], "a list of 1"),
+        (3, "3"),
+        (None, "None"),
+        ({}, "an object of 0"),
+    ):
         index.write_text(json.dumps({"weight_map": told["weight_map"] | {NAME: other}}))
-        assert_rejected(tmp_path, message)
+        assert_rejected(tmp_path, f"the file of {NAME} is {shown}; wanted the name of a file beside it")
     index.write_text(json.dumps({"weight_map": {**told["weight_map"], "model.layers.1.lost": shard.name}}))
-    assert_rejected(tmp_path, f"{shard.name} is 'without model.layers.1.lost'; wanted the tensors that")
-    index.write_text("{}")
-    assert_rejected(tmp_path, "model.safetensors.index.json is not the index of a checkpoint: weight_map is None")
+    assert_rejected(tmp_path, f"{shard.name} has no tensor model.layers.1.lost; wanted what model.safetensors.index")
+    for text, said in (
+        ("{}", "weight_map is None"),
+        ("[]", "it is a list of 0; wanted a JSON object"),
+        ("{", "is not JSON"),
+        ("[" * 10**5, "is not JSON that can be read: nested too deeply"),
+    ):
+        index.write_text(text)
+        assert_rejected(tmp_path, f"model.safetensors.index.json is not the index of a checkpoint: {said}")
+
+
+def test_the_index_says_which_of_two_tensors_counts(tmp_path: Path) -> None:
+    """A shard may have one of the same name left over from another checkpoint."""
+    model = saved(tmp_path)
+    told = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    others = sorted({told[name] for name in told if name.startswith("model.layers.1.")} - {told[NAME]})
+    assert others
+    for other in others:
+        weights = load_file(tmp_path / other)
+        save_file(weights | {NAME: torch.zeros(48, 40)}, tmp_path / other)
+    assert same(DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1), model.model.layers[1])
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert_rejected(
         tmp_path / "nowhere", r"source is .*nowhere'; wanted a folder, an http or https address", FileNotFoundError
     )
+    for source in (None, 3, b"folder", ["folder"], tmp_path / "config.json"):
+        assert_rejected(source, r"^source is .*; wanted a folder, an http or https address", FileNotFoundError)
     assert_rejected(tmp_path, "config.json does not exist", FileNotFoundError)
     (tmp_path / "config.json").write_text("{")
     assert_rejected(tmp_path, "config.json: is not JSON")
@@ -367,6 +509,35 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert_rejected(tmp_path, "tensor model.layers.1.mlp.gate.e_score_correction_bias has no place")
     with pytest.raises(ValueError, match=r"layer_idx is 7; wanted"):
         DeepseekV2DecoderLayer.from_pretrained(tmp_path, 7)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_long_load_shows_a_bar(shown: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Bar:
+        def __init__(self, total: int, **settings: Any) -> None:
+            seen.append(total)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            seen.append(count)
+
+    saved(tmp_path)
+    layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1)
+    size = sum(weight.nbytes for weight in layer.state_dict().values())
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=Bar) if shown else None)
+    monkeypatch.setattr(loading, "LONG", size + 1)
+    DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1)
+    assert not seen
+    monkeypatch.setattr(loading, "LONG", size)
+    assert same(DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1), layer)
+    assert (seen[:1], sum(seen[1:])) == (([size], size) if shown else ([], 0))
 
 
 # Memory
@@ -792,12 +963,12 @@ class Ranges(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         body = path.read_bytes()
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])  # type: ignore[index]
+        start, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())  # type: ignore[union-attr]
+        part = body[start : last + 1]
         self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body) + told.lie}")
-        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(body) + told.lie}")
+        self.send_header("Content-Length", str(len(part)))
         self.end_headers()
-        part = body[start:]
         if told.break_after and len(told.asked) % 2:
             part = part[: told.break_after]
         try:
@@ -824,18 +995,26 @@ def serve() -> Iterator[Callable[[Any], str]]:
         server.server_close()
 
 
-def test_a_layer_from_afar_reads_its_own_bytes(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "SKIPPED", 0)  # ask anew for whatever lies farther on
+@pytest.mark.parametrize("gap", [0, 5000])
+def test_a_layer_from_afar_reads_its_own_bytes(
+    gap: int, tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the server sent: the answer that tells the length, the rest of the header, and the layer in one piece."""
+    monkeypatch.setattr(files, "SKIPPED", gap)
+    monkeypatch.setattr(files, "FIRST", 4096)
     config = replace(SMALL, num_hidden_layers=4, vocab_size=4096)
     model, told = saved(tmp_path, config, shard=10**9), Behaviour()
     address = serve(partial(Ranges, tmp_path, told))
     layer = DeepseekV2DecoderLayer.from_pretrained(address, 2)
     assert same(layer, model.model.layers[2])
-    whole = (tmp_path / "model.safetensors").stat().st_size
     own = sum(weight.nbytes for weight in layer.state_dict().values())
+    with (tmp_path / "model.safetensors").open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
     ranges = [asked for path, asked, _ in told.asked if path == "/model.safetensors"]
-    assert len(ranges) < 12, ranges
-    assert own < whole / 8
+    assert len(ranges) == 3, ranges
+    whole = (tmp_path / "model.safetensors").stat().st_size
+    assert told.sent == (tmp_path / "config.json").stat().st_size + header + own
+    assert told.sent < whole / 8
 
 
 @pytest.mark.parametrize("shard", [30_000, 10**9])
@@ -909,21 +1088,93 @@ def test_a_connection_that_always_breaks_is_given_up(
     )
 
 
-def test_a_length_that_is_wrong(tmp_path: Path, serve: Any) -> None:
+def test_a_length_that_is_wrong(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, shard=10**9)
     address = serve(partial(Ranges, tmp_path, Behaviour(lie=8)))
-    assert_rejected(address, r"config.json cannot be read: the connection ended", OSError)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    assert_rejected(address, r"config.json cannot be read: ", OSError)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500, 503])
-def test_a_server_that_says_no(status: int, tmp_path: Path, serve: Any) -> None:
+def test_a_server_that_says_no(status: int, tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, shard=10**9)
-    address = serve(partial(Ranges, tmp_path, Behaviour(status=status)))
+    told = Behaviour(status=status)
+    address = serve(partial(Ranges, tmp_path, told))
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     assert_rejected(address, rf"{address}/model.safetensors .*the server says {status}", OSError)
+    tried = sum(path == "/model.safetensors" for path, _, _ in told.asked)
+    assert tried == (files.ATTEMPTS if status >= 500 else 1)
 
 
-def test_no_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["http://", "https:///folder", "https://[::1", "http://[x]/"])
+def test_addresses_without_a_host(address: str) -> None:
+    assert_rejected(address, r"^source is '\S+'; wanted an address with a host, as http://host/folder$")
+
+
+def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     assert_rejected("http://127.0.0.1:9", "http://127.0.0.1:9/config.json cannot be read: .*refused", OSError)
+
+
+class Answering(Quiet):
+    """Answers in one way, after a number of connections that are dropped without an answer."""
+
+    drop: ClassVar[int] = 0
+    status: ClassVar[int] = 0  # 0: as any server without ranges
+    told: ClassVar[dict[str, str]] = {}
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        if kind.drop:
+            kind.drop -= 1
+        elif not kind.status:
+            super().do_GET()
+        else:
+            self.send_response(kind.status)
+            for name, value in kind.told.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"{}" * 50)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (206, {"Content-Range": "bytes 8-99/100"}, "is sent as 'bytes 8-99/100'; wanted its bytes from 0 on"),
+        (206, {"Content-Range": "bytes 0-100/100"}, "is sent as 'bytes 0-100/100'; wanted its bytes from 0 on"),
+        (
+            206,
+            {"Content-Range": "bytes 0-99/*"},
+            r"is sent with the length 'bytes 0-99/\*'; wanted how many bytes it has",
+        ),
+        (206, {"Content-Length": "100"}, "is sent with the length 'nothing'; wanted how many bytes it has"),
+        (200, {"Content-Type": "text/html"}, "is sent with the length 'nothing'; wanted how many bytes it has"),
+    ],
+)
+def test_an_answer_that_does_not_fit(status: int, headers: dict[str, str], message: str, serve: Any) -> None:
+    handler = type("Handler", (Answering,), {"status": status, "told": headers})
+    assert_rejected(serve(handler), f"config.json cannot be read: it {message}", OSError)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python leaves their sockets open
+def test_connections_that_are_dropped_before_an_answer(
+    tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    model = saved(tmp_path)
+    handler = type("Handler", (Answering,), {"drop": files.ATTEMPTS - 1})
+    address = serve(partial(handler, directory=tmp_path))
+    assert same(DeepseekV2DecoderLayer.from_pretrained(address, 1), model.model.layers[1])
+    handler.drop = files.ATTEMPTS  # type: ignore[attr-defined]
+    assert_rejected(address, "config.json cannot be read: Remote end closed connection", OSError)
+    gc.collect()
+
+
+def test_a_token_is_not_told_where_the_scheme_is_another() -> None:
+    request = urllib.request.Request("https://here/a", headers={"Authorization": "Bearer secret"})
+    for address, told in {"https://here/b": True, "http://here/b": False, "https://there/a": False}.items():
+        new = files._Redirects().redirect_request(request, None, 302, "", {}, address)
+        assert new.has_header("Authorization") == told, address
 
 
 # Names on the Hub
@@ -951,6 +1202,24 @@ def test_a_name_on_the_hub(tmp_path: Path, serve: Any, monkeypatch: pytest.Monke
     assert same(DeepseekV2DecoderLayer.from_pretrained("owner/model", 1), model.model.layers[1])
     assert {token for _, _, token in told.asked} == {"Bearer mine"}
     assert asked == [("owner/model", False, "v1"), ("owner/model", True, None)]
+    cached = tmp_path / "snapshots" / "0a1b2c"
+    cached.mkdir(parents=True)
+    (tmp_path / "repository" / "config.json").rename(cached / "config.json")
+    addresses = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **settings: str(cached))
+    monkeypatch.setattr(
+        hub, "hf_hub_url", lambda name, file, revision: addresses.append(revision) or f"{address}/{file}"
+    )
+    assert same(DeepseekV2DecoderLayer.from_pretrained("owner/model", 1, revision="main"), model.model.layers[1])
+    assert addresses == ["0a1b2c"]  # what is cached and what is not are of one commit
+
+    def fail(*args: Any, **settings: Any) -> str:
+        raise RuntimeError("503 Server Error\n\nfor url")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    assert_rejected(
+        "owner/model", "^owner/model cannot be read from the Hugging Face Hub: 503 Server Error for url$", OSError
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
         ImportError, match="source is 'owner/model', which looks like a name on the Hub; wanted pip install"

@@ -137,11 +137,13 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
 def test_a_name_of_an_architecture_tells_the_kind_too() -> None:
     assert read({"architectures": ["DeepseekV3ForCausalLM"]}) == read({"model_type": "deepseek_v3"})
     assert_rejected(
-        {"architectures": ["LlamaForCausalLM"], "hidden_size": 64}, "^architectures is 'Llama'; wanted an arch"
+        {"architectures": ["LlamaForCausalLM"], "hidden_size": 64},
+        "^architectures is 'LlamaForCausalLM'; wanted an arch",
     )
-    assert_rejected(
-        BARE | {"architectures": ["DeepseekV32ForCausalLM"]}, "^architectures is 'DeepseekV32'; wanted an arch"
-    )
+    both = ["DeepseekV2ForCausalLM", "LlamaForCausalLM"]
+    for names in (["DeepseekV32ForCausalLM"], both, both[::-1]):
+        assert_rejected(BARE | {"architectures": names}, f"^architectures is '{' '.join(names)}'; wanted an arch")
+        assert_rejected({"architectures": names}, f"^architectures is '{' '.join(names)}'; wanted an arch")
     assert_rejected(BARE | {"architectures": "DeepseekV2"}, "^architectures is 'DeepseekV2'; wanted a list of names")
     assert_rejected(BARE | {"architectures": ["DeepseekV2ForCausalLMé"]}, "^architectures is 'DeepseekV2ForCausalLMé'")
     assert_rejected({"model_type": ["deepseek_v2"]}, "^model_type is a list of 1; wanted a name")
@@ -154,7 +156,9 @@ def test_without_a_name_the_keys_must_leave_no_doubt() -> None:
         assert_rejected(
             {name: value for name, value in whole.items() if name != key}, "^model_type is None; wanted one of"
         )
-    for nothing in ({}, {"hidden_size": 64, "num_hidden_layers": 2}):
+    plain = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "use_mla": False}
+    assert not read(plain).use_mla
+    for nothing in ({}, {"hidden_size": 64, "num_hidden_layers": 2}, {"use_mla": True}, {"use_mla": False}):
         assert_rejected(nothing, "^model_type is None; wanted one of .*the keys leave open which model this is")
 
 
@@ -192,10 +196,11 @@ def test_a_model_with_vision_keeps_its_decoder_inside() -> None:
         {"model_type": "deepseek_vl_v2", "language_config": [2]}, "language_config is a?.*; wanted a JSON object"
     )
     twice = {"language_config": lite, "text_config": lite}
-    assert_rejected(twice, "language_config and text_config is .given.; wanted one")
+    assert_rejected(twice, "^language_config and text_config are given; wanted one")
     for between in ({}, {"model_type": "kimi_vl"}):
         assert_rejected(
-            {"text_config": between | {"text_config": BARE}}, "^text_config is {.*; wanted .* which holds no other$"
+            {"text_config": between | {"text_config": BARE}},
+            "^text_config is an object of [12]; wanted .* which holds no other$",
         )
 
 
@@ -204,8 +209,23 @@ def test_what_stands_outside_and_inside_must_agree() -> None:
     assert read({**outer, "hidden_size": 2048, "language_config": inner}).hidden_size == 2048
     assert_rejected({**outer, "hidden_size": 1, "language_config": inner}, "hidden_size is 1; wanted .* nested .* 2048")
     assert read({**outer, "tie_word_embeddings": True, "language_config": inner}).tie_word_embeddings
-    with pytest.warns(UserWarning, match="not known, and so not read from the configuration: vocab_size$"):
-        DeepseekV2Config.from_published({**outer, "vocab_size": 7, "language_config": inner})
+    around = {
+        "vocab_size": 7, "rope_parameters": {"rope_theta": 5e4}, "head_dim": 3, "num_experts": 8, "layer_types": ["x"]
+    }  # fmt: skip
+    for key, value in around.items():
+        with pytest.warns(UserWarning, match=f"not known, and so not read from the configuration: {key}$"):
+            assert DeepseekV2Config.from_published({**outer, key: value, "language_config": inner}) == read(inner)
+    yarn = configs()["v3"]["rope_scaling"]
+    assert_rejected(
+        {**outer, "rope_scaling": yarn, "language_config": inner | {"rope_scaling": yarn | {"factor": 8}}},
+        "^rope_scaling.factor is 40; wanted what the nested configuration says, 8$",
+    )
+
+
+@pytest.mark.parametrize("key", ["language_config", "text_config", "llm_config"])
+def test_a_decoder_holds_no_other(key: str) -> None:
+    assert read(BARE | {key: {}}) == read(BARE)
+    assert_rejected(BARE | {key: {"hidden_size": 64}}, f"^{key} is an object of 1; wanted no such key")
 
 
 # Every key
@@ -215,12 +235,42 @@ def test_a_key_that_is_not_known_is_named() -> None:
     with pytest.warns(UserWarning, match="not known, and so not read from the configuration: hidden_sizes, zebra$"):
         config = DeepseekV2Config.from_published(BARE | {"hidden_sizes": 3, "zebra": [1], "use_cache": True})
     assert config == read(BARE)
+    with pytest.warns(UserWarning, match=": 3, zebra$"):
+        assert DeepseekV2Config.from_published(BARE | {3: 4, "zebra": 1}) == read(BARE)
+
+
+class Printed:
+    def __repr__(self) -> str:
+        return "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({str(n): n for n in range(500)}, "an object of 500"),
+        ([{"a": 1}] * 500, "a list of 500"),
+        ("x" * 5000, f"'{'x' * 99}…"),
+        (10**4000, f"1{'0' * 99}…"),
+        (Printed(), "a b"),
+    ],
+)
+def test_a_rejected_value_takes_few_letters(value: Any, shown: str) -> None:
+    for key in ("hidden_size", "rope_scaling", "model_type", "sliding_window"):
+        if (key, shown) != ("rope_scaling", "an object of 500"):
+            assert_rejected(BARE | {key: value}, rf"^{key} is {shown}; wanted ")
+    assert_rejected(
+        {"model_type": "kimi_vl", "text_config": [value] * 500}, "^text_config is a list of 500; wanted a JSON"
+    )
+    if not isinstance(value, dict | str):  # a path, or a configuration
+        assert_rejected(value, f"^the configuration is {shown}; wanted a JSON object$")
 
 
 @pytest.mark.parametrize("key", known()["only"])
 def test_keys_that_would_make_another_layer_are_rejected_by_name(key: str) -> None:
     for allowed in known()["only"][key]:
         assert read(BARE | {key: allowed}) == read(BARE)
+        if allowed is None:  # an empty object says nothing
+            assert read(BARE | {key: {}}) == read(BARE)
     for other in (7, 0.5, ["x"], not known()["only"][key][0]):
         if other not in known()["only"][key]:
             assert_rejected(BARE | {key: other}, f"^{key} is .*; wanted .*: the layer would be another$")
@@ -321,21 +371,25 @@ def test_both_keys_may_say_the_same() -> None:
     assert read(BARE | both) == read(BARE | {"rope_scaling": yarn})
     for other in ({"factor": 8}, {"mscale": 0.5}):
         assert_rejected(
-            BARE | both | {"rope_scaling": yarn | other}, "^rope_scaling is .*; wanted what rope_parameters says"
+            BARE | both | {"rope_scaling": yarn | other},
+            rf"^rope_scaling.{next(iter(other))} is .*; wanted what rope_parameters says, \d",
         )
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_errors_name_the_key_that_the_file_has(key: str) -> None:
-    assert_rejected(
-        BARE | {key: {"type": "longrope", "factor": 2}}, f"^{key} type is 'longrope'; wanted linear, dynamic or"
-    )
-    assert_rejected(BARE | {key: {"rope_type": "yarn"}}, f"^{key} is .*; wanted a factor")
+    yarn = {"type": "yarn", "factor": 2}
+    for name in ("type", "rope_type"):
+        assert_rejected(
+            BARE | {key: {name: "longrope", "factor": 2}}, f"^{key}.{name} is 'longrope'; wanted linear, dynamic or"
+        )
+    assert_rejected(BARE | {key: yarn | {"rope_type": "linear"}}, f"^{key}.rope_type is 'linear'; wanted 'yarn'")
+    assert_rejected(BARE | {key: {"rope_type": "yarn"}}, f"^{key}.factor is None; wanted a factor")
     assert_rejected(BARE | {key: "yarn"}, f"^{key} is 'yarn'; wanted a JSON object")
-    assert_rejected(
-        BARE | {key: {"type": "yarn", "factor": 2, "truncate": False}}, f"^{key}.truncate is False; wanted True"
-    )
-    assert_rejected(BARE | {key: {"main": {"type": "default"}}}, f"^{key} is")
+    assert_rejected(BARE | {key: yarn | {"truncate": False}}, f"^{key}.truncate is False; wanted True")
+    assert_rejected(BARE | {key: {"main": {"type": "default"}}}, f"^{key}.type is None; wanted linear")
+    assert_rejected(BARE | {key: yarn | {"short_factor": [1] * 48}}, f"^{key}.short_factor is a list of 48; wanted no")
+    assert_rejected(BARE | {key: {"type": "default", "factor": 2}}, f"^{key}.factor is 2; wanted no such key beside")
     assert_rejected(
         BARE | {key: {"type": "default", "partial_rotary_factor": 0.5}}, f"^{key}.partial_rotary_factor is 0.5"
     )

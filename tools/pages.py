@@ -168,6 +168,7 @@ def known_configurations() -> str:
         "keys of a size": published.SIZE_KEYS,
         "keys of routing": published.ROUTING_KEYS,
         "largest size": checks.LARGEST_SIZE,
+        "longest value": checks.LONGEST_VALUE,
         "smallest eps": checks.SMALLEST_EPS,
         "implementations": checks.IMPLEMENTATIONS,
         "forms": checks.MLA_FORMS,

@@ -85,18 +85,22 @@ const publishedReader = (() => {
     if (typeof value === "bigint") return String(value);
     if (typeof value === "number") return inFull(value);
     if (typeof value === "string") return quoted(value);
-    if (Array.isArray(value)) return `[${value.map(written).join(", ")}]`;
-    return `{${[...value].map(([key, each]) => `${quoted(key)}: ${written(each)}`).join(", ")}}`;
+    throw new TypeError("lists and objects are described by their length");
   }
 
-  const described = (value) => (Array.isArray(value) ? `a list of ${value.length}` : written(value));
+  function described(value) {
+    if (Array.isArray(value)) return `a list of ${value.length}`;
+    if (value instanceof Map) return `an object of ${value.size}`;
+    const [letters, longest] = [[...written(value)], known.get("longest value")];
+    return letters.length <= longest ? letters.join("") : `${letters.slice(0, Number(longest)).join("")}…`;
+  }
 
   function require(fits, name, value, wanted) {
     if (!fits) throw new Rejection(`${name} is ${described(value)}; wanted ${wanted}`);
   }
 
   function requireObject(value, name) {
-    if (!(value instanceof Map)) throw new Rejection(`${name} is ${written(value)}; wanted a JSON object`);
+    require(value instanceof Map, name, value, "a JSON object");
     return value;
   }
 
@@ -106,18 +110,25 @@ const publishedReader = (() => {
   const [kinds, nested, rope, fields] = ["kinds", "nested", "rope", "fields"].map((part) => known.get(part));
   const allKinds = [...kinds.keys(), ...nested.keys()].join(", ");
 
+  // Rejects what is said twice, and otherwise; of two objects it names the first key in which they differ.
+  function requireSame(name, value, other, whose) {
+    if (!(value instanceof Map && other instanceof Map)) return require(same(value, other), name, value, `${whose} ${described(other)}`);
+    for (const key of new Set([...value.keys(), ...other.keys()]))
+      requireSame(`${name}.${key}`, get(value, key), get(other, key), whose);
+  }
+
   // What stands around the decoder's keys, the kind of the decoder, and its keys.
   function decoderOf(published) {
     const told = get(published, "model_type");
     require(told === null || typeof told === "string", "model_type", told, "a name");
     const kind = told ?? kindByArchitecture(published);
     if (kinds.has(kind)) {
-      requireArchitecture(published, kind, kinds.get(kind));
+      requireArchitectures(published, kind, kinds.get(kind));
       return [new Map(), kind, published];
     }
     let [key, innerKind] = [nestedKey(published), null];
     if (nested.has(kind)) {
-      requireArchitecture(published, kind, nested.get(kind));
+      requireArchitectures(published, kind, nested.get(kind));
       [key, innerKind] = ["key", "kind"].map((name) => nested.get(kind).get(name));
     } else if (kind !== null) {
       const why = known.get("others").has(kind) ? `: ${kind} has ${known.get("others").get(kind)}` : "";
@@ -144,30 +155,31 @@ const publishedReader = (() => {
   function nestedKey(published) {
     const keys = new Set([...nested.values()].map((entry) => entry.get("key")));
     const present = [...keys].sort().filter((key) => !isNothing(get(published, key)));
-    require(present.length < 2, present.join(" and "), "given", "one decoder's configuration");
+    if (present.length > 1) throw new Rejection(`${present.join(" and ")} are given; wanted one decoder's configuration`);
     return present[0] ?? null;
   }
 
-  // Names of architectures, without what the class is for: DeepseekV3 of DeepseekV3ForCausalLM.
-  function bases(published) {
+  function architectures(published) {
     let names = get(published, "architectures");
     if (!names || isNothing(names)) names = [];
     const fits = Array.isArray(names) && names.every((name) => typeof name === "string");
     require(fits, "architectures", names, "a list of names");
-    return names.map((name) => name.replace(/(For[A-Z][A-Za-z0-9]*|Model)$/, ""));
+    return names;
   }
 
-  const isOf = (names, entry) => names.some((name) => entry.get("architectures").includes(name));
+  // Whether all these classes belong to an entry's architectures, whatever they are for: DeepseekV3ForCausalLM to DeepseekV3.
+  const areOf = (names, entry) =>
+    names.every((name) => entry.get("architectures").includes(name.replace(/(For[A-Z][A-Za-z0-9]*|Model)$/, "")));
 
-  function requireArchitecture(published, kind, entry) {
-    const names = bases(published);
+  function requireArchitectures(published, kind, entry) {
+    const names = architectures(published);
     const own = entry.get("architectures").map((name) => `${name}ForCausalLM`).join(", ");
-    require(!names.length || isOf(names, entry), "architectures", names.join(" "), `an architecture of model_type ${kind}: ${own}`);
+    require(areOf(names, entry), "architectures", names.join(" "), `an architecture of model_type ${kind}: ${own}`);
   }
 
   function kindByArchitecture(published) {
-    const names = bases(published);
-    for (const [kind, entry] of [...kinds, ...nested]) if (isOf(names, entry)) return kind;
+    const names = architectures(published);
+    if (names.length) for (const [kind, entry] of [...kinds, ...nested]) if (areOf(names, entry)) return kind;
     require(!names.length, "architectures", names.join(" "), "an architecture of a model that is known");
     return null;
   }
@@ -178,7 +190,7 @@ const publishedReader = (() => {
       if (published.has(key) && !published.has("hidden_size"))
         throw new Rejection(`the configuration is ${what}, as its key ${key} says; wanted a model's config.json`);
     const hasAll = (...groups) => groups.every((group) => known.get(`keys of ${group}`).every((key) => published.has(key)));
-    const told = published.has("use_mla") || hasAll("a latent", "a size");
+    const told = hasAll("a size") && (published.has("use_mla") || hasAll("a latent"));
     const routed = get(published, "n_routed_experts") !== null;
     require(told && (!routed || hasAll("routing")), "model_type", null, `one of ${allKinds}: the keys leave open which model this is`);
     return "deepseek_v2";
@@ -187,7 +199,8 @@ const publishedReader = (() => {
   function rejectOthers(given, only, where = "") {
     for (const [key, value] of given) {
       const allowed = only.get(key);
-      if (!allowed || allowed.some((one) => same(value, one))) continue;
+      const says = isNothing(value) ? null : value; // an empty object says nothing
+      if (!allowed || allowed.some((one) => same(says, one))) continue;
       const names = allowed.map((one) => (one === null ? "no such key" : written(one))).join(" or ");
       require(false, `${where}${key}`, value, `${names}: the layer would be another`);
     }
@@ -198,36 +211,35 @@ const publishedReader = (() => {
     rejectOthers(scaling, rope.get("only"), `${key}.`);
     const given = new Map([...scaling].filter(([name, value]) => value !== null && !rope.get("only").has(name)));
     given.delete("rope_theta");
-    const types = ["type", "rope_type"].filter((name) => given.has(name)).map((name) => given.get(name));
-    given.delete("type");
-    given.delete("rope_type");
-    if (!types.length && !given.size && scaling.size) return null;
-    const one = types.length > 0 && types.every((type) => equal(type, types[0]));
-    require(one, key, scaling, "one type (linear, dynamic or yarn)");
-    if (types[0] === "default") {
-      require(!given.size, key, scaling, "no further keys beside type default");
-      return null;
+    const types = new Map(["type", "rope_type"].filter((name) => given.has(name)).map((name) => [name, given.get(name)]));
+    for (const name of types.keys()) given.delete(name);
+    if (!types.size && !given.size && scaling.size) return null;
+    const [type = null] = types.values();
+    for (const [name, value] of types.size ? types : [["type", null]]) {
+      require(["linear", "dynamic", "yarn", "default"].includes(value), `${key}.${name}`, value, "linear, dynamic or yarn");
+      require(value === type, `${key}.${name}`, value, `${written(type)}, as its type says`);
     }
-    require(["linear", "dynamic", "yarn"].includes(types[0]), `${key} type`, types[0], "linear, dynamic or yarn");
-    const names = rope.get("read");
-    require([...given.keys()].every((name) => names.includes(name)), key, scaling, `beside the type only ${written([...names].sort())}`);
-    require(given.has("factor"), key, scaling, "a factor");
-    return new Map([["type", types[0]], ...given]);
+    for (const [name, value] of given)
+      require(type !== "default" && rope.get("read").includes(name), `${key}.${name}`, value, `no such key beside type ${type}`);
+    if (type === "default") return null;
+    require(given.has("factor"), `${key}.factor`, null, "a factor");
+    return new Map([["type", type], ...given]);
   }
 
   // rope_theta and rope_scaling, wherever the file has them: the theta inside wins.
   function ropeOf(decoder) {
     const found = new Map();
+    const [default_, whose] = [new Map([["type", "default"]]), "what rope_parameters says,"];
     for (const key of ["rope_parameters", "rope_scaling"]) {
       const parameters = get(decoder, key);
       if (isNothing(parameters)) continue;
       const scaling = stretch(requireObject(parameters, key), key);
       const theta = parameters.has("rope_theta") ? parameters.get("rope_theta") : get(found, "rope_theta");
-      for (const [name, value] of [["rope_theta", theta], ["rope_scaling", scaling]]) {
-        const before = found.has(name) ? found.get(name) : value;
-        require(equal(before, value), key, parameters, "what rope_parameters says, or one of the two");
-        if (name === "rope_scaling" || value !== null) found.set(name, value);
-      }
+      requireSame(`${key}.rope_theta`, theta, found.has("rope_theta") ? found.get("rope_theta") : theta, whose);
+      const before = found.has("rope_scaling") ? found.get("rope_scaling") : scaling;
+      requireSame(key, scaling ?? default_, before ?? default_, whose);
+      found.set("rope_scaling", scaling);
+      if (theta !== null) found.set("rope_theta", theta);
     }
     return found;
   }
@@ -245,12 +257,12 @@ const publishedReader = (() => {
   function configurationOf(published) {
     const [outer, kind, decoder] = decoderOf(published);
     const only = new Map([...known.get("only"), ...(kinds.get(kind).get("only") ?? [])]);
-    const readable = ["rope_parameters", "head_dim", "qk_head_dim", "layer_types", "mlp_layer_types", ...known.get("irrelevant")];
+    const isRead = (key) => fields.has(key) || known.get("same_as").has(key) || known.get("read").includes(key);
     const unknown = [];
     for (const where of [decoder, outer]) {
       rejectOthers(where, only);
-      const names = new Set(readable.concat(where === outer ? known.get("beside") : []));
-      const isKnown = (key) => [fields, only, known.get("same_as"), names].some((keys) => keys.has(key));
+      const others = new Set(known.get("irrelevant").concat(where === outer ? known.get("beside") : []));
+      const isKnown = (key) => isRead(key) || only.has(key) || others.has(key);
       unknown.push(...[...where.keys()].filter((key) => !isKnown(key)));
     }
     const given = new Map([...decoder].filter(([key]) => fields.has(key)));
@@ -258,14 +270,15 @@ const publishedReader = (() => {
       if (!decoder.has(other)) continue;
       const value = decoder.get(other);
       if (!given.has(name)) given.set(name, value);
-      require(same(value, given.get(name)), other, value, `${name}'s ${written(given.get(name))}`);
+      requireSame(other, value, given.get(name), `${name}'s`);
     }
+    const tied = "tie_word_embeddings";
+    if (outer.has(tied) && !given.has(tied)) given.set(tied, outer.get(tied));
+    const inside = new Map([...decoder, ...given]);
     for (const [name, value] of outer) {
-      if (!fields.has(name)) continue;
-      if (name === "tie_word_embeddings" && !given.has(name)) given.set(name, value);
-      const inside = given.has(name) ? given.get(name) : value;
-      require(same(value, inside), name, value, `what the nested configuration says, ${written(inside)}`);
-      if (!given.has(name)) unknown.push(name);
+      if (!isRead(name)) continue;
+      if (inside.has(name)) requireSame(name, value, inside.get(name), "what the nested configuration says,");
+      else unknown.push(name);
     }
     const said = [];
     if (unknown.length) said.push(`not known, and so not read from the configuration: ${[...new Set(unknown)].join(", ")}`);

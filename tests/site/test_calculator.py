@@ -829,7 +829,7 @@ def test_a_pasted_file_fills_the_fields_that_its_model_has(page: Page, name: str
         (f'{{"model_type": "deepseek_v2", "x": {"9" * 4301}}}', "the text is not JSON that can be read: an integer of more"),
         ("[" * 10**5 + "]" * 10**5, "the text is not JSON that can be read: nested too deeply"),
         ('{"x":' * 10**5 + "1" + "}" * 10**5, "the text is not JSON that can be read: nested too deeply"),
-        ("[]", "the configuration is []; wanted a JSON object"),
+        ("[]", "the configuration is a list of 0; wanted a JSON object"),
         ("12", "the configuration is 12; wanted a JSON object"),
         ("null", "the configuration is None; wanted a JSON object"),
         ('{"weight_map": {}}', "the configuration is the index of a checkpoint, as its key weight_map says; wanted a model's"),
