@@ -185,6 +185,8 @@ def _load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: st
     if how.experts_of is not None:
         from dsv2_ref.parallel import share_experts
 
+        pair = isinstance(how.experts_of, tuple | list) and len(how.experts_of) == 2
+        require(pair, "experts_of", how.experts_of, "a rank, from 0, and the number of ranks")
         require(how.weights is None and own is None, "experts_of", how.experts_of, "None for quantised experts")
         module = share_experts(module, *how.experts_of)
         targets = module.state_dict()
@@ -397,11 +399,14 @@ class PretrainedModel:
         which `from_pretrained` alone reads.
 
         Raises:
-            ValueError: for a model quantised in several ways, or not throughout a part.
+            ValueError: for a model quantised in several ways, or not throughout a part, and for one that has a share of
+                its experts.
         """
         from safetensors.torch import save_file
 
         model: Any = self
+        for part in model.modules():
+            checks.all_experts(part)
         require(max_shard_size >= 1, "max_shard_size", max_shard_size, "a number of bytes")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
