@@ -63,7 +63,7 @@ def attend_products(
     Scores are rounded once, after scale and mask; their softmax sums in float32. A single query may be given more keys
     than it sees; they must be finite.
     """
-    batch, heads, seq, _ = query.shape
+    batch, heads, seq = query.shape[:3]
     key, value = key[:, 0], value[:, 0]
     unseen = key.shape[1] - visible.kv_seq
     parts, end, mask, sees_any = [], visible.kv_seq, None, None
