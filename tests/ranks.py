@@ -183,6 +183,7 @@ FAULTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "counts from the wrong side": (ParallelExperts.forward, "arriving.T.tolist()", "counts.T.tolist()"),
     "gradients of experts not divided": (average_gradients, "/ ranks.total)", "/ (1 if mine else ranks.total))"),
     "pooled losses of each rank alone": (balance_module._over, "ranks is None", "True"),
+    "losses of sequences by each rank's own number": (balance_module._mean, "ranks is None or not seq_aux", "True"),
     "every rank drops for itself": (TokenDropping._drop, 'getattr(gate, "ranks", None)', "None"),
 }
 OVERFULL = ("experts by their numbers among all", "counts from the wrong side")

@@ -132,6 +132,7 @@ def test_state_dicts_of_all_ranks_together_are_the_published_one(found: tuple[in
 
 FOUND_IN = {
     "pooled losses of each rank alone": "groups, and losses over all tokens",
+    "losses of sequences by each rank's own number": "groups, and losses for each sequence",
     "every rank drops for itself": "dropping",
 }
 
