@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--cache", help=f"latents stored as {', '.join(CACHES)} and scales (default: in the dtype)")
     option("--kept", type=int, help="rows per sequence that the cache holds (--kv)")
     option("--read", type=int, help="rows of them that each query reads (--kept)")
-    option("--ranks", type=int, metavar="P", help="ranks that share the routed experts")
+    option("--ranks", type=int, metavar="P", help="what each of P ranks that share the routed experts holds and sends")
     option("--json", action="store_true", help="print JSON")
     return parser
 
@@ -95,7 +95,9 @@ def _tokens(call: dict[str, Any]) -> str:
 def _account(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
     found = report(config, call, args.layer, args.training, args.checkpointing, args.optimizer)
     if args.ranks is not None:
-        found["bytes"]["on_each_rank"] = on_ranks(config, call, args.ranks, args.layer, args.training)
+        found["bytes"]["on_each_rank"] = on_ranks(
+            config, call, args.ranks, args.layer, args.training, args.optimizer or "adamw"
+        )
     return json.dumps(found, indent=2) if args.json else _table(found)
 
 
@@ -146,7 +148,7 @@ def _table(found: dict[str, Any]) -> str:
     if found["training"]:
         lines += _training(found["training"], not_counted)
     if "on_each_rank" in sizes:
-        lines += ["", "bytes on each rank"]
+        lines += ["", "bytes on each rank, which receives as many as it sends"]
         lines += [f"  {what:44}{size:22,.0f}  {_bytes(size)}" for what, size in sizes["on_each_rank"].items()]
     return "\n".join([*lines, "", f"intensity: {found['intensity']:,} FLOP per byte of weights and cache read"])
 

@@ -37,11 +37,11 @@ def attend(
 
     Source: Vaswani et al. (2017), equation 1; DeepSeek-V2, equation 18.
     """
-    B, H, S, _ = query.shape
-    G, wide = key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    B, H, S, W = query.shape
+    (G, K), wide = key.shape[1:3], torch.promote_types(query.dtype, torch.float32)
     # Heads that share a key head are rows of one product: (B, G, H / G * S, W).
-    scores = query.reshape(B, G, H // G * S, -1).to(wide) @ key.to(wide).mT * scale
-    scores = scores.view(B, H, S, -1)  # (B, H, S, K)
+    scores = query.reshape(B, G, H // G * S, W).to(wide) @ key.to(wide).mT * scale
+    scores = scores.view(B, H, S, K)
     mask, sees_any = visible.block(0, S)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -52,8 +52,8 @@ def attend(
         weights = weights.where(sees_any, 0)  # not NaN where everything is masked
     if dropout:
         weights = F.dropout(weights, dropout)
-    out = weights.view(B, G, H // G * S, -1) @ value.to(query.dtype)
-    return out.view(B, H, S, -1), weights
+    out = weights.view(B, G, H // G * S, K) @ value.to(query.dtype)
+    return out.view(B, H, S, value.shape[-1]), weights
 
 
 SCORES_AT_ONCE = 2**24

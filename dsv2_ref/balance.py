@@ -7,10 +7,11 @@ normalisation, and has one. So they push down the scores of what is used too oft
 is taken over every sequence and averaged (``seq_aux``, the paper's), or over all tokens
 of the batch.
 
-With ``ranks``, f counts the tokens of all ranks of a batch that is taken as one, and P
-is the sum over this rank's tokens by the mean number of tokens of a rank: the mean of
-the ranks' losses, and of their gradients, is that of the whole batch. Losses over each
-sequence need nothing from other ranks.
+With ``ranks``, the mean of the ranks' losses, and of their gradients, is that of the
+batch of all of them together. Of a batch that is taken as one, f counts the tokens of
+all ranks, and P is the sum over this rank's tokens by the mean number of tokens of a
+rank. Losses over each sequence are summed by the mean number of sequences of a rank,
+which may itself bring none.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def _frequency_and_score(
     """f and P of every expert, for each sequence or for the batch as one."""
     scores, topk_idx = _parts(scores, topk_idx, seq_aux)
     batch, tokens, experts = scores.shape
-    chosen = topk_idx.reshape(batch, -1)
+    chosen = topk_idx.flatten(1)
     counts = scores.new_zeros(batch, experts)
     counts = counts.scatter_add(1, chosen, scores.new_ones(chosen.shape))
     counts, tokens = _over(None if seq_aux else ranks, counts, tokens)
@@ -50,6 +51,15 @@ def _parts(scores: Tensor, topk_idx: Tensor, seq_aux: bool) -> tuple[Tensor, Ten
     if seq_aux:
         return scores, topk_idx
     return scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
+
+
+def _mean(
+    losses: Float[Tensor, "parts"], seq_aux: bool, ranks: "Ranks | None"
+) -> Float[Tensor, ""]:
+    """The mean over the parts; of sequences, this rank's share of that over all ranks."""
+    if ranks is None or not seq_aux:
+        return losses.mean()
+    return losses.sum() * ranks.total / ranks.sum(losses.new_tensor(float(len(losses))))
 
 
 def _over(
@@ -78,7 +88,7 @@ def expert_balance_loss(
     Source: DeepSeek-V2, equations 23 to 25; ``MoEGate.forward`` of the published code.
     """
     frequency, score = _frequency_and_score(scores, topk_idx, seq_aux, ranks)
-    return alpha * (frequency * score).sum(dim=1).mean()
+    return alpha * _mean((frequency * score).sum(dim=1), seq_aux, ranks)
 
 
 def device_balance_loss(
@@ -104,7 +114,7 @@ def device_balance_loss(
     frequency, score = _frequency_and_score(scores, topk_idx, seq_aux, ranks)
     frequency = frequency.unflatten(1, (devices, group)).mean(dim=2)
     score = score.unflatten(1, (devices, group)).sum(dim=2)
-    return alpha * (frequency * score).sum(dim=1).mean()
+    return alpha * _mean((frequency * score).sum(dim=1), seq_aux, ranks)
 
 
 def communication_balance_loss(
@@ -138,7 +148,7 @@ def communication_balance_loss(
     sent, tokens = _over(None if seq_aux else ranks, sent, scores.shape[1])
     frequency = sent / tokens * (devices / topk_devices)
     score = (scores.sum(dim=1) / tokens).unflatten(1, (devices, group)).sum(dim=2)
-    return alpha * (frequency * score).sum(dim=1).mean()
+    return alpha * _mean((frequency * score).sum(dim=1), seq_aux, ranks)
 
 
 def balance_loss(

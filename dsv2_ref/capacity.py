@@ -19,6 +19,11 @@ def experts_of_a_device(experts: int, devices: int) -> int:
     return experts // devices
 
 
+def _require_factor(factor: float) -> None:
+    finite = 0 <= factor < float("inf")
+    require(finite, "capacity_factor", factor, "a finite number, 0 or more")
+
+
 def sent_to(
     topk_idx: Int[Tensor, "*tokens top_k"], group: int, devices: int
 ) -> Bool[Tensor, "*tokens devices"]:
@@ -71,13 +76,13 @@ def choices_within_budget(
             training has also seen what inference does.
 
     Raises:
-        ValueError: if ``devices`` does not divide ``experts``, and for a negative
-            factor.
+        ValueError: if ``devices`` does not divide ``experts``, and for a factor that is
+            negative or not finite.
 
     Source: DeepSeek-V2, section 2.2.4.
     """
     group = experts_of_a_device(experts, devices)
-    require(capacity_factor >= 0, "capacity_factor", capacity_factor, "0 or more")
+    _require_factor(capacity_factor)
     budget = int(capacity_factor * topk_idx.numel() / devices)
     if protected is not None:
         affinity = affinity.masked_fill(protected[:, None], float("inf"))
@@ -111,8 +116,8 @@ class TokenDropping:
         generator: draws the exempt sequences, on the CPU; None is torch's own.
 
     Raises:
-        ValueError: for a model without a gate that has groups, a negative factor, and a
-            part that is not from 0 to 1.
+        ValueError: for a model without a gate that has groups, a factor that is negative
+            or not finite, and a part that is not from 0 to 1.
 
     Source: DeepSeek-V2, section 2.2.4.
     """
@@ -127,7 +132,7 @@ class TokenDropping:
         gates = [gate for gate in model.modules() if getattr(gate, "n_group", 1) > 1]
         wanted = "gates with more than one n_group, which are the devices"
         require(len(gates) > 0, "model", model, wanted)
-        require(capacity_factor >= 0, "capacity_factor", capacity_factor, "0 or more")
+        _require_factor(capacity_factor)
         require(0 <= exempt <= 1, "exempt", exempt, "from 0 to 1")
         self.capacity_factor, self.exempt = capacity_factor, exempt
         self.generator = generator

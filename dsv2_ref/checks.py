@@ -400,14 +400,14 @@ def norm_input(norm: Any, hidden_states: "Tensor") -> None:
 def mlp_input(mlp: Any, hidden_states: "Tensor") -> None:
     """Check of `DeepseekV2MLP.forward`."""
     require_tensor(hidden_states, "hidden_states")
-    _features(hidden_states, mlp.hidden_size, first_weight(mlp.gate_proj, mlp.down_proj))
+    _features(mlp, hidden_states, mlp.hidden_size, first_weight(mlp.gate_proj, mlp.down_proj))
 
 
 def gate_input(gate: Any, hidden_states: "Tensor") -> None:
     """Check of `MoEGate.forward`."""
     require_tensor(hidden_states, "hidden_states")
     width, device = gate.weight.shape[-1], gate.weight.device
-    fits = hidden_states.ndim == 3 and hidden_states.is_floating_point() and hidden_states.numel() > 0
+    fits = hidden_states.ndim == 3 and hidden_states.is_floating_point() and _has_tokens(hidden_states, gate)
     if not fits or hidden_states.shape[-1] != width or hidden_states.device != device:
         wanted = f"floating (batch, seq, {width}) on {device}, with at least one token"
         reject("hidden_states", hidden_states, wanted)
@@ -420,14 +420,29 @@ def moe_input(moe: Any, hidden_states: "Tensor") -> None:
         reject("hidden_states", hidden_states, "(batch, seq, hidden)")
     gate, experts = first_weight(moe.gate), getattr(moe.experts, "gate_up_proj", None)
     width = hidden_states.shape[-1] if gate is None else gate.shape[-1]
-    _features(hidden_states, width, experts if hasattr(experts, "dtype") else gate)
+    _features(moe, hidden_states, width, experts if hasattr(experts, "dtype") else gate)
 
 
-def _features(hidden_states: "Tensor", width: int, weight: "Tensor | None", dtype: "torch.dtype | None" = None) -> None:
+def _has_tokens(x: "Tensor", module: "nn.Module") -> bool:
+    """Whether there are as many tokens as the module needs. Where ranks share its experts, all of them take part in every
+    call, and one may bring no sequence."""
+    if x.numel() > 0:
+        return True
+    shared = any(getattr(part, "ranks", None) is not None for part in module.modules())
+    return shared and len(x) == 0 and x.shape[1:].numel() > 0
+
+
+def _features(
+    module: "nn.Module",
+    hidden_states: "Tensor",
+    width: int,
+    weight: "Tensor | None",
+    dtype: "torch.dtype | None" = None,
+) -> None:
     """Tokens of this width, in the dtype (``dtype`` if they are still to be widened) and on the device of the weight.
     Autocast decides the dtypes where it is on."""
     device = hidden_states.device
-    fits = hidden_states.shape[-1:] == (width,) and hidden_states.numel() > 0
+    fits = hidden_states.shape[-1:] == (width,) and _has_tokens(hidden_states, module)
     if weight is not None:
         same = (dtype or hidden_states.dtype) == weight.dtype
         fits = fits and device == weight.device and (same or _autocast(device))
@@ -453,7 +468,7 @@ def layer_call(layer: Any, hidden_states: "Tensor", *args: Any, **kwargs: Any) -
     if not hasattr(attention, "cache_class"):
         attention = _within(attention, "cache_class")
     if attention is not None:
-        attention_call(attention, hidden_states, *args, **kwargs, dtype=dtype)
+        attention_call(attention, hidden_states, *args, **{"whole": layer} | kwargs, dtype=dtype)
 
 
 def attention_call(
@@ -466,8 +481,10 @@ def attention_call(
     use_cache: bool | None = False,
     *,
     dtype: "torch.dtype | None" = None,
+    whole: Any = None,
 ) -> None:
-    """Check of the attention classes' ``forward``. ``dtype`` is what a norm before it widens ``hidden_states`` to."""
+    """Check of the attention classes' ``forward``. ``dtype`` is what a norm before it widens ``hidden_states`` to, and
+    ``whole`` the layer or model that is called."""
     from torch import Tensor
 
     if not isinstance(hidden_states, Tensor):
@@ -477,7 +494,7 @@ def attention_call(
     weight = getattr(attention.o_proj, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         weight = first_weight(*attention.children())
-    _features(hidden_states, attention.config.hidden_size, weight, dtype)
+    _features(attention if whole is None else whole, hidden_states, attention.config.hidden_size, weight, dtype)
     kernel = attention.implementation
     if output_attentions and kernel != "eager":
         wanted = f"False: _attn_implementation={kernel!r} never holds the weights, 'eager' does"
@@ -711,7 +728,7 @@ def model_call(
     if weight is None:  # an embedding that others wrap
         weight = first_weight(*layers[0].modules())
     device = input_ids.device if weight is None else weight.device
-    fits = input_ids.ndim == 2 and input_ids.numel() > 0 and input_ids.device == device
+    fits = input_ids.ndim == 2 and _has_tokens(input_ids, model) and input_ids.device == device
     if not fits or input_ids.dtype not in (torch.int32, torch.int64):
         reject("input_ids", input_ids, f"integers (batch, seq) on {device}, with at least one token")
     inside = ((input_ids >= 0) & (input_ids < vocab)).all()
@@ -724,7 +741,7 @@ def model_call(
     hidden_states = torch.empty(1, dtype=dtype, device=device).expand(*input_ids.shape, model.config.hidden_size)
     for wrapped, cache in zip(layers, past_key_values or [None] * len(layers), strict=True):
         if (layer := _within(wrapped, "self_attn")) is not None:
-            layer_call(layer, hidden_states, attention_mask, position_ids, cache)
+            layer_call(layer, hidden_states, attention_mask, position_ids, cache, whole=model)
             attention_mask = position_ids = None  # looked at once
 
 
@@ -811,10 +828,11 @@ def expert_share(rank: object, size: object) -> None:
 def experts_to_share(mixture: Any, size: int) -> None:
     """Check of a `DeepseekV2MoE` whose experts ``size`` ranks are to share."""
     from dsv2_ref.moe import RoutedExperts
+    from dsv2_ref.quantize import is_plain
 
     experts, gate = mixture.experts, mixture.gate
-    plain = type(experts) is RoutedExperts and "forward" not in experts.__dict__
-    wanted = "RoutedExperts as they were built, neither quantised nor packed, and shared once"
+    plain = isinstance(experts, RoutedExperts) and is_plain(experts)
+    wanted = "RoutedExperts as they were built, neither quantised nor packed, without hooks, and shared once"
     require(plain, "experts", experts, wanted)
     number, groups = gate.n_routed_experts, gate.n_group
     require(number % size == 0, "number of ranks", size, "a divisor of the {} experts", number)
@@ -822,20 +840,49 @@ def experts_to_share(mixture: Any, size: int) -> None:
     require(groups == 1 or groups % size == 0, "number of ranks", size, wanted, groups)
 
 
-def shared_for(module: Any, shares: list[tuple[int, int]], own: tuple[int, int]) -> None:
-    """Check that a module holds experts, and those of this rank."""
-    require(bool(shares), "module", module, "one with routed experts")
-    for rank, size in shares:
-        if (rank, size) != own:
-            raise ValueError(f"module has experts of rank {rank} of {size}; wanted those of rank {own[0]} of {own[1]}")
+def same_place(replicas: list[int], found: list[int]) -> None:
+    """Check of ranks that shall hold the same experts, and of the ranks that have this one's place in their groups."""
+    if replicas != found:
+        wanted = "a rank of each group, at the place that this one has in its own"
+        raise ValueError(f"replicas are ranks {replicas}; wanted {wanted}")
+
+
+def _those(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def alike_on_all(found: list[int]) -> None:
     """Check of what all ranks say of a module; it fails on all of them alike."""
-    others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
+    others = [rank for rank, one in enumerate(found) if one != found[0]]
     if others:
-        where = f"another on rank{'s' * (len(others) > 1)} {', '.join(others)} than on rank 0"
-        raise ValueError(f"module is {where}; wanted one configuration, dtype and mode on all {len(found)} ranks")
+        wanted = f"one configuration, dtype and mode on all {len(found)} ranks"
+        raise ValueError(f"module is another on {_those(others)} than on rank 0; wanted {wanted}")
+
+
+def own_share(shares: set[tuple[int, int]], own: tuple[int, int], found: list[int]) -> None:
+    """Check of the experts that a module holds, here and on all ranks; it fails on all of them."""
+    for rank, size in shares - {own}:
+        raise ValueError(f"module has experts of rank {rank} of {size}; wanted those of rank {own[0]} of {own[1]}")
+    others = [rank for rank, fits in enumerate(found) if not fits]
+    if others:
+        raise ValueError(f"module has experts of another rank on {_those(others)}; wanted its own on each rank")
+
+
+def same_weights(names: list[str], found: list[list[bool]]) -> None:
+    """Check of what is said of each weight on each rank; it fails on all of them alike."""
+    for name, *same in zip(names, *found, strict=True):
+        others = [rank for rank, one in enumerate(same) if not one]
+        if others:
+            wanted = "the same weights on all ranks, by one seed or from one checkpoint"
+            raise ValueError(f"{name} is another on {_those(others)} than on the first; wanted {wanted}")
+
+
+def all_experts(part: Any) -> None:
+    """Reject, in a model that is to be saved, experts that other ranks have the rest of."""
+    rank, size = getattr(part, "share", (0, 1))
+    wanted = "all of them: torch.distributed.checkpoint saves what the ranks have together"
+    if size > 1:
+        raise ValueError(f"the model has the experts of rank {rank} of {size}; wanted {wanted}")
 
 
 def known_ranks(experts: Any) -> Any:

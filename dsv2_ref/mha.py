@@ -62,7 +62,7 @@ class MultiHeadAttention(nn.Module):
         use_cache: bool = False,
     ) -> tuple[Float[Tensor, "batch seq hidden"], Tensor | None, KeyValueCache | None]:
         """See `DeepseekV2Attention.forward`."""
-        config, (B, S, _) = self.config, hidden_states.shape
+        config, (_, S, _) = self.config, hidden_states.shape
         past = past_key_value
         rows, seen = (0, 0) if past is None else (past.length, past.seen)
         K, device, width = rows + S, hidden_states.device, self.head_dim
@@ -76,9 +76,9 @@ class MultiHeadAttention(nn.Module):
         )  # (B, S, width / 2) each
         cos, sin = cos[:, :, None], sin[:, :, None]  # the same for all heads
 
-        query = self.q_proj(hidden_states).view(B, S, -1, width)  # (B, S, H, width)
-        key = self.k_proj(hidden_states).view(B, S, -1, width)  # (B, S, G, width)
-        value = self.v_proj(hidden_states).view(B, S, -1, width)
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, width))  # (B, S, H, ·)
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, width))  # (B, S, G, ·)
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, width))
         query = rotate_half_split(query, cos, sin).transpose(1, 2)
         new = torch.stack((rotate_half_split(key, cos, sin), value), dim=2)
         if past_key_value is None:

@@ -130,9 +130,8 @@ class MoEGate(nn.Module):
 
         aux_loss = None
         if self.training:
-            aux_loss = balance_loss(
-                self, scores.view(B, S, -1), topk_idx.view(B, S, -1)
-            )
+            by_sequence = [x.unflatten(0, (B, S)) for x in (scores, topk_idx)]
+            aux_loss = balance_loss(self, *by_sequence)
         return topk_idx, topk_weight, aux_loss
 
 

@@ -151,24 +151,29 @@ def parallelize_experts(
     for its own tokens. Make the optimizer afterwards, and call `average_gradients`
     between ``backward`` and its step. Balance losses pooled over the batch
     (``seq_aux=False``), `LossFreeBalancing` and `TokenDropping` then count the tokens
-    of all ranks.
+    of all ranks. ``torch.distributed.checkpoint`` saves the state dicts of all ranks as
+    one, with every published name, and loads from it what a rank holds.
 
-    All ranks of the group must take part in every forward and backward pass; one that
-    has run out of tokens passes any and multiplies their loss by 0. If a rank dies, the
-    others raise ``RuntimeError``: at once where its connection breaks, else after the
-    ``timeout`` of ``init_process_group``.
+    All ranks of the group must take part in every forward and backward pass. One that
+    has run out of sequences passes none of them, a batch of (0, seq), and a loss like
+    the sum of its logits, which is 0. If a rank dies, the others raise
+    ``RuntimeError``: at once where its connection breaks, else after the ``timeout`` of
+    its group. The groups of a mesh of several dimensions have that of torch, up to half
+    an hour; those of ``torch.distributed.new_subgroups_by_enumeration`` take another.
 
     Args:
         module: the same on all ranks, or read with
-            ``from_pretrained(..., experts_of=(rank, P))``. It is returned.
+            ``from_pretrained(..., experts_of=(rank, P))``. All weights are read once to
+            compare them. It is returned.
         group: a process group, or a device mesh of one dimension; None is all ranks.
         replicas: the ranks of other such groups that hold the same experts as this one,
             for data parallelism over groups.
 
     Raises:
-        ValueError: on all ranks, for configurations, dtypes or shares that differ; for
-            experts or groups of them (``n_group``) that the ranks cannot share evenly;
-            and for experts that are quantised, packed or wrapped.
+        ValueError: on all ranks, for configurations, dtypes or weights that differ, and
+            for a share that is another rank's; for experts or groups of them
+            (``n_group``) that the ranks cannot share evenly; and for experts that are
+            quantised, packed or wrapped, or have hooks.
 
     Source: DeepSeek-V2, section 3.1.3; the steps are those of torchtitan.
     """
@@ -178,12 +183,13 @@ def parallelize_experts(
     size, sets = found.size(), copies.size() if copies else 1
     names = found.group_name, copies.group_name if copies else None
     ranks = Ranks(names[0], found.rank(), size, names[1], size * sets)
-    nccl = dist.get_backend(found) == "nccl"
-    _require_agreement(module, ranks, "cuda" if nccl else "cpu")
-    if not any(isinstance(part, ParallelExperts) for part in module.modules()):
+    device = "cuda" if dist.get_backend(found) == "nccl" else "cpu"
+    same = dist.get_process_group_ranks(copies) if copies else [dist.get_rank()]
+    _require_agreement(module, ranks, same, device)
+    if not _shared(module):
         share_experts(module, ranks.rank, size)
-    shared = [part for part in module.modules() if isinstance(part, ParallelExperts)]
-    checks.shared_for(module, [part.share for part in shared], (ranks.rank, size))
+    shared = _shared(module)
+    checks.require(bool(shared), "module", module, "one with routed experts")
     for part in (*shared, *module.modules()):
         if isinstance(part, MoEGate | ParallelExperts):
             part.ranks = ranks
@@ -194,8 +200,25 @@ def _group(group: Any) -> Any:
     return group.get_group() if isinstance(group, DeviceMesh) else group
 
 
-def _require_agreement(module: nn.Module, ranks: Ranks, device: str) -> None:
-    """Raise on all ranks unless the module is alike on all of them."""
+def _shared(module: nn.Module) -> list[ParallelExperts]:
+    return [part for part in module.modules() if isinstance(part, ParallelExperts)]
+
+
+def _require_agreement(
+    module: nn.Module, ranks: Ranks, same: list[int], device: str
+) -> None:
+    """Raise on all ranks, those of all groups, unless the module is alike on them: the
+    experts of a rank on the ``same``, those that hold them too; all else on all."""
+    own, sets = (ranks.rank, ranks.size), ranks.total // ranks.size
+
+    def of_all(found: list[int]) -> Int[Tensor, "ranks found"]:
+        x = ranks.gather(torch.tensor(found, dtype=torch.long, device=device))
+        if sets > 1:
+            x = replace(ranks, group=ranks.replicas, size=sets).gather(x)
+        return x.view(ranks.total, len(found))
+
+    places = of_all([dist.get_rank()]).view(sets, ranks.size)[:, ranks.rank]
+    checks.same_place(same, places.tolist())
     told: list[Any] = [
         (name, tuple(weight.shape), weight.dtype, weight.requires_grad)
         for name, weight in module.named_parameters()
@@ -204,13 +227,32 @@ def _require_agreement(module: nn.Module, ranks: Ranks, device: str) -> None:
         if isinstance(part, MoEGate):
             settings = vars(part).items()
             told += [one for one in settings if isinstance(one[1], int | float | str)]
-        told.append(getattr(part, "config", None))
+        names = "config", "gradient_checkpointing"
+        told += [getattr(part, name, None) for name in names]
     digest = hashlib.sha256(repr(told).encode()).digest()
-    own = torch.tensor([int.from_bytes(digest[:7], "big")], device=device)
-    checks.alike_on_all(ranks.gather(own).tolist())
-    if ranks.replicas is not None:
-        others = replace(ranks, group=ranks.replicas, size=ranks.total // ranks.size)
-        checks.alike_on_all(others.gather(own).tolist())
+    checks.alike_on_all(of_all([int.from_bytes(digest[:7], "big")])[:, 0].tolist())
+
+    shares = {part.share for part in _shared(module)}
+    checks.own_share(shares, own, of_all([shares <= {own}])[:, 0].tolist())
+
+    experts = {weight for part in _shared(module) for weight in part.parameters()}
+    held = dict((*module.named_parameters(), *module.named_buffers()))
+    bits = of_all([_sum_of_bits(weight) for weight in held.values()])
+    wanted = bits[:1].repeat(ranks.total, 1)
+    of_some = [weight in experts for weight in held.values()]
+    wanted[:, of_some] = bits[: ranks.size, of_some].repeat(sets, 1)
+    checks.same_weights(list(held), (bits == wanted).tolist())
+
+
+def _sum_of_bits(x: Shaped[Tensor, "*sizes"]) -> int:
+    """The sum of all elements, their bits read as integers; 0 without memory."""
+    if x.is_meta:
+        return 0
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = x.detach().flatten().contiguous().view(integers[x.itemsize])
+    # In pieces, as a sum on the CPU widens what it sums.
+    sums = [part.sum(dtype=torch.long) for part in bits.split(1 << 24)]
+    return int(torch.stack(sums).sum())
 
 
 @torch.no_grad()
@@ -222,7 +264,7 @@ def average_gradients(module: nn.Module) -> Float[Tensor, ""]:
     back to it from all ranks of its group, summed: it is divided by their number.
     ``torch.nn.utils.clip_grads_with_norm_`` takes the norm.
     """
-    shared = [part for part in module.modules() if isinstance(part, ParallelExperts)]
+    shared = _shared(module)
     checks.require(bool(shared), "module", module, "one of `parallelize_experts`")
     ranks, total_norm = checks.known_ranks(shared[0]), nn.utils.get_total_norm
     experts = {weight for part in shared for weight in part.parameters()}

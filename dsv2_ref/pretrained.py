@@ -174,6 +174,7 @@ class PretrainedModel:
         which `from_pretrained` alone reads.
 
         Raises:
-            ValueError: for a model quantised in several ways, or not throughout a part.
+            ValueError: for a model quantised in several ways, or not throughout a part, and for one that has a share of
+                its experts.
         """
         save(self, Path(folder), max_shard_size)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import (
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.module_tracker import ModuleTracker
 
 from dsv2_ref import ops
 from dsv2_ref.checks import CHECKPOINTING, require
@@ -80,11 +80,13 @@ def checkpointed(
     return run
 
 
+_TRACKER = ModuleTracker()  # not entered, so that it tracks nothing: it only tells
+
+
 def is_recomputing() -> bool:
     """Whether this is a backward pass, in which a forward pass is a repetition: what a
     forward hook counts has been counted."""
-    # As torch's own checkpoint asks. Compiled code runs each hook once.
-    return not is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and _TRACKER.is_bw  # compiled code runs each hook once
 
 
 class GradientCheckpointing(nn.Module):

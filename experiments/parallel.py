@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from dsv2_ref.capacity import TokenDropping
 from dsv2_ref.loss_free import LossFreeBalancing
@@ -38,10 +37,10 @@ PER_KIND = 8
 class Training:
     """A model, its optimizer, and what balances it: on all processes together, or on one alone."""
 
-    def __init__(self, run: str, steps: int, dropping: bool, device: str, mesh: Any = None) -> None:
+    def __init__(self, run: str, steps: int, dropping: bool, device: str, groups: Sequence[Any] = ()) -> None:
         model = router.tiny_model(run).double().to(device).train()
-        self.shared, self.steps = mesh is not None, steps
-        self.model = parallelize_experts(model, mesh["experts"], mesh["groups"]) if self.shared else model
+        self.shared, self.steps = len(groups) > 0, steps
+        self.model = parallelize_experts(model, *groups) if self.shared else model
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=router.RATE, betas=(0.9, 0.95), weight_decay=0.1)
         self.after: list[Any] = []
         if model.config.topk_method == "noaux_tc":
@@ -69,13 +68,14 @@ class Training:
 
 
 def train(
-    run: str, steps: int, groups: int, dropping: bool, device: str, texts: Mapping[str, Tensor]
+    run: str, steps: int, groups: int, dropping: bool, device: str, texts: Mapping[str, Tensor], timeout: float = 60
 ) -> dict[str, list[float]]:
     """The curves of all processes together and of one alone, in bits per byte at each step; the second on the first
     process only."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    mesh = init_device_mesh(device.split(":")[0], (groups, size // groups), mesh_dim_names=("groups", "experts"))
-    ours, alone = Training(run, steps, dropping, device, mesh), Training(run, steps, dropping, device)
+    places, limit = torch.arange(size).view(groups, -1), timedelta(seconds=timeout)  # groups would wait half an hour
+    both = [dist.new_subgroups_by_enumeration(each.tolist(), timeout=limit)[0] for each in (places, places.T)]
+    ours, alone = Training(run, steps, dropping, device, both), Training(run, steps, dropping, device)
     generator = torch.Generator().manual_seed(1)
     log: dict[str, list[float]] = {"bits": [], "alone": []}
     for step in range(steps):
@@ -112,25 +112,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for another process")
     parser.add_argument("--out", type=Path, help="folder for parallel_log.json")
     args = parser.parse_args(arguments)
+    for name in ("steps", "groups", "timeout"):
+        if not getattr(args, name) >= 1:
+            parser.error(f"argument --{name}: {getattr(args, name)}; wanted at least 1")
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    if not all(name in os.environ for name in names):
+        parser.error("wanted torchrun, which starts the processes: torchrun --nproc-per-node 4 -m experiments.parallel")
+    rank, size, local, number = (int(os.environ[name]) for name in names)
     torch.set_num_threads(1)
-    local, number = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     on_gpus = torch.cuda.device_count() >= number
-    if on_gpus:
-        torch.cuda.set_device(local)
     device, backend = (f"cuda:{local}", "nccl") if on_gpus else ("cpu", "gloo")
-    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
-    rank, size = dist.get_rank(), dist.get_world_size()
     try:
         if size % args.groups or len(KINDS) * PER_KIND % size:
             raise ValueError(f"{size} processes; wanted a divisor of {len(KINDS) * PER_KIND}, in {args.groups} groups")
-        log = train(args.run, args.steps, args.groups, args.dropping, device, corpus())
+        if on_gpus:
+            torch.cuda.set_device(local)
+        dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
+        log = train(args.run, args.steps, args.groups, args.dropping, device, corpus(), args.timeout)
         if rank == 0:
             print(f"{size} processes through {backend}", _said(log), sep="\n", flush=True)
         if rank == 0 and args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "parallel_log.json").write_text(json.dumps(log, separators=(",", ":")) + "\n")
         dist.barrier()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"process {rank} of {size} ends: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for those that are gone
     dist.destroy_process_group()

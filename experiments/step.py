@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 import dsv2_ref.fast.products  # noqa: F401  # registers the grouped product
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
 from dsv2_ref.accounting import Call
-from dsv2_ref.accounting.activations import LiveBytes, _checkpointed, as_run, without_memory
+from dsv2_ref.accounting.activations import LiveBytes, as_run, checkpoint_in_place, without_memory
 
 Curve = tuple[Sequence[int], Sequence[int]]
 """FLOPs done and bytes alive after each operation."""
@@ -93,7 +93,7 @@ def timeline(config: DeepseekV2Config, call: Call, mode: str | None) -> Curve:
         for module in (*layers, model.model.norm):
             module.register_forward_pre_hook(started, with_kwargs=True)
         for layer in layers if mode else ():
-            _checkpointed(layer, str(mode))
+            checkpoint_in_place(layer, str(mode))
         with live:
             out = model(ids)[0]
         gradient = torch.empty_like(out)

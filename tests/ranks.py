@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, DeepseekV2MoE, MoEGate, ops
@@ -24,7 +26,7 @@ from dsv2_ref import balance as balance_module
 from dsv2_ref import parallel as parallel_module
 from dsv2_ref.capacity import TokenDropping
 from dsv2_ref.loss_free import LossFreeBalancing
-from dsv2_ref.parallel import ParallelExperts, average_gradients, parallelize_experts
+from dsv2_ref.parallel import ParallelExperts, average_gradients, parallelize_experts, share_experts
 from dsv2_ref.recompute import checkpointed
 from experiments import parallel as experiment
 from experiments.corpus import KINDS
@@ -48,7 +50,6 @@ class Case:
     config: DeepseekV2Config
     kind: type[nn.Module] = DeepseekV2MoE
     dtype: torch.dtype = torch.float64
-    uneven: bool = True  # ranks bring different numbers of sequences
     liked: tuple[int, ...] = ()  # experts that all tokens choose
     shunned: tuple[int, ...] = ()  # and that none chooses
     checkpointing: str = ""
@@ -70,9 +71,9 @@ class Case:
         return module
 
     def batch(self, ranks: int) -> list[Tensor]:
-        """What each rank brings: sequences of tokens for a model, of hidden states for others."""
+        """What each rank brings: one or two sequences, or none, of tokens for a model, of hidden states for others."""
         generator = torch.Generator().manual_seed(2)
-        numbers = [1 + rank % 3 if self.uneven else 2 for rank in range(ranks)]
+        numbers = [(1 + rank) % 3 for rank in range(ranks)]
         if self.kind is DeepseekV2ForCausalLM:
             return [torch.randint(self.config.vocab_size, (n, SEQ), generator=generator) for n in numbers]
         whole = [
@@ -86,7 +87,7 @@ class Case:
 CASES = {
     "greedy": Case(SIZES),
     "definitions alone": Case(SIZES, plain=True),
-    "groups, and losses for each sequence": Case(replace(GROUPED, **LOSSES), uneven=False),
+    "groups, and losses for each sequence": Case(replace(GROUPED, **LOSSES)),
     "groups, and losses over all tokens": Case(replace(GROUPED, **LOSSES, seq_aux=False)),
     "all tokens to one rank": Case(replace(SIZES, num_experts_per_tok=2), liked=(4, 5)),
     "a rank that receives nothing": Case(SIZES, shunned=(0, 1)),
@@ -113,7 +114,7 @@ def train(case: Case, batches: list[Tensor], module: nn.Module, whole: list[Tens
     with ops.plain() if case.plain else nullcontext():
         out = checkpointed(module, case.checkpointing)(x) if case.checkpointing else module(x)
         out = out[0] if isinstance(out, tuple) else out
-        weights = torch.linspace(-1, 1, out[0].numel(), dtype=torch.float64).view_as(out[0])
+        weights = torch.linspace(-1, 1, out.shape[1:].numel(), dtype=torch.float64).view(out.shape[1:])
         loss = (out * weights.to(out.dtype)).sum()
         # A step of one process sees all batches, of which each rank's loss has a part of one in so many.
         (loss / (len(whole) if batches is whole else 1)).backward()
@@ -182,6 +183,7 @@ FAULTS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "counts from the wrong side": (ParallelExperts.forward, "arriving.T.tolist()", "counts.T.tolist()"),
     "gradients of experts not divided": (average_gradients, "/ ranks.total)", "/ (1 if mine else ranks.total))"),
     "pooled losses of each rank alone": (balance_module._over, "ranks is None", "True"),
+    "losses of sequences by each rank's own number": (balance_module._mean, "ranks is None or not seq_aux", "True"),
     "every rank drops for itself": (TokenDropping._drop, 'getattr(gate, "ranks", None)', "None"),
 }
 OVERFULL = ("experts by their numbers among all", "counts from the wrong side")
@@ -215,12 +217,16 @@ def curves(run: str, groups: int, dropping: bool) -> dict[str, list[float]]:
 
 
 def doomed(rank: int, folder: Path, fate: str, timeout: str) -> None:
-    """`experiments.parallel` as torchrun starts it, on a rank of 4; rank 1 dies or hangs at its second step."""
+    """`experiments.parallel` as torchrun starts it, on a rank of 4; rank 1 never comes, or dies or hangs at its second
+    step."""
+    if rank == 1 and fate == "never comes":
+        os._exit(3)
     sys.stderr = (folder / f"{rank}.txt").open("w")
     store = f"file://{folder}/meet"
     meet = dist.init_process_group
     dist.init_process_group = lambda backend, **how: meet(backend, store, rank=rank, world_size=4, **how)
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4"}
+    os.environ |= {f"{where}RANK": str(rank) for where in ("", "LOCAL_")}
+    os.environ |= {f"{where}WORLD_SIZE": "4" for where in ("", "LOCAL_")}
     experiment.corpus = texts  # type: ignore[assignment]
     step = experiment.Training.step
 
@@ -230,37 +236,53 @@ def doomed(rank: int, folder: Path, fate: str, timeout: str) -> None:
         return step(training, number, tokens)
 
     experiment.Training.step = ill_fated  # type: ignore[method-assign]
-    experiment.main(["--steps", "5", "--timeout", timeout])
-
-
-def no_tokens() -> dict[str, Any]:
-    """The experts alone, where the last rank has no tokens; outputs and gradients of its experts."""
-    case, rank, ranks = CASES["greedy"], dist.get_rank(), dist.get_world_size()
-    experts = parallelize_experts(case.build()).experts
-    generator = torch.Generator().manual_seed(4)
-    number = 0 if rank == ranks - 1 else 3
-    x = torch.randn(3, 16, dtype=torch.float64, generator=generator)[:number].requires_grad_()
-    idx = torch.rand(3, 16, generator=generator).topk(4).indices[:number]
-    weight = torch.rand(3, 4, dtype=torch.float64, generator=generator)[:number].requires_grad_()
-    out = experts(x, idx, weight)
-    out.sum().backward()
-    return {"out": out.detach(), "x": x.grad, "weight": weight.grad, "experts": gradients(experts)}
+    experiment.main(["--steps", "5", "--timeout", timeout, "--groups", "2" if fate == "hangs" else "1"])
 
 
 def refusals() -> dict[str, str]:
-    """What each rank says of modules that cannot be shared."""
+    """What each rank of four says of modules that cannot be shared; in the last cases of two groups of two."""
     rank, said = dist.get_rank(), {}
-    wrong: dict[str, Callable[[], Any]] = {
-        "configuration": lambda: replace(SIZES, num_experts_per_tok=3 if rank == 1 else 4),
-        "dtype": lambda: SIZES,
-        "experts": lambda: replace(SIZES, n_routed_experts=17),
-        "groups": lambda: replace(SIZES, topk_method="group_limited_greedy", n_group=2, topk_group=2),
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
+    pairs = mesh["experts"], mesh["replicas"]
+    groups = {"experts of a set": pairs, "replicas": (pairs[0], pairs[0])}
+
+    def moe(config: DeepseekV2Config = SIZES) -> DeepseekV2MoE:
+        return DeepseekV2MoE(config)
+
+    def moved(module: nn.Module, on: int, name: str) -> nn.Module:
+        if rank == on:
+            module.get_parameter(name).data.view(-1)[-1] += 1
+        return module
+
+    def recomputed() -> nn.Module:
+        model = DeepseekV2ForCausalLM(SIZES)
+        if rank == 2:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def biased() -> nn.Module:
+        module = moe(V3)
+        module.gate.e_score_correction_bias += float(rank == 0)
+        return module
+
+    wrong: dict[str, Callable[[], nn.Module]] = {
+        "configuration": lambda: moe(replace(SIZES, num_experts_per_tok=3 if rank == 1 else 4)),
+        "dtype": lambda: moe().double() if rank == 2 else moe(),
+        "mode": recomputed,
+        "experts": lambda: moe(replace(SIZES, n_routed_experts=17)),
+        "groups": lambda: moe(replace(SIZES, topk_method="group_limited_greedy", n_group=2, topk_group=2)),
+        "no experts": lambda: nn.Linear(1, 1),
+        "seed": moe,
+        "one element": lambda: moved(moe(), 3, "shared_experts.up_proj.weight"),
+        "bias": biased,
+        "share": lambda: share_experts(moe(), rank if rank < 3 else 0, 4),
+        "replicas": moe,
+        "experts of a set": lambda: moved(share_experts(moe(), rank % 2, 2), 3, "experts.down_proj"),
     }
-    for name, config in wrong.items():
-        module = DeepseekV2MoE(config())
-        module = module.double() if name == "dtype" and rank == 2 else module
+    for name, module in wrong.items():
+        torch.manual_seed(1 if name == "seed" and rank == 1 else 0)
         try:
-            parallelize_experts(module)
+            parallelize_experts(module(), *groups.get(name, ()))
         except ValueError as error:
             said[name] = str(error)
     return said
@@ -309,6 +331,23 @@ def read_and_run(folder: str) -> tuple[Tensor, str]:
     except ValueError as error:
         return out, str(error)
     return out, ""
+
+
+def saved(folder: str) -> tuple[str, list[Tensor]]:
+    """What is said where one rank saves its share alone; weights of the ranks from a checkpoint of all, moved before."""
+    model = parallelize_experts(CASES["a model"].build())
+    try:
+        model.save_pretrained(folder)
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    checkpoint.save(model.state_dict(), checkpoint_id=folder)
+    wanted = [weight.detach().clone() for weight in model.parameters()]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    checkpoint.load(model.state_dict(), checkpoint_id=folder)
+    return said, [found - weight for found, weight in zip(model.parameters(), wanted, strict=True)]
 
 
 def listening() -> list[str]:

@@ -194,8 +194,9 @@ def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
         communication_balance_loss(SCORES, CHOSEN, 1.0, 2, topk_devices=3)
     with pytest.raises(ValueError, match="devices is 0"):
         devices_reached(CHOSEN, 4, 0)
-    with pytest.raises(ValueError, match="capacity_factor is -1"):
-        choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, capacity_factor=-1.0)
+    for factor in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"capacity_factor is {factor}; wanted a finite number, 0 or more"):
+            choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, capacity_factor=factor)
 
 
 # Dropping in training

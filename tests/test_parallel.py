@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,22 +15,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed.checkpoint as checkpoint
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessException
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, loading
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, MoEGate, loading, ops
 from dsv2_ref.__main__ import main
 from dsv2_ref.accounting import Call
 from dsv2_ref.accounting.communication import (
     bytes_per_token,
     exchange_bytes,
     most_ranks_reached,
+    on_ranks,
     rank_weight_bytes,
     ranks_reached,
 )
 from dsv2_ref.capacity import devices_reached
-from dsv2_ref.parallel import parallelize_experts, share_experts
+from dsv2_ref.parallel import Ranks, parallelize_experts, share_experts
 from dsv2_ref.quantize import quantize
+from experiments import parallel as experiment
 from experiments.processes import together
 from tests import ranks as cases
 
@@ -128,6 +132,7 @@ def test_state_dicts_of_all_ranks_together_are_the_published_one(found: tuple[in
 
 FOUND_IN = {
     "pooled losses of each rank alone": "groups, and losses over all tokens",
+    "losses of sequences by each rank's own number": "groups, and losses for each sequence",
     "every rank drops for itself": "dropping",
 }
 
@@ -143,22 +148,55 @@ def test_a_planted_fault_is_found(fault: str) -> None:
         assert max(differences(name, told).values()) > 1e-3
 
 
-def test_a_rank_without_tokens_takes_part() -> None:
-    for one, number in zip(together(2, cases.no_tokens, timeout=30), (3, 0), strict=True):
-        assert one["out"].shape == one["x"].shape == (number, 16)
-        assert one["weight"].shape == (number, 4)
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"_attn_implementation": "eager"}, {"mla_form": "absorbed"}, {"use_mla": False}, {"q_lora_rank": 8}],
+    ids=str,
+)
+@pytest.mark.parametrize("around", [nullcontext, ops.plain], ids=["as chosen", "plain"])
+def test_no_sequences_pass_through_every_attention(variant: dict[str, Any], around: Any) -> None:
+    """As on a rank that has run out of them; alone, a layer without tokens is a mistake."""
+    model = DeepseekV2ForCausalLM(replace(cases.SIZES, **variant)).eval()
+    with pytest.raises(ValueError, match="at least one token"):
+        model(cases.IDS[:0])
+    for gate in (part for part in model.modules() if isinstance(part, MoEGate)):
+        gate.ranks = Ranks("experts", 0, 1, None, 1)
+    with around():
+        logits, _ = model(cases.IDS[:0])
+    assert logits.shape == (0, 5, cases.SIZES.vocab_size)
+    logits.sum().backward()
+    assert all(not weight.grad.any() for weight in model.parameters())
+    layer = model.model.layers[1]
+    assert layer(torch.empty(0, 5, 16))[0].shape == layer.mlp(torch.empty(0, 5, 16)).shape == (0, 5, 16)
+    for call in (lambda: model(cases.IDS[:, :0]), lambda: layer.self_attn(torch.empty(0, 5, 16))):
+        with pytest.raises(ValueError, match="at least one token"):
+            call()
 
 
 def test_what_cannot_be_shared_is_rejected_on_every_rank() -> None:
     said = together(4, cases.refusals, timeout=30)
     alike = "wanted one configuration, dtype and mode on all 4 ranks"
+    same = "than on the first; wanted the same weights on all ranks, by one seed or from one checkpoint"
     wanted = {
         "configuration": f"module is another on rank 1 than on rank 0; {alike}",
         "dtype": f"module is another on rank 2 than on rank 0; {alike}",
+        "mode": f"module is another on rank 2 than on rank 0; {alike}",
         "experts": "number of ranks is 4; wanted a divisor of the 17 experts",
         "groups": "number of ranks is 4; wanted a divisor of n_group=2, so that each rank takes whole groups",
+        "no experts": "module is a Linear; wanted one with routed experts",
+        "seed": f"gate.weight is another on rank 1 {same}",
+        "one element": f"shared_experts.up_proj.weight is another on rank 3 {same}",
+        "bias": f"gate.e_score_correction_bias is another on ranks 1, 2, 3 {same}",
+        "experts of a set": f"experts.down_proj is another on rank 3 {same}",
     }
-    assert said == [wanted] * 4
+    for rank, one in enumerate(said):
+        assert one.pop("replicas") == (
+            f"replicas are ranks {[rank // 2 * 2, rank // 2 * 2 + 1]}; "
+            "wanted a rank of each group, at the place that this one has in its own"
+        )
+    shares = [{"share": "module has experts of another rank on rank 3; wanted its own on each rank"} for _ in range(4)]
+    shares[3] = {"share": "module has experts of rank 0 of 4; wanted those of rank 3 of 4"}
+    assert said == [wanted | share for share in shares]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the tables of Linux")
@@ -235,6 +273,13 @@ def test_a_rank_holds_the_weights_that_are_counted(ranks: int) -> None:
     held = share_experts(model.build(), 1, ranks)
     size = sum(weight.nbytes for weight in held.parameters())
     assert size == sum(rank_weight_bytes(model.config, Call(dtype="float64"), ranks).values())
+    adam = torch.optim.AdamW(held.parameters())
+    for weight in held.parameters():
+        weight.grad = torch.zeros_like(weight)
+    adam.step()
+    states = sum(x.nbytes for state in adam.state.values() for x in state.values() if x.ndim)
+    told = on_ranks(model.config, Call(dtype="float64"), ranks, None, training=True)
+    assert [told[name] for name in ("weights", "gradients", "master weights", "optimizer")] == [size, size, 0, states]
 
 
 def test_the_command_tells_what_each_rank_holds_and_sends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +292,10 @@ def test_the_command_tells_what_each_rank_holds_and_sends(capsys: pytest.Capture
     assert told["sent per token, most"] == 59 * sent["most"]
     assert told["sent per token, expected"] == pytest.approx(59 * sent["expected"])
     assert main([*command, "--layer", "0"]) == 0
-    assert re.search(r"bytes on each rank\n  weights +\d.*\n  sent per token, most +0  0 B", capsys.readouterr().out)
+    assert re.search(
+        r"bytes on each rank, which receives as many as it sends\n  weights +\d.*\n  sent per token, most +0  0 B",
+        capsys.readouterr().out,
+    )
     assert main([*command[:-1], "7"]) == 2
     assert capsys.readouterr().err == "ranks is 7; wanted a divisor of the 160 experts\n"
 
@@ -295,7 +343,10 @@ def test_experts_of_one_rank_do_not_compute_alone(tmp_path: Path) -> None:
         part(torch.tensor([[1, 2, 3]]))
     for wrong in ((2, 2), (-1, 2), (0, 0), ("0", "1"), 5, (0,), (0, 1, 2), "01"):
         with pytest.raises(ValueError, match=r"experts_of is .*; wanted a rank, from 0, and the number of ranks"):
-            DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=wrong)  # type: ignore[arg-type]
+            DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=wrong)
+    for wrong in (1, (1,), (0, 2, 3), "12"):
+        with pytest.raises(ValueError, match=r"experts_of is .*; wanted a rank, from 0, and the number of ranks"):
+            DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=wrong)
     with pytest.raises(ValueError, match=r"experts_of is .*; wanted None for quantised experts"):
         DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=(0, 2), weights="int8")
 
@@ -310,6 +361,19 @@ def test_ranks_that_read_their_experts_compute_what_the_whole_model_does(tmp_pat
         assert said == f"module has experts of rank {1 - rank} of 2; wanted those of rank {rank} of 2"
 
 
+def test_all_ranks_together_save_what_one_process_reads(tmp_path: Path) -> None:
+    for rank, (said, moved) in enumerate(together(2, cases.saved, str(tmp_path), timeout=30)):
+        assert said.startswith(f"the model has the experts of rank {rank} of 2; wanted all of them: torch.distributed.")
+        assert all(not weight.any() for weight in moved)
+    whole = cases.CASES["a model"].build()
+    wanted = {name: weight.clone() for name, weight in whole.state_dict().items()}
+    for weight in whole.parameters():
+        nn.init.zeros_(weight)
+    with pytest.warns(UserWarning, match="single process"):
+        checkpoint.load(whole.state_dict(), checkpoint_id=tmp_path)
+    assert all(torch.equal(weight, wanted[name]) for name, weight in whole.state_dict().items())
+
+
 def test_what_is_not_plain_is_not_shared() -> None:
     quantised = quantize(cases.CASES["greedy"].build().float(), "int8", parts=["experts"])
     with pytest.raises(ValueError, match="experts is a QuantizedExperts; wanted RoutedExperts as they were built"):
@@ -319,6 +383,10 @@ def test_what_is_not_plain_is_not_shared() -> None:
         share_experts(shared, 0, 2)
     with pytest.raises(ValueError, match="experts is a ParallelExperts"):
         quantize(shared, "int8", parts=["experts"])
+    hooked = cases.CASES["greedy"].build()
+    hooked.experts.register_forward_hook(print)
+    with pytest.raises(ValueError, match="experts is a RoutedExperts; wanted RoutedExperts as they were built"):
+        share_experts(hooked, 0, 2)
     with pytest.raises(ValueError, match="there are no process groups; wanted torch"):
         parallelize_experts(cases.CASES["greedy"].build())
 
@@ -352,7 +420,7 @@ def test_torchrun_trains_the_router_on_four_processes(tmp_path: Path) -> None:
     assert "largest difference of any step" in done.stdout
 
 
-@pytest.mark.parametrize(("fate", "timeout"), [("dies", "60"), ("hangs", "3")])
+@pytest.mark.parametrize(("fate", "timeout"), [("never comes", "3"), ("dies", "60"), ("hangs", "3")])
 def test_a_dead_rank_ends_the_others_with_one_line(fate: str, timeout: str, tmp_path: Path) -> None:
     start = multiprocessing.get_context("forkserver").Process
     processes = [start(target=cases.doomed, args=(rank, tmp_path, fate, timeout)) for rank in range(4)]
@@ -370,6 +438,25 @@ def test_a_dead_rank_ends_the_others_with_one_line(fate: str, timeout: str, tmp_
         for process in processes:
             process.kill()
             process.join()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "wanted torchrun, which starts the processes: torchrun --nproc-per-node 4 -m experiments.parallel"),
+        (["--groups", "0"], "argument --groups: 0; wanted at least 1"),
+        (["--steps", "-1"], "argument --steps: -1; wanted at least 1"),
+        (["--timeout", "nan"], "argument --timeout: nan; wanted at least 1"),
+    ],
+)
+def test_what_the_experiment_cannot_do_is_rejected(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        experiment.main(options)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {said}\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the tables of Linux")

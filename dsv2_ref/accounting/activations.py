@@ -155,7 +155,9 @@ def _count(live: LiveBytes, module: nn.Module, run: Callable[[], Tensor], traini
                 live.leave_out(weight.grad)
 
 
-def _checkpointed(layer: DeepseekV2DecoderLayer, mode: str) -> None:
+def checkpoint_in_place(layer: DeepseekV2DecoderLayer, mode: str) -> None:
+    """Checkpoint a layer that runs `without_memory`."""
+
     def contexts() -> tuple[Any, Any]:
         first, again = CONTEXTS.get(mode, noop_context_fn)()
         return first, _both(again, Fused())  # function modes are off in a backward pass
@@ -176,7 +178,7 @@ def _of_layer(
     x = torch.zeros(call.batch, call.seq, config.hidden_size, requires_grad=training)
     layer.train(training)
     if checkpointing:
-        _checkpointed(layer, checkpointing)
+        checkpoint_in_place(layer, checkpointing)
     live = LiveBytes()
     _count(live, layer, lambda: layer(x, past_key_value=cache)[0], training)
     return live
@@ -208,7 +210,7 @@ def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointin
     for module in (*layers, model.model.norm):
         module.register_forward_pre_hook(started, with_kwargs=True)
     for layer in layers if checkpointing else ():
-        _checkpointed(layer, str(checkpointing))
+        checkpoint_in_place(layer, str(checkpointing))
     past = caches if call.kv > call.seq else None
     _count(live, model, lambda: model(ids, past_key_values=past)[0], training)
 

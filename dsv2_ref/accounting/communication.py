@@ -12,6 +12,7 @@ from math import comb
 from dsv2_ref.accounting.call import Call, Counts, moe_layers, require_layer
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.stored import model_weight_bytes, weight_bytes
+from dsv2_ref.accounting.training import state_bytes
 from dsv2_ref.checks import is_int, require
 from dsv2_ref.config import DeepseekV2Config
 
@@ -113,16 +114,20 @@ def exchange_bytes(
 
 
 def bytes_per_token(config: DeepseekV2Config, call: Call, ranks: int, training: bool = False) -> dict[str, float]:
-    """Bytes that a rank sends in one layer for each of its tokens, and receives, on average and at most.
+    """Bytes that travel for a token in one layer, there and back. Where all ranks bring as many tokens and hold experts
+    that are as popular, each rank sends so many for each of its tokens, and receives as many.
 
     - ``most``: where all of a token's experts are on other ranks, and on as many as may be.
     - ``expected``: if all orders of a token's scores are as probable (see `ranks_reached`); left out where that is not
       known.
 
     Both without the counts, which are `COUNTS` bytes for each other rank and call.
+
+    Raises:
+        ValueError: for ranks that cannot share the experts.
     """
-    k, elsewhere = Sizes.of(config).k, (ranks - 1) / ranks
     most = min(most_ranks_reached(config, ranks), ranks - 1)
+    k, elsewhere = Sizes.of(config).k, (ranks - 1) / ranks
     found = {"most": float(sum(bytes_of_travel(config, call, most, k if most else 0, training)))}
     if config.topk_method != "noaux_tc" or config.topk_group >= config.n_group:
         rows = ranks_reached(config, ranks) * elsewhere
@@ -131,15 +136,19 @@ def bytes_per_token(config: DeepseekV2Config, call: Call, ranks: int, training: 
 
 
 def on_ranks(
-    config: DeepseekV2Config, call: Call, ranks: int, layer_idx: int | None, training: bool
+    config: DeepseekV2Config, call: Call, ranks: int, layer_idx: int | None, training: bool, optimizer: str = "adamw"
 ) -> dict[str, float]:
-    """Bytes of the weights that each of so many ranks holds, and of `bytes_per_token` of all layers with experts, of a
-    layer or of the model, by what they are."""
-    weights = rank_weight_bytes(config, call, ranks, layer_idx)
+    """Bytes of the weights that each of so many ranks holds, in training also of what `state_bytes` counts beside them,
+    and of `bytes_per_token` of all layers with experts, of a layer or of the model, by what they are."""
+    weights = sum(rank_weight_bytes(config, call, ranks, layer_idx).values())
+    held = {"weights": weights}
+    if training:  # as many bytes of each kind per weight as without ranks
+        states = state_bytes(config, call, layer_idx, optimizer)
+        held = {name.replace("_", " "): size // states["weights"] * weights for name, size in states.items()}
     layers = moe_layers(config, config.num_hidden_layers) if layer_idx is None else config.is_moe_layer(layer_idx)
     sent = bytes_per_token(config, call, ranks, training)
     named = {f"sent per token, {what}": size * layers for what, size in sent.items()}
-    return {"weights": sum(weights.values())} | named
+    return held | named
 
 
 def rank_weight_bytes(config: DeepseekV2Config, call: Call, ranks: int, layer_idx: int | None = None) -> Counts:

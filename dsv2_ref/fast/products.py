@@ -36,7 +36,7 @@ def scaled_product(
     """
     beta = 0 if bias is None else 1
     bias = left.new_zeros(1, 1, 1).expand(len(left), 1, 1) if bias is None else bias
-    if left.device.type != "cpu":
+    if left.device.type != "cpu" or len(left) == 0:
         return torch.baddbmm(bias, left, right, beta=beta, alpha=scale)
     if len(left) == 1:
         return torch.addmm(bias[0], left[0], right[0], beta=beta, alpha=scale)[None]
@@ -63,7 +63,7 @@ def attend_products(
     Scores are rounded once, after scale and mask; their softmax sums in float32. A single query may be given more keys
     than it sees; they must be finite.
     """
-    batch, heads, seq, width = query.shape
+    batch, heads, seq = query.shape[:3]
     key, value = key[:, 0], value[:, 0]
     unseen = key.shape[1] - visible.kv_seq
     parts, end, mask, sees_any = [], visible.kv_seq, None, None
@@ -71,20 +71,21 @@ def attend_products(
         if seq > 1 or visible.attention_mask is not None:  # else it sees every key
             end = visible.keys_until(stop)
             mask, sees_any = visible.block(start, stop)
-        rows = query[:, :, start:stop].reshape(batch, -1, width)
+        rows = query[:, :, start:stop].flatten(1, 2)
         bias = None
         if mask is not None:
             bias = additive(mask, query.dtype).expand(batch, heads, -1, -1)
-            bias = F.pad(bias.reshape(batch, -1, end), (0, unseen))
+            bias = F.pad(bias.flatten(1, 2), (0, unseen))
         scores = scaled_product(rows, key[:, : end + unseen].mT, scale, bias)
         if unseen:
             scores[..., end:] = float("-inf")
         weights = scores.softmax(dim=-1)  # (B, H · rows, keys)
         if sees_any is not None:
-            weights = weights.view(batch, heads, stop - start, -1).where(sees_any, 0).view_as(weights)
+            weights = weights.unflatten(1, (heads, stop - start)).where(sees_any, 0).view_as(weights)
         if dropout:
             weights = F.dropout(weights, dropout)
-        parts.append(scaled_product(weights, value[:, : end + unseen]).view(batch, heads, stop - start, -1))
+        out = scaled_product(weights, value[:, : end + unseen])
+        parts.append(out.unflatten(1, (heads, stop - start)))
     return torch.cat(parts, dim=2), None
 
 
