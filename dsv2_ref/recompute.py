@@ -54,8 +54,8 @@ def checkpointed(
 ) -> Callable[..., Any]:
     """A function that calls the layer, and calls it once more in the backward pass.
 
-    Random numbers, autocast and the ways that compute the layer are the second time
-    what they were the first.
+    The second call has the random numbers, the autocast and the ways of computing of
+    the first.
 
     Args:
         layer: any module or function, called with the same arguments.
