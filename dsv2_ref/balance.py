@@ -56,7 +56,7 @@ def _parts(scores: Tensor, topk_idx: Tensor, seq_aux: bool) -> tuple[Tensor, Ten
 def _mean(
     losses: Float[Tensor, "parts"], seq_aux: bool, ranks: "Ranks | None"
 ) -> Float[Tensor, ""]:
-    """The mean over the parts; of sequences, this rank's share of that over all ranks."""
+    """The mean over the parts; of sequences, this rank's share of the mean of all."""
     if ranks is None or not seq_aux:
         return losses.mean()
     return losses.sum() * ranks.total / ranks.sum(losses.new_tensor(float(len(losses))))

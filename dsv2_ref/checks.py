@@ -407,7 +407,8 @@ def gate_input(gate: Any, hidden_states: "Tensor") -> None:
     """Check of `MoEGate.forward`."""
     require_tensor(hidden_states, "hidden_states")
     width, device = gate.weight.shape[-1], gate.weight.device
-    fits = hidden_states.ndim == 3 and hidden_states.is_floating_point() and _has_tokens(hidden_states, gate)
+    fits = hidden_states.ndim == 3 and hidden_states.is_floating_point()
+    fits = fits and (hidden_states.numel() > 0 or _may_be_empty(hidden_states, gate))
     if not fits or hidden_states.shape[-1] != width or hidden_states.device != device:
         wanted = f"floating (batch, seq, {width}) on {device}, with at least one token"
         reject("hidden_states", hidden_states, wanted)
@@ -423,11 +424,9 @@ def moe_input(moe: Any, hidden_states: "Tensor") -> None:
     _features(moe, hidden_states, width, experts if hasattr(experts, "dtype") else gate)
 
 
-def _has_tokens(x: "Tensor", module: "nn.Module") -> bool:
-    """Whether there are as many tokens as the module needs. Where ranks share its experts, all of them take part in every
-    call, and one may bring no sequence."""
-    if x.numel() > 0:
-        return True
+def _may_be_empty(x: "Tensor", module: "nn.Module") -> bool:
+    """Whether the module may be called with no sequences: where ranks share its experts, all of them take part in every
+    call, and one may have run out."""
     shared = any(getattr(part, "ranks", None) is not None for part in module.modules())
     return shared and len(x) == 0 and x.shape[1:].numel() > 0
 
@@ -442,7 +441,7 @@ def _features(
     """Tokens of this width, in the dtype (``dtype`` if they are still to be widened) and on the device of the weight.
     Autocast decides the dtypes where it is on."""
     device = hidden_states.device
-    fits = hidden_states.shape[-1:] == (width,) and _has_tokens(hidden_states, module)
+    fits = hidden_states.shape[-1:] == (width,) and (hidden_states.numel() > 0 or _may_be_empty(hidden_states, module))
     if weight is not None:
         same = (dtype or hidden_states.dtype) == weight.dtype
         fits = fits and device == weight.device and (same or _autocast(device))
@@ -728,7 +727,8 @@ def model_call(
     if weight is None:  # an embedding that others wrap
         weight = first_weight(*layers[0].modules())
     device = input_ids.device if weight is None else weight.device
-    fits = input_ids.ndim == 2 and _has_tokens(input_ids, model) and input_ids.device == device
+    fits = input_ids.ndim == 2 and input_ids.device == device
+    fits = fits and (input_ids.numel() > 0 or _may_be_empty(input_ids, model))
     if not fits or input_ids.dtype not in (torch.int32, torch.int64):
         reject("input_ids", input_ids, f"integers (batch, seq) on {device}, with at least one token")
     inside = ((input_ids >= 0) & (input_ids < vocab)).all()
