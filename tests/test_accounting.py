@@ -526,7 +526,7 @@ def test_the_command_names_keys_that_it_does_not_know(capsys: pytest.CaptureFixt
         (["--config", "BROKEN"], "BROKEN is not JSON"),
         (["--config", "NOWHERE"], "No such file"),
         (["--config", "WRONG"], "num_experts_per_tok"),
-        (["--config", "LIST"], "LIST: the configuration is [1]; wanted a JSON object"),
+        (["--config", "LIST"], "LIST: the configuration is a list of 1; wanted a JSON object"),
         (["--config", "DEEP"], "DEEP is not JSON that can be read: nested too deeply"),
         (["--config", "LATIN"], "LATIN is not text in UTF-8"),
         (["--config", "HUGE"], "HUGE: hidden_size is 1000"),
