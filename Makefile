@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV := .venv
-RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+RUN := $(if $(VENV),$(VENV)/bin/python,"$(PYTHON)")
 BIN := $(if $(VENV),$(VENV)/bin/)
 INSTALLED := $(if $(VENV),$(VENV)/installed)
 
@@ -73,7 +73,7 @@ UV := uv==0.13.9
 	s/^setuptools==.*/setuptools==81.0.0/; s/^numpy==.*/numpy==2.3.5/
 
 .venv/cuda/installed .venv/cpu/installed .venv/oldest/installed: .venv/%/installed: requirements.txt pyproject.toml
-	@$(PYTHON) -m venv .venv/$*
+	@"$(PYTHON)" -m venv .venv/$*
 	@.venv/$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 1 $(UV)
 	@sed '$(PINS)' requirements.txt >.venv/$*/requirements.txt
 	@.venv/$*/bin/uv pip install --quiet --python .venv/$*/bin/python $(BACKEND) -r .venv/$*/requirements.txt
@@ -114,7 +114,7 @@ release: $(INSTALLED) ## check that VERSION=x.y.z may be released and prepare di
 	@$(if $(DRY),,$(RUN) -m tools.release tag)
 
 $(TWINE):
-	@$(PYTHON) -m venv .venv/release
+	@"$(PYTHON)" -m venv .venv/release
 	@.venv/release/bin/python -m pip install --quiet --disable-pip-version-check twine==7.0.0
 
 clean: ## remove what was built, the environment included
@@ -122,12 +122,12 @@ clean: ## remove what was built, the environment included
 
 ifneq ($(VENV),)
 $(INSTALLED): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; say which with: make PYTHON=/path/to/python3.11 …" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make an environment: install venv and ensurepip (on Debian and Ubuntu: apt install" \
 			"python3-venv), or use a Python that has the packages already: make VENV= …" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" -m venv $(VENV)
 	@$(BIN)python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(INSTALLED)
 endif

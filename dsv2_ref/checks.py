@@ -305,7 +305,7 @@ FLOATS = "float64, float32, float16 or bfloat16"
 
 
 def is_float(dtype: object) -> bool:
-    """Whether weights may have this dtype, one of `FLOATS`."""
+    """Whether weights may have this dtype: float64, float32, float16 or bfloat16."""
     import torch
 
     return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -37,6 +37,9 @@ class Place(Protocol):
     def open(self, name: str) -> File:
         """The file of this name; FileNotFoundError if there is none."""
 
+    def close(self) -> None:
+        """End the connections of all files that were opened."""
+
 
 def read(file: File, start: int = 0, length: int | None = None) -> bytes:
     """Bytes of a file, to its end if ``length`` is None."""
@@ -81,6 +84,9 @@ class Folder:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         return LocalFile(path)
+
+    def close(self) -> None:
+        """There are no connections: a file is closed with the last that holds it."""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -134,7 +140,7 @@ class RemoteFile:
     def _ask_from(self, start: int, end: int) -> None:
         """Open a stream of these bytes and those expected with them, or of the whole file where the server knows no
         ranges."""
-        self._close()
+        self.close()
         end = max([end, *(last for first, last in self._runs if first <= start < last)])
         asked = {**self._headers, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         try:
@@ -159,7 +165,7 @@ class RemoteFile:
         self.size, self._position, self._end = size, first, last + 1
 
     def _give_up_or_wait(self, error: Exception, failures: int) -> None:
-        self._close()
+        self.close()
         if isinstance(error, FileNotFoundError):
             raise error
         if isinstance(error, _FinalError) or failures == ATTEMPTS:
@@ -194,7 +200,8 @@ class RemoteFile:
                 raise ConnectionError(f"the connection ended after {self._position} bytes")
             count, self._position = count - dropped, self._position + dropped
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the connection; reading on opens another."""
         if self._stream is not None:
             self._stream.close()
         self._stream = None
@@ -209,10 +216,17 @@ class Address:
 
     def __init__(self, address: str, headers: dict[str, str] | None = None) -> None:
         self.address, self.headers = address.rstrip("/"), headers or {}
+        self._opened: list[RemoteFile] = []
 
     def open(self, name: str) -> RemoteFile:
         """The file of this name; FileNotFoundError if there is none."""
-        return RemoteFile(f"{self.address}/{name}", self.headers)
+        self._opened.append(RemoteFile(f"{self.address}/{name}", self.headers))
+        return self._opened[-1]
+
+    def close(self) -> None:
+        """End the connections of all files that were opened."""
+        for file in self._opened:
+            file.close()
 
 
 class Cached:
@@ -227,6 +241,10 @@ class Cached:
             return self.folder.open(name)
         except FileNotFoundError:
             return self.address.open(name)
+
+    def close(self) -> None:
+        """End the connections to the address."""
+        self.address.close()
 
 
 def _bearer(token: str | None) -> dict[str, str]:

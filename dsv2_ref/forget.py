@@ -25,7 +25,8 @@ def window(cache: Cache, sinks: int, last: int) -> Cache:
     The next query sees these and its own token: `window_mask` with ``last + 1``.
 
     Source: StreamingLLM (arXiv 2309.17453), except for positions: there they are
-    counted within the cache, so keys are cached unrotated. Here a row keeps its rotation.
+    counted within the cache, so keys are cached unrotated. Here a row keeps its
+    rotation.
     """
     checks.is_cache(cache)
     checks.budget(sinks=sinks, last=last)

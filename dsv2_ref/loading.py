@@ -4,7 +4,7 @@ nothing is half loaded. Then tensors are read one at a time into their place.
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,11 @@ def _configuration(place: files.Place) -> tuple[Mapping[str, Any], DeepseekV2Con
 def load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: str, how: How) -> Any:
     """``build(config)`` with the weights that a checkpoint has under the name ``part``, in evaluation mode."""
     checks.weights_dtype(how.dtype)
-    place = files.place_of(source, how.revision, how.token, whole=not part)
+    with closing(files.place_of(source, how.revision, how.token, whole=not part)) as place:
+        return _load(build, place, source, part, how)
+
+
+def _load(build: Callable[[DeepseekV2Config], Any], place: files.Place, source: str | Path, part: str, how: How) -> Any:
     told, config = _configuration(place)
     block, own = _block_of(told), _own_codes(told)
     config = replace(config, _attn_implementation=how.attn_implementation, mla_form=how.mla_form)

@@ -599,8 +599,8 @@ def test_no_mistake_is_named_for_what_resembles_it_by_accident(what: str, submit
 
 def test_a_hang_is_ended(submit: Submit) -> None:
     for what in ("while True: pass", "time.sleep(1000)"):
-        report = submit("rmsnorm", NORM.format(what), seconds=2)
-        assert report.checks[0].message == "it was ended after the limit of 2 seconds"
+        report = submit("rmsnorm", NORM.format(what), seconds=8)
+        assert report.checks[0].message == "it was ended after the limit of 8 seconds"
         assert report.points == 0
 
 

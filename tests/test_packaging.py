@@ -307,7 +307,7 @@ def test_a_python_that_cannot_make_an_environment_is_named_with_what_helps(tmp_p
     """As on Debian without the package python3-venv, and in Colab: ensurepip is missing."""
     (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError(\"No module named 'ensurepip'\")")
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     done = make("lint", f"VENV={tmp_path / 'venv'}", f"PYTHON={python}")
     assert done.returncode != 0
