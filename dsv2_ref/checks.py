@@ -276,7 +276,7 @@ def quantization(
 
 def group_size(group: Any) -> None:
     """Reject a number of weights that share a scale, unless whole bytes hold them in four bits each."""
-    require(is_int(group, 2, LARGEST_SIZE) and group % 2 == 0, "group", group, "an even number")
+    require(is_int(group, 2, LARGEST_SIZE) and group % 2 == 0, "group", group, "an even number, 2 or more")
 
 
 def width_in_groups(name: str, width: int, kind: str, group: int) -> None:
@@ -569,7 +569,7 @@ def appended(cache: Any, new: "Tensor") -> None:
 def without_derivatives(derived: bool, new: "Tensor") -> None:
     """Reject tokens whose derivatives are wanted, for a cache in fewer bits."""
     wanted = "no derivatives: a cache in fewer bits gives none, use torch.no_grad()"
-    require(not derived, "hidden_states", new, wanted)
+    require(not derived, "what is to be cached", new, wanted)
 
 
 def cache_format(format: object, formats: tuple[str, ...], latent: int, name: str = "format") -> None:
@@ -628,9 +628,11 @@ def received(cache: Any, weights: "Tensor", totals: "Tensor | None") -> None:
     """Check of `HeavyHitters.step`."""
     is_cache(cache)
     require_tensor(weights, "weights")
+    require(weights.is_floating_point(), "weights", weights, "attention weights, in floating point")
     batch, length = len(cache.stored), cache.length
     fits = weights.ndim == 4 and (len(weights), weights.shape[-1]) == (batch, length)
     require(fits, "weights", weights, "({}, heads, seq, {}): a weight for each row of the cache", batch, length)
+    require_values(weights.isfinite().all(), "weights", "infinite or NaN somewhere", "finite attention weights")
     if totals is not None:
         known, seq = tuple(totals.shape), weights.shape[2]
         wanted = "one with the rows kept last time and the new tokens, ({}, {} + {}, …)"
@@ -646,8 +648,7 @@ def window_rows(seq: object, kv_seq: object) -> None:
 def chosen_rows(rows: "Tensor", kv_seq: int) -> None:
     """Check of `chosen_mask`."""
     require_tensor(rows, "rows")
-    integers = not (rows.is_floating_point() or rows.dtype.itemsize == 1)
-    require(integers and rows.ndim == 3, "rows", rows, "integers (batch, seq, chosen)")
+    require(_indexes(rows) and rows.ndim == 3, "rows", rows, "integers (batch, seq, chosen)")
     require(is_int(kv_seq, rows.shape[1]), "kv_seq", kv_seq, "at least the {} queries", rows.shape[1])
     inside = ((rows >= 0) & (rows < kv_seq)).all()
     require_values(inside, "rows", "beyond the cached tokens somewhere", f"from 0 to {kv_seq - 1}")

@@ -324,6 +324,14 @@ KEPT = r"layer 0's LatentCache, perhaps with fewer rows \(`keep`\), and as many 
         ),
         (lambda: HeavyHitters(2).step(numbered(3), None), "weights is None; wanted a tensor"),
         (
+            lambda: HeavyHitters(2).step(numbered(3), torch.ones(2, 4, 1, 3).long()),
+            "weights is .*; wanted attention weights",
+        ),
+        (
+            lambda: HeavyHitters(2).step(numbered(3), torch.full((2, 4, 1, 3), torch.nan)),
+            "weights is infinite or NaN somewh",
+        ),
+        (
             lambda: twice(HeavyHitters(2), numbered(3), numbered(5)),
             r"cache is LatentCache\(layer 0, \(2, 5, 3\) .*; wanted one with the rows kept last time .* \(2, 2 \+ 1, …\)",
         ),
@@ -336,6 +344,7 @@ KEPT = r"layer 0's LatentCache, perhaps with fewer rows \(`keep`\), and as many 
             r"rows is \(2, 3\) .*; wanted integers \(batch, seq, chosen\)",
         ),
         (lambda: chosen_mask(torch.ones(2, 3, 1), 4), r"rows is \(2, 3, 1\) torch.float32 .*; wanted integers"),
+        (lambda: chosen_mask(torch.ones(2, 3, 1).short(), 4), r"rows is \(2, 3, 1\) torch.int16 .*; wanted integers"),
         (lambda: chosen_mask(torch.ones(2, 3, 1).long(), 2), "kv_seq is 2; wanted at least the 3 queries"),
         (
             lambda: chosen_mask(torch.tensor([[[4]]]), 4),

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -1037,6 +1038,18 @@ def test_a_server_without_ranges_is_read_once(tmp_path: Path, serve: Any) -> Non
     saved(tmp_path, shard=10**9)
     DeepseekV2DecoderLayer.from_pretrained(serve(partial(Counting, directory=tmp_path)), 1)
     assert Counting.asked.count("/model.safetensors") <= 2
+
+
+def test_no_connection_outlives_a_load_that_fails(tmp_path: Path, serve: Any) -> None:
+    """Although the error, through its traceback, still holds the files."""
+    saved(tmp_path, shard=10**9)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"kv_lora_rank": 40}))
+    with pytest.raises(ValueError, match="wanted") as caught:
+        DeepseekV2DecoderLayer.from_pretrained(serve(partial(Quiet, directory=tmp_path)), 1)
+    left = [x for x in gc.get_objects() if type(x) is HTTPResponse and not x.isclosed()]
+    assert left == []
+    assert caught.tb is not None
 
 
 def test_redirects_do_not_tell_the_token_to_other_hosts(tmp_path: Path, serve: Any) -> None:

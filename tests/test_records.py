@@ -426,7 +426,9 @@ def check_scales_are_never_frozen(form_of_cache: str) -> None:
 def test_derivatives_are_rejected_rather_than_lost(form_of_cache: str) -> None:
     layer, x = layer_of(), tokens(1, 2, torch.float64)
     cache = layer.self_attn.empty_cache(1, 4, form_of_cache)
-    message = r"hidden_states is .*; wanted no derivatives: a cache in fewer bits gives none, use torch.no_grad()"
+    message = (
+        r"what is to be cached is .*; wanted no derivatives: a cache in fewer bits gives none, use torch.no_grad()"
+    )
     with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")) as caught:
         layer(x, past_key_value=cache, use_cache=True)
     assert "\n" not in str(caught.value)
