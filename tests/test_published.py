@@ -293,6 +293,10 @@ def test_keys_around_a_decoder_are_named_in_the_order_of_the_file() -> None:
 
 def test_true_is_not_one() -> None:
     assert_rejected(BARE | {"partial_rotary_factor": True}, "^partial_rotary_factor is True; wanted 1 or no such key")
+    for other in (False, None):  # null, too, makes transformers pair the halves
+        assert_rejected(
+            BARE | {"rope_interleave": other}, f"^rope_interleave is {other}; wanted True: the layer would be"
+        )
 
 
 @pytest.mark.parametrize(
