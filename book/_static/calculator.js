@@ -99,7 +99,7 @@
     }
     for (const name of ["weights", "cache"])
       if (call[name] && call.dtype === "int8") refuse(name, `'${call[name]}'`, "None for the dtype int8, which has no scales");
-    if (known(call.group) && (call.group < 2n || call.group % 2n)) refuse("group", call.group, "an even number");
+    if (known(call.group) && (call.group < 2n || call.group % 2n)) refuse("group", call.group, "an even number, 2 or more");
     else if (call.weights) fewerBits(config, call, known, refuse);
     const { kv_lora_rank: C } = config;
     if (call.cache && !config.use_mla) refuse("cache", `'${call.cache}'`, "None: this model has no latent");
