@@ -672,7 +672,7 @@ def test_a_reader_chooses_fewer_bits_and_rows(page: Page) -> None:
     assert cells["On the machine: H100 (SXM)"]["reading weights and cache"] == [seconds(read)]
     for field, typed, said in (
         (group, "128", "group is 128; wanted a divisor of 10944, the inputs of down_proj, such as 64"),
-        (group, "7", "group is 7; wanted an even number"),
+        (group, "7", "group is 7; wanted an even number, 2 or more"),
         (page.get_by_label("kept: rows in the cache"), "9000", "kept is 9000; wanted None, or from seq=1 to kv=8192"),
         (page.get_by_label("read: rows per query"), "513", "read is 513; wanted None, or from 1 to the 512 rows in the cache"),
     ):  # fmt: skip
