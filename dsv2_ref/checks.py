@@ -628,7 +628,7 @@ def received(cache: Any, weights: "Tensor", totals: "Tensor | None") -> None:
     """Check of `HeavyHitters.step`."""
     is_cache(cache)
     require_tensor(weights, "weights")
-    require(weights.is_floating_point(), "weights", weights, "attention weights, in floating point")
+    require(not weights.is_complex(), "weights", weights, "attention weights, which are real")
     batch, length = len(cache.stored), cache.length
     fits = weights.ndim == 4 and (len(weights), weights.shape[-1]) == (batch, length)
     require(fits, "weights", weights, "({}, heads, seq, {}): a weight for each row of the cache", batch, length)

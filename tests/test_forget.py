@@ -324,7 +324,7 @@ KEPT = r"layer 0's LatentCache, perhaps with fewer rows \(`keep`\), and as many 
         ),
         (lambda: HeavyHitters(2).step(numbered(3), None), "weights is None; wanted a tensor"),
         (
-            lambda: HeavyHitters(2).step(numbered(3), torch.ones(2, 4, 1, 3).long()),
+            lambda: HeavyHitters(2).step(numbered(3), torch.ones(2, 4, 1, 3).cfloat()),
             "weights is .*; wanted attention weights",
         ),
         (
