@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dsv2_ref import __main__ as command_line
-from dsv2_ref.grading import PARTS, Report, grade
+from dsv2_ref.grading import PARTS, Report, grade, runner
 from dsv2_ref.grading.formats import as_csv, as_gradescope, as_json, as_junit, as_text
 from dsv2_ref.grading.report import CHAPTERS, ROUNDING, ROUNDING_OF_FLOAT32, cost_of, distance, expected
 from tests.planted_in_solutions import BOTH_AT_ONCE, CAUSAL, PLANTED, planted
@@ -581,6 +581,26 @@ def test_a_terminal_shows_the_report_and_not_what_was_printed_over_it(submit: Su
     text = as_text(report)
     assert not re.search(r"[^\n -~]", text)
     assert text.splitlines()[0].endswith("work.py: 0 of 8 points, not passed")
+
+
+WATCHED = """
+import sys
+forward = DeepseekV2RMSNorm.forward
+
+def watched(self, hidden_states):
+    print("torch._dynamo" in sys.modules)
+    return forward(self, hidden_states)
+
+DeepseekV2RMSNorm.forward = watched
+"""
+
+
+def test_nobody_waits_for_the_compiler_of_torch(submit: Submit) -> None:
+    """Which takes longer to import than most submissions take to run, and which few parts need."""
+    runner.stop()  # an earlier submission may have needed it
+    report = submit("rmsnorm", (SOLUTIONS / "rmsnorm.py").read_text() + WATCHED)
+    assert report.passed
+    assert set(report.printed.split()) == {"False"}
 
 
 def test_what_is_set_as_it_always_is_changes_nothing(submit: Submit) -> None:

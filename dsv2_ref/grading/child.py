@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -110,26 +111,34 @@ def borrowed(name: str) -> Any:
     return stand_in
 
 
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "default device": (torch.get_default_device, torch.set_default_device),
+    "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "deterministic algorithms": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+}
+"""The state of torch that a submission should leave as it is: how it is read and set."""
+
+
 def settings() -> dict[str, Any]:
-    """The state of torch that a submission should leave as it is."""
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
-        "gradients": torch.is_grad_enabled(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-    }
+    """The state of torch now."""
+    return {name: read() for name, (read, _) in SETTINGS.items()}
 
 
 def restore(before: dict[str, Any], usual: dict[str, Any]) -> str:
-    """Undo what has changed, and say what it was, unless it is as usual now."""
+    """Undo what has changed, and say what it was, unless it is as usual now.
+
+    Only that: setting deterministic algorithms imports torch's compiler, which takes two seconds.
+    """
     after = settings()
-    changed = [name for name in before if after[name] not in (before[name], usual[name])]
-    torch.set_default_dtype(before["default dtype"])
-    torch.set_default_device(before["default device"])
-    torch.set_grad_enabled(before["gradients"])
-    torch.use_deterministic_algorithms(before["deterministic algorithms"])
-    said = (f"{name} to {after[name]}" for name in changed)
-    return f"it changes torch's {', '.join(said)}, for all code that runs after it" if changed else ""
+    changed = [name for name in before if after[name] != before[name]]
+    for name in changed:
+        SETTINGS[name][1](before[name])
+    said = [f"{name} to {after[name]}" for name in changed if after[name] != usual[name]]
+    return f"it changes torch's {', '.join(said)}, for all code that runs after it" if said else ""
 
 
 def imported(part: Part, path: Path) -> ModuleType:
@@ -298,6 +307,8 @@ def main() -> None:
         job = json.loads(line)
         if not hasattr(os, "fork"):
             alone(job)
+        if any(case.at_most for case in PARTS[job["part"]].cases):
+            import_module("torch._dynamo")  # as each fork would, to count operations
         print(in_a_fork(job), flush=True)
 
 
