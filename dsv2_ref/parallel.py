@@ -262,6 +262,8 @@ def average_gradients(module: nn.Module) -> Float[Tensor, ""]:
 
     Replicated parameters get the mean over all ranks. An expert's gradient has gone
     back to it from all ranks of its group, summed: it is divided by their number.
+    A gradient that is None on some ranks counts as 0 there; one that is None on all
+    stays None.
     ``torch.nn.utils.clip_grads_with_norm_`` takes the norm.
     """
     shared = _shared(module)
@@ -270,12 +272,17 @@ def average_gradients(module: nn.Module) -> Float[Tensor, ""]:
     experts = {weight for part in shared for weight in part.parameters()}
     own: list[Tensor] = []
     replicated: list[Tensor] = []
-    for weight in module.parameters():
-        if weight.grad is not None:
+    weights = list(module.parameters())
+    device = shared[0].down_proj.device
+    having = torch.tensor([w.grad is not None for w in weights], device=device).long()
+    for weight, some in zip(weights, ranks.sum(having).tolist(), strict=True):
+        if some:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
             mine = weight in experts
             summed = (ranks.sum_of_replicas if mine else ranks.sum)(weight.grad)
             weight.grad.copy_(summed / ranks.total)
             (own if mine else replicated).append(weight.grad)
-    squares = total_norm(own).to(shared[0].down_proj.device) ** 2
+    squares = total_norm(own).to(device) ** 2
     squares = ranks.sum(squares) * ranks.size / ranks.total  # of the experts of a group
     return (squares + total_norm(replicated) ** 2).sqrt()

@@ -317,6 +317,18 @@ def counted(seed: int) -> list[dict[str, Any]]:
     return found
 
 
+def some_without_gradients() -> dict[str, float | None]:
+    """Means of gradients of 6, of which a rank lacks one; both lack another."""
+    module = parallelize_experts(DeepseekV2MoE(SIZES))
+    for number, weight in enumerate(module.parameters()):
+        if number % 3 < 2 and not (number % 3 == 0 and dist.get_rank() == 1):
+            weight.grad = torch.full_like(weight, 6.0)
+    average_gradients(module)
+    return {
+        name: None if weight.grad is None else float(weight.grad.mean()) for name, weight in module.named_parameters()
+    }
+
+
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
 
 

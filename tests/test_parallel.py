@@ -199,6 +199,16 @@ def test_what_cannot_be_shared_is_rejected_on_every_rank() -> None:
     assert said == [wanted | share for share in shares]
 
 
+def test_a_gradient_that_one_rank_lacks_is_0_there() -> None:
+    first, second = together(2, cases.some_without_gradients, timeout=30)
+    for number, name in enumerate(first):
+        own = name.startswith("experts.")
+        wanted = [(3.0, 3.0), (6.0, 6.0), (None, None)][number % 3]
+        if own:  # an expert has the sum of all ranks already
+            wanted = [(3.0, 0.0), (3.0, 3.0), (None, None)][number % 3]
+        assert (first[name], second[name]) == wanted, name
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the tables of Linux")
 def test_nothing_listens_but_on_localhost() -> None:
     for addresses in together(2, cases.listening, timeout=30):
