@@ -8,13 +8,14 @@ BIN := $(if $(VENV),$(VENV)/bin/)
 INSTALLED := $(if $(VENV),$(VENV)/installed)
 
 UNIT := -m pytest -n 2 --ignore=tests/site --ignore=tests/cuda
+QUICK := $(UNIT) -m "not slow and not thorough"
 NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nbval-current-env
 # Without vector instructions and with two threads, products are summed in another order: outputs must not depend on it.
-# tests/test_notebooks_on_cuda.py runs so too, on a pretended GPU; the chapter on kernels has none.
+# tests/test_notebooks_on_cuda.py runs so, on a pretended GPU; the chapter on kernels has none.
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf archive test lint unit site release test-other-build test-oldest-torch notebooks assignments serve bench test-cuda bench-cuda clean
+.PHONY: help book pdf archive test test-thorough lint unit site release test-other-build test-oldest-torch notebooks assignments serve bench test-cuda bench-cuda clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 26
@@ -39,8 +40,12 @@ lint: $(INSTALLED)
 	@$(BIN)zizmor --offline --quiet --no-progress --strict-collection .github/workflows
 
 unit: $(INSTALLED)
-	@$(RUN) $(UNIT)
+	@$(RUN) $(UNIT) -m "not thorough"
 	@$(NBVAL) book
+
+# What `make test` leaves out, so that it ends in half an hour on two cores. `make release` runs both.
+test-thorough: $(INSTALLED) ## what takes long and says more of the same: notebooks on a pretended GPU, trainings, more examples
+	@$(RUN) $(UNIT) -m "thorough or hypothesis" --hypothesis-profile=thorough
 	@$(PLAIN_CPU) OMP_NUM_THREADS=2 $(NBVAL) book/kernels.ipynb
 
 site: book
@@ -54,7 +59,7 @@ test-other-build: $(INSTALLED) ## on Linux: the unit tests with the build of tor
 	@if [ "$$(uname)" != Linux ]; then \
 		echo "make $@: torch has only one build for this system"; \
 	elif $(MAKE) --no-print-directory .venv/$(OTHER_BUILD)/installed; then \
-		.venv/$(OTHER_BUILD)/bin/python $(UNIT) -m "not slow"; \
+		.venv/$(OTHER_BUILD)/bin/python $(QUICK); \
 	elif [ "$$CI" = true ] && [ -z "$$UV_OFFLINE" ]; then \
 		echo "make $@: cannot install torch's $(OTHER_BUILD) build; with UV_OFFLINE=1 its tests are left out" >&2; exit 1; \
 	else \
@@ -62,7 +67,7 @@ test-other-build: $(INSTALLED) ## on Linux: the unit tests with the build of tor
 	fi
 
 test-oldest-torch: .venv/oldest/installed ## the unit tests with the oldest torch that is supported
-	@.venv/oldest/bin/python $(UNIT) -m "not slow"
+	@.venv/oldest/bin/python $(QUICK)
 
 UV := uv==0.13.9
 
@@ -108,7 +113,7 @@ TWINE := $(abspath .venv/release)/bin/twine
 
 release: $(INSTALLED) ## check that VERSION=x.y.z may be released and prepare dist/ and the tag; DRY=1: neither tests nor tag
 	@$(RUN) -m tools.release check "$(VERSION)"
-	@$(if $(DRY),,$(MAKE) --no-print-directory test)
+	@$(if $(DRY),,$(MAKE) --no-print-directory test test-thorough)
 	@$(MAKE) --no-print-directory pdf archive $(TWINE)
 	@$(RUN) -m tools.release build $(TWINE)
 	@$(if $(DRY),,$(RUN) -m tools.release tag)
@@ -137,7 +142,7 @@ endif
 FLASH_ATTN := flash-attn==2.8.3.post2
 FLASH_ATTN_FRONT_END := .venv/flash-attn/installed
 
-unit test-other-build test-oldest-torch: $(FLASH_ATTN_FRONT_END)
+unit test-thorough test-other-build test-oldest-torch: $(FLASH_ATTN_FRONT_END)
 
 $(FLASH_ATTN_FRONT_END): $(INSTALLED)
 	@mkdir -p $(@D)

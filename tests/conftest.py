@@ -46,7 +46,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 torch.set_num_threads(1)
 
 # The same few examples on every machine: a failure is found again by whoever looks for it.
-settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=50)
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, max_examples=25)
+settings.register_profile("thorough", settings.get_profile("repeatable"), max_examples=200)
 settings.load_profile("repeatable")
 
 

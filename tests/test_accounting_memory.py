@@ -87,7 +87,9 @@ def of_model(config: DeepseekV2Config, call: acc.Call, training: bool = False, c
     return seen(model, lambda: model(ids)[0], training)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=pytest.mark.thorough if dtype != "bfloat16" else ()) for dtype in DTYPES]
+)
 @pytest.mark.parametrize(
     "variant",
     [
@@ -305,7 +307,9 @@ def test_head_and_embedding_in_one_matrix_take_no_activation_more() -> None:
         assert acc.activation_peak(tied, call, None, training) == acc.activation_peak(TINY, call, None, training)
 
 
-@pytest.mark.parametrize("mode", [None, *acc.CHECKPOINTING])
+@pytest.mark.parametrize(
+    "mode", [None, *(pytest.param(mode, marks=pytest.mark.thorough) for mode in acc.CHECKPOINTING)]
+)
 def test_a_real_layer_of_the_cards_size_in_every_mode(mode: str | None) -> None:
     """All of its widths and heads; 8 of its experts, as what they compute does not depend on their number."""
     config, call = replace(CARD, n_routed_experts=8, num_hidden_layers=2), acc.Call(seq=8, kv=8, dtype="bfloat16")

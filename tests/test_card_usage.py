@@ -152,7 +152,7 @@ print(json.dumps(report | {{"peak": resource.getrusage(resource.RUSAGE_SELF).ru_
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_at_full_size() -> None:
     """In bfloat16, 8192 tokens and one more through both layers; in a process of its own, whose memory is measured.
 

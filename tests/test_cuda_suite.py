@@ -25,6 +25,7 @@ def suite(before: str, *arguments: str, device: str = "cpu") -> subprocess.Compl
     )
 
 
+@pytest.mark.thorough
 def test_the_suite_for_gpus_passes_on_the_cpu() -> None:
     done = suite("", "tests/cuda", "-k", SLOW)
     assert done.returncode == 0, done.stdout
@@ -53,7 +54,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.thorough if "byte" not in fault else ()) for fault in FAULTS]
+)
 def test_a_planted_fault_turns_it_red(fault: str) -> None:
     before, chosen = FAULTS[fault]
     done = suite(before, "tests/cuda/test_layer_cuda.py", "-k", chosen)
@@ -77,6 +80,7 @@ FUSED = (
 ALREADY_IMPORTED = "ignore:Module already imported so cannot be rewritten"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 def test_an_old_gpu_is_spared_what_it_cannot_do(capability: tuple[int, int], tmp_path: Path) -> None:
     """On a GPU that is only pretended, and without running the bodies of the tests."""

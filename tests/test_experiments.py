@@ -65,6 +65,7 @@ def texts_of_the_log() -> Mapping[str, Tensor]:
     return texts
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("run", ["all", "bias"])
 def test_the_stored_log_of_the_router_begins_as_the_script_does(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two entries of the log, fifty steps of all three losses.
@@ -128,6 +129,7 @@ def test_a_post_norm_layer_gives_what_is_asked_for_besides() -> None:
     assert len(cache) == 5
 
 
+@pytest.mark.thorough
 def test_a_short_training_with_norms_before_and_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "RATES", {1.0: (1e-3,)})
     norms.main(["--steps", "10", "--seeds", "1", "--out", str(tmp_path)])
@@ -141,6 +143,7 @@ def test_a_short_training_with_norms_before_and_behind(tmp_path: Path, monkeypat
     assert all(len(run["bits"]) == 1 for run in log["runs"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("place", "gain"), [("pre", 1.0), ("post", norms.V2_GAIN)])
 def test_the_stored_log_of_the_norms_begins_as_the_script_does(place: str, gain: float) -> None:
     """Twenty steps of a run. Its logs are rounded to 0.001; another CPU rounds otherwise, which grows from step to step."""
@@ -201,6 +204,7 @@ def test_bits_through_a_rounded_cache_are_those_stored(latent: str | None, rope:
     assert bits.with_cache(latent, rope) == pytest.approx(entry["bits"], abs=ROUNDED)
 
 
+@pytest.mark.thorough
 def test_all_stored_bits_are_what_the_script_measures(tmp_path: Path) -> None:
     bits.main(["--out", str(tmp_path / "bits.json")])
     found, log = json.loads((tmp_path / "bits.json").read_text()), stored_bits()

@@ -106,6 +106,7 @@ def test_the_target_is_what_all_heads_attend_to() -> None:
         assert not target.triu(1).any()
 
 
+@pytest.mark.thorough
 def test_the_stored_log_of_the_indexer_begins_as_the_script_does() -> None:
     """25 steps. Other vector instructions round otherwise, which moves the third digit of a loss that falls fourfold."""
     texts_of_the_log()

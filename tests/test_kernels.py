@@ -56,9 +56,15 @@ def test_kernels_in_the_interpreter() -> None:
 # Machine code
 
 
+GENERATIONS = [
+    capability if capability == 90 else pytest.param(capability, marks=pytest.mark.thorough)
+    for capability in SHARED_BYTES
+]
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("capability", GENERATIONS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_machine_code_fits_the_gpu_and_spills_nothing(kernel: str, capability: int, dtype: str) -> None:
     found = resources(kernel, capability, dtype)
@@ -97,7 +103,7 @@ VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("capability", GENERATIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_form_of_a_launch_fits_and_spills_nothing(variant: str, capability: int) -> None:
     kernel, constants = VARIANTS[variant]
@@ -107,7 +113,7 @@ def test_every_form_of_a_launch_fits_and_spills_nothing(variant: str, capability
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("capability", GENERATIONS)
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel not in HALF_ONLY])
 def test_machine_code_fits_and_spills_nothing_in_float32(kernel: str, capability: int) -> None:
     found = resources(kernel, capability, "fp32")

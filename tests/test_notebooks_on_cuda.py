@@ -34,10 +34,19 @@ def run(notebook: nbformat.NotebookNode, path: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=path.parent, env=alone | OTHER_ORDER, capture_output=True, text=True)
 
 
+QUICK = ("overview", "counting", "lineage", "parallel")
+"""What is run for every change; all others, in `make test-thorough`."""
+
+
+# The chapter on kernels stays on the CPU, where it interprets them, whatever there is.
 @pytest.mark.slow
-# The chapter on kernels stays on the CPU, where it interprets them, whatever there is: `make unit` runs it in other order.
 @pytest.mark.parametrize(
-    "path", [path for path in notebooks.in_book() if path.stem != "kernels"], ids=lambda path: path.stem
+    "path",
+    [
+        pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.thorough, id=path.stem)
+        for path in notebooks.in_book()
+        if path.stem != "kernels"
+    ],
 )
 def test_a_notebook_prints_the_same_on_cuda(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
