@@ -27,6 +27,7 @@ def _random(
     """A module with random weights that never existed in more bits, in evaluation mode."""
     checks.is_config(config)
     checks.weights_dtype(dtype)
+    checks.weights_device(device)
     dtype, std = torch.get_default_dtype() if dtype is None else dtype, config.initializer_range
     with torch.device("meta"):
         module = build().to(dtype)

@@ -188,6 +188,21 @@ def test_settings_that_no_checkpoint_has(tmp_path: Path) -> None:
     assert (layer.self_attn.config._attn_implementation, layer.self_attn.config.mla_form) == ("eager", "absorbed")
     meta = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0, device="meta")
     assert all(parameter.is_meta for parameter in meta.parameters())
+    with pytest.raises(ValueError, match=r"^attn_implementation is 'flash'; wanted eager, sdpa, flash_attention_2$"):
+        DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0, attn_implementation="flash")
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "fpga", -1, 3.5, True, "cuda:99"], ids=repr)
+@pytest.mark.usefixtures("as_shipped")
+def test_a_device_that_is_not_here_is_rejected_before_anything_is_read(device: Any, tmp_path: Path) -> None:
+    makers: list[Callable[[], object]] = [
+        lambda: DeepseekV2ForCausalLM.from_pretrained(tmp_path, device=device),
+        lambda: DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0, device=device),
+        lambda: DeepseekV2ForCausalLM.random(NARROW, device=device),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match=f"^device is {device!r}; wanted None or a device that is here"):
+            make()
 
 
 # Eight bits
