@@ -76,7 +76,7 @@ class PretrainedLayer:
             dtype: of the weights; None takes what config.json says, bfloat16 for weights in float8. The bias that
                 chooses experts stays in float32.
             device: where the weights go; None is the CPU.
-            attn_implementation: as ``_attn_implementation`` of `DeepseekV2Config`.
+            attn_implementation: as ``_attn_implementation`` of `DeepseekV2Config`; no checkpoint says it.
             mla_form: as ``mla_form`` of `DeepseekV2Config`.
             revision: a branch, tag or commit on the Hub.
             token: for what is not public: on the Hub, or sent with the requests to an address.

@@ -690,6 +690,29 @@ def test_a_quantised_model_is_saved_and_comes_back(
     assert sum(held.values()) < files < sum(held.values()) + 30_000  # headers
 
 
+@every_kind
+@pytest.mark.parametrize("way", ["eager", "sdpa"])
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_codes_read_back_give_the_same_logits_by_the_same_attention(
+    form: str, way: str, kind: str, tmp_path: Path
+) -> None:
+    """A checkpoint does not say which: another one sums in another order, and is equal but for rounding."""
+    config = replace(NARROW, _attn_implementation=way, mla_form=form)
+    model = quantize(randomised(DeepseekV2ForCausalLM(config), torch.float32), kind, 4)
+    model.save_pretrained(tmp_path, 30_000)
+    twin = quantize(DeepseekV2ForCausalLM(config).eval(), kind, 4)
+    twin.load_state_dict(model.state_dict())
+    other = {"eager": "sdpa", "sdpa": "eager"}[way]
+    back, others = (
+        DeepseekV2ForCausalLM.from_pretrained(tmp_path, attn_implementation=name, mla_form=form) for name in (way, other)
+    )
+    with torch.no_grad():
+        expected = model(IDS)[0]
+        assert torch.equal(back(IDS)[0], expected)
+        assert torch.equal(twin(IDS)[0], expected)
+        torch.testing.assert_close(others(IDS)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_parts_are_saved_and_come_back(tmp_path: Path) -> None:
     model = quantize(randomised(DeepseekV2ForCausalLM(NARROW), torch.float32), "int4", 4, ["experts"])
     model.save_pretrained(tmp_path)
