@@ -704,7 +704,8 @@ def test_codes_read_back_give_the_same_logits_by_the_same_attention(
     twin.load_state_dict(model.state_dict())
     other = {"eager": "sdpa", "sdpa": "eager"}[way]
     back, others = (
-        DeepseekV2ForCausalLM.from_pretrained(tmp_path, attn_implementation=name, mla_form=form) for name in (way, other)
+        DeepseekV2ForCausalLM.from_pretrained(tmp_path, attn_implementation=name, mla_form=form)
+        for name in (way, other)
     )
     with torch.no_grad():
         expected = model(IDS)[0]
