@@ -316,6 +316,19 @@ def weights_dtype(dtype: object) -> None:
     require(dtype is None or is_float(dtype), "dtype", dtype, f"None or torch's {FLOATS}")
 
 
+def weights_device(device: Any) -> None:
+    """Check of ``device`` of `PretrainedModel`: one that is here."""
+    import torch
+
+    wanted = "None or a device that is here, such as 'cpu'"
+    fits = device is None or (isinstance(device, str | int | torch.device) and not isinstance(device, bool))
+    require(fits, "device", device, wanted)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device is {device!r}; wanted {wanted}") from error
+
+
 PLAIN_WEIGHTS = (
     "a plain torch.nn.Linear or the package's own experts: quantise before packing, and before an adapter, a wrapper or a "
     "hook is put on"
@@ -580,9 +593,13 @@ def cache_format(format: object, formats: tuple[str, ...], latent: int, name: st
 
 
 def latent_format(config: "DeepseekV2Config", name: str, format: object) -> None:
-    """Raise ValueError for a format of latents where a model has none."""
+    """Raise ValueError for an unknown format of latents, and for one where a model has none."""
     has_latent = config.use_mla or format is None
     require(has_latent, name, format, "None: multi-head attention caches no latent")
+    if format is not None:
+        from dsv2_ref.records import CACHE_FORMATS
+
+        cache_format(format, CACHE_FORMATS, config.kv_lora_rank, name)
 
 
 def budget(**rows: object) -> None:
@@ -776,10 +793,13 @@ def generation(
     attention_mask: "Tensor | None",
     temperature: float,
     top_p: float,
+    generator: object,
     cache_format: str | None,
     policy: object,
 ) -> None:
     """Check of `DeepseekV2ForCausalLM.stream`; the model checks the tokens themselves."""
+    from torch import Generator
+
     latent_format(config, "cache_format", cache_format)
     taken = "None, or a callable that takes a layer's cache alone: attention weights are not handed on"
     require(policy is None or _takes_one(policy), "policy", policy, taken)
@@ -788,6 +808,8 @@ def generation(
     require(is_int(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "0 or more tokens")
     require(_is_number(temperature) and temperature >= 0, "temperature", temperature, "0, or more to draw")
     require(_is_number(top_p) and 0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
+    drawn = generator is None or isinstance(generator, Generator)
+    require(drawn, "generator", generator, "None or a torch.Generator")
     if attention_mask is None:
         return
     require_tensor(attention_mask, "attention_mask")

@@ -203,6 +203,9 @@ def _configuration(place: files.Place) -> tuple[Mapping[str, Any], DeepseekV2Con
 def load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: str, how: How) -> Any:
     """``build(config)`` with the weights that a checkpoint has under the name ``part``, in evaluation mode."""
     checks.weights_dtype(how.dtype)
+    checks.weights_device(how.device)
+    name, wanted = how.attn_implementation, ", ".join(checks.IMPLEMENTATIONS)
+    require(name in checks.IMPLEMENTATIONS, "attn_implementation", name, wanted)
     with closing(files.place_of(source, how.revision, how.token, whole=not part)) as place:
         return _load(build, place, source, part, how)
 

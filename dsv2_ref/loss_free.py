@@ -33,7 +33,8 @@ class LossFreeBalancing:
     other data parallel training, sum ``loads`` over the processes first.
 
     Args:
-        model: any module with `MoEGate` inside, of ``topk_method`` ``noaux_tc``.
+        model: any module with `MoEGate` inside, of ``topk_method`` ``noaux_tc``. A bias
+            in 16 bits becomes float32, as published: 16 bits would lose small steps.
         speed: γ; DeepSeek-V3 took 0.001, and 0 for its last 500 billion tokens
             (section 4.2).
 
@@ -57,6 +58,9 @@ class LossFreeBalancing:
             for name, gate in named.items()
         }
         for name, gate in named.items():
+            bias = gate.e_score_correction_bias
+            wide = torch.promote_types(bias.dtype, torch.float32)
+            gate.e_score_correction_bias = bias.to(wide)
             gate.register_forward_hook(self._counter(self.loads[name]))
 
     @staticmethod

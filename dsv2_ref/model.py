@@ -195,7 +195,7 @@ class DeepseekV2ForCausalLM(PretrainedModel, GradientCheckpointing):
         ends = checks.ending_tokens(self.config, eos_token_id, pad_token_id)
         checks.generation(
             self.config, input_ids, max_new_tokens, attention_mask, temperature, top_p,
-            cache_format, policy,
+            generator, cache_format, policy,
         )  # fmt: skip
         pad = (ends[0] if ends else 0) if pad_token_id is None else pad_token_id
         caches = None

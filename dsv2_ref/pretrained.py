@@ -27,6 +27,7 @@ def _random(
     """A module with random weights that never existed in more bits, in evaluation mode."""
     checks.is_config(config)
     checks.weights_dtype(dtype)
+    checks.weights_device(device)
     dtype, std = torch.get_default_dtype() if dtype is None else dtype, config.initializer_range
     with torch.device("meta"):
         module = build().to(dtype)
@@ -75,7 +76,7 @@ class PretrainedLayer:
             dtype: of the weights; None takes what config.json says, bfloat16 for weights in float8. The bias that
                 chooses experts stays in float32.
             device: where the weights go; None is the CPU.
-            attn_implementation: as ``_attn_implementation`` of `DeepseekV2Config`.
+            attn_implementation: as ``_attn_implementation`` of `DeepseekV2Config`; no checkpoint says it.
             mla_form: as ``mla_form`` of `DeepseekV2Config`.
             revision: a branch, tag or commit on the Hub.
             token: for what is not public: on the Hub, or sent with the requests to an address.

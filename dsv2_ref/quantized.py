@@ -190,6 +190,7 @@ class QuantizedWeight(nn.Module):
     ) -> None:
         self.require_plain(prefix[:-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.like = self.like.new_empty(0, device=self.codes.device)  # maybe assigned
 
     def require_plain(self, name: str) -> None:
         """Raise RuntimeError if `pack_weights` has laid the codes out otherwise."""

@@ -357,7 +357,7 @@ KEPT = r"layer 0's LatentCache, perhaps with fewer rows \(`keep`\), and as many 
         ),
         (
             lambda: model_of().stream(PROMPT, 2, cache_format="fp4"),
-            "format is 'fp4'; wanted None or one of fp8, int8, int4",
+            "cache_format is 'fp4'; wanted None or one of fp8, int8, int4",
         ),
         (
             lambda: model_of(use_mla=False).stream(PROMPT, 2, cache_format="fp8"),

@@ -137,6 +137,8 @@ def test_a_generator_repeats_itself() -> None:
             r"attention_mask is .*; wanted padding on the left only, and a token last",
         ),
         ({"attention_mask": [1]}, "attention_mask is a list of 1; wanted a tensor"),
+        ({"generator": 3}, "generator is 3; wanted None or a torch.Generator"),
+        ({"cache_format": 3}, "cache_format is 3; wanted None or one of fp8, int8, int4"),
     ],
 )
 def test_what_is_rejected_is_rejected_at_once(settings: dict[str, Any], message: str, as_shipped: None) -> None:

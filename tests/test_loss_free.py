@@ -63,6 +63,20 @@ def test_a_step_moves_the_bias_of_every_gate_and_counts_anew() -> None:
         assert gate.e_score_correction_bias.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_bias_in_16_bits_becomes_one_that_small_steps_move(dtype: torch.dtype) -> None:
+    gate, tokens = skewed_gate()
+    gate = gate.to(dtype)
+    getattr(gate, NAME).fill_(0.5)
+    balancing = LossFreeBalancing(gate, speed=1e-4)
+    load = counts(gate, tokens.to(dtype))
+    balancing.step()
+    bias = getattr(gate, NAME)
+    assert bias.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal((bias - 0.5).sign(), (load.double().mean() - load).sign().to(bias.dtype))
+    assert gate.weight.dtype == dtype
+
+
 def test_what_a_gate_chooses_outside_of_training_is_not_counted() -> None:
     gate, tokens = skewed_gate()
     balancing = LossFreeBalancing(gate)

@@ -188,6 +188,21 @@ def test_settings_that_no_checkpoint_has(tmp_path: Path) -> None:
     assert (layer.self_attn.config._attn_implementation, layer.self_attn.config.mla_form) == ("eager", "absorbed")
     meta = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0, device="meta")
     assert all(parameter.is_meta for parameter in meta.parameters())
+    with pytest.raises(ValueError, match=r"^attn_implementation is 'flash'; wanted eager, sdpa, flash_attention_2$"):
+        DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0, attn_implementation="flash")
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "fpga", -1, 3.5, True, "cuda:99"], ids=repr)
+@pytest.mark.usefixtures("as_shipped")
+def test_a_device_that_is_not_here_is_rejected_before_anything_is_read(device: Any, tmp_path: Path) -> None:
+    makers: list[Callable[[], object]] = [
+        lambda: DeepseekV2ForCausalLM.from_pretrained(tmp_path, device=device),
+        lambda: DeepseekV2DecoderLayer.from_pretrained(tmp_path, 0, device=device),
+        lambda: DeepseekV2ForCausalLM.random(NARROW, device=device),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match=f"^device is {device!r}; wanted None or a device that is here"):
+            make()
 
 
 # Eight bits
@@ -673,6 +688,30 @@ def test_a_quantised_model_is_saved_and_comes_back(
     files = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     held = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}
     assert sum(held.values()) < files < sum(held.values()) + 30_000  # headers
+
+
+@every_kind
+@pytest.mark.parametrize("way", ["eager", "sdpa"])
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_codes_read_back_give_the_same_logits_by_the_same_attention(
+    form: str, way: str, kind: str, tmp_path: Path
+) -> None:
+    """A checkpoint does not say which: another one sums in another order, and is equal but for rounding."""
+    config = replace(NARROW, _attn_implementation=way, mla_form=form)
+    model = quantize(randomised(DeepseekV2ForCausalLM(config), torch.float32), kind, 4)
+    model.save_pretrained(tmp_path, 30_000)
+    twin = quantize(DeepseekV2ForCausalLM(config).eval(), kind, 4)
+    twin.load_state_dict(model.state_dict())
+    other = {"eager": "sdpa", "sdpa": "eager"}[way]
+    back, others = (
+        DeepseekV2ForCausalLM.from_pretrained(tmp_path, attn_implementation=name, mla_form=form)
+        for name in (way, other)
+    )
+    with torch.no_grad():
+        expected = model(IDS)[0]
+        assert torch.equal(back(IDS)[0], expected)
+        assert torch.equal(twin(IDS)[0], expected)
+        torch.testing.assert_close(others(IDS)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_parts_are_saved_and_come_back(tmp_path: Path) -> None:

@@ -528,6 +528,7 @@ def test_codes_are_saved_and_loaded(assign: bool, through: Any, kind: str, name:
     held = [value for name, value in empty.state_dict().items() if name.endswith(("codes", "scales"))]
     assert held
     assert not any(value.is_meta for value in held)
+    assert torch.equal(empty(x)[0], quantised(x)[0])
 
 
 @pytest.mark.parametrize("name", ["mla", "v3", "mha"])
