@@ -114,7 +114,7 @@ def borrowed(name: str) -> Any:
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "default device": (torch.get_default_device, torch.set_default_device),
-    "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "gradients": (torch.is_grad_enabled, torch._C._set_grad_enabled),
     "deterministic algorithms": (
         torch.are_deterministic_algorithms_enabled,
         torch.use_deterministic_algorithms,
