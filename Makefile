@@ -9,13 +9,14 @@ INSTALLED := $(if $(VENV),$(VENV)/installed)
 
 UNIT := -m pytest -n 2 --ignore=tests/site --ignore=tests/cuda
 QUICK := $(UNIT) -m "not slow and not thorough"
+SITE := -m pytest -n 2 tests/site
 NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nbval-current-env
 # Without vector instructions and with two threads, products are summed in another order: outputs must not depend on it.
 # tests/test_notebooks_on_cuda.py runs so, on a pretended GPU; the chapter on kernels has none.
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf archive test test-thorough lint unit site release test-other-build test-oldest-torch notebooks assignments serve bench test-cuda bench-cuda clean
+.PHONY: help book pdf archive test test-thorough lint unit site release other-build test-other-build test-oldest-torch notebooks assignments serve bench test-cuda bench-cuda clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 26
@@ -30,7 +31,10 @@ pdf: book ## the whole book as one PDF, in _build/
 archive: book ## the site as one file that opens offline, in _build/
 	@$(RUN) -m tools.release site
 
-test: lint unit site ## lint, types, unit, property and notebook tests, and the checks on the built book
+test: $(INSTALLED) ## lint, types, unit, property and notebook tests, and the checks on the built book
+	@$(MAKE) --no-print-directory -j2 lint book  # each takes one core
+	@$(MAKE) --no-print-directory unit
+	@$(RUN) $(SITE)
 
 lint: $(INSTALLED)
 	@$(BIN)ruff check .
@@ -49,16 +53,19 @@ test-thorough: $(INSTALLED) ## what takes long and says more of the same: notebo
 	@$(PLAIN_CPU) OMP_NUM_THREADS=2 $(NBVAL) book/kernels.ipynb
 
 site: book
-	@$(RUN) -m pytest -n 2 tests/site
+	@$(RUN) $(SITE)
 
 # On PyPI, torch for Linux is built with CUDA; builds for the CPU lie elsewhere, and pip's settings decide which of them an
 # environment gets. The tests must pass with both.
 OTHER_BUILD = $(shell $(RUN) -c 'import torch; print("cpu" if torch.version.cuda else "cuda")')
 
+other-build: $(INSTALLED)
+	@$(MAKE) --no-print-directory .venv/$(OTHER_BUILD)/installed
+
 test-other-build: $(INSTALLED) ## on Linux: the unit tests with the build of torch that .venv has not, with CUDA or without
 	@if [ "$$(uname)" != Linux ]; then \
 		echo "make $@: torch has only one build for this system"; \
-	elif $(MAKE) --no-print-directory .venv/$(OTHER_BUILD)/installed; then \
+	elif $(MAKE) --no-print-directory other-build; then \
 		.venv/$(OTHER_BUILD)/bin/python $(QUICK); \
 	elif [ "$$CI" = true ] && [ -z "$$UV_OFFLINE" ]; then \
 		echo "make $@: cannot install torch's $(OTHER_BUILD) build; with UV_OFFLINE=1 its tests are left out" >&2; exit 1; \

@@ -25,6 +25,8 @@ from dsv2_ref.__main__ import main
 from dsv2_ref.accounting import weights
 from tests.peers import COMMON, SMALL
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("card", "tiny", "deepseek_v2", "deepseek_v2_lite", "deepseek_ocr")
 PUBLISHED = {"deepseek_v2": 235_741_434_880, "deepseek_v2_lite": 15_706_484_224, "deepseek_ocr": 2_934_734_080}
@@ -559,7 +561,6 @@ def account(into: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, stdout=into, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
 def test_a_pipe_that_nobody_reads_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -568,7 +569,6 @@ def test_a_pipe_that_nobody_reads_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_is_told_in_one_line() -> None:
     with open("/dev/full", "w") as full:

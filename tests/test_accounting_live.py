@@ -27,6 +27,8 @@ from dsv2_ref import accounting as acc
 from dsv2_ref.__main__ import main
 from tests.test_accounting import PRESETS, configs, preset
 
+pytestmark = pytest.mark.slow
+
 BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int8": 8}
 
 
@@ -157,7 +159,6 @@ def met_by_a_token(config: DeepseekV2Config) -> int:
     return met
 
 
-@pytest.mark.slow
 @settings(max_examples=20)
 @given(config=configs(), call=calls())
 def test_the_report_of_any_model(config: DeepseekV2Config, call: acc.Call) -> None:

@@ -19,6 +19,8 @@ from dsv2_ref.fast import products
 from dsv2_ref.recompute import checkpointed
 from tests.test_accounting import configs, grouped, preset
 
+pytestmark = pytest.mark.slow
+
 MODES = (None, *acc.CHECKPOINTING)
 Shape = tuple[int, ...]
 
@@ -109,7 +111,6 @@ def counted(config: DeepseekV2Config, layer_idx: int | None, call: acc.Call, mod
     return flops["forward"] + layers * forward, flops["backward"] + flops["recomputed"] + layers * backward
 
 
-@pytest.mark.slow
 @given(step=steps(), layer_idx=st.integers(0, 2))
 def test_both_passes_of_any_layer_are_what_pytorch_counts(step: Step, layer_idx: int) -> None:
     config, call, mode = step
@@ -120,7 +121,6 @@ def test_both_passes_of_any_layer_are_what_pytorch_counts(step: Step, layer_idx:
     assert flops["recomputed"] == acc.recomputed(config, layer_idx, call, mode)
 
 
-@pytest.mark.slow
 @settings(max_examples=20)
 @given(step=steps())
 def test_both_passes_of_any_model_are_what_pytorch_counts(step: Step) -> None:

@@ -20,6 +20,8 @@ from dsv2_ref.grading.formats import as_csv, as_gradescope, as_json, as_junit, a
 from dsv2_ref.grading.report import CHAPTERS, ROUNDING, ROUNDING_OF_FLOAT32, cost_of, distance, expected
 from tests.planted_in_solutions import BOTH_AT_ONCE, CAUSAL, PLANTED, planted
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SOLUTIONS = ROOT / "assignments" / "solutions"
 EVERY = [(part, number) for part in PARTS.values() for number in range(len(part.mistakes))]
@@ -896,7 +898,6 @@ def test_letters_that_a_terminal_lacks_are_written_otherwise(tmp_path: Path) -> 
     assert "\\u0141ukasz.py: 8 of 8 points, passed" in done.stdout
 
 
-@pytest.mark.slow
 def test_the_grader_works_from_the_command_line_alone(tmp_path: Path) -> None:
     """In a process of its own, in another folder, and it leaves no process behind."""
     command = [sys.executable, "-m", "dsv2_ref", "grade", "rmsnorm", str(SOLUTIONS / "rmsnorm.py")]

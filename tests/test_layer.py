@@ -206,12 +206,21 @@ def test_gradient_checkpointing_changes_no_gradient(config: DeepseekV2Config, us
 # Compiling
 
 
-def test_compiling_and_exporting() -> None:
+AT_LENGTH = "few_graphs and mha or records and int or compiled_training and expanded or checkpointed and full"
+"""What takes long, and comes in another kind too."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [f"not ({AT_LENGTH})", pytest.param(AT_LENGTH, marks=pytest.mark.thorough)])
+def test_compiling_and_exporting(chosen: str) -> None:
     """In a process of its own: the compiler cannot see through the checker of signatures, even where it is off."""
     file = Path(__file__).with_name("compiled_layer.py")
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "--color=no"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(file)], cwd=file.parent.parent, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *options, "-k", chosen, str(file)],
+        cwd=file.parent.parent,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -137,6 +137,7 @@ FOUND_IN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", cases.FAULTS)
 def test_a_planted_fault_is_found(fault: str) -> None:
     name = FOUND_IN.get(fault, "greedy")
@@ -404,6 +405,7 @@ def test_what_is_not_plain_is_not_shared() -> None:
 # The experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "run", "groups", "dropping"), [(8, "pooled", 2, False), (4, "bias", 2, False), (4, "bias", 1, True)]
 )
@@ -415,6 +417,7 @@ def test_processes_in_one_group_or_two_train_as_one_does(ranks: int, run: str, g
     )  # three steps of Adam, which divides by small gradients
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_router_on_four_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += ["-m", "experiments.parallel", "--steps", "3", "--out", str(tmp_path)]
@@ -430,6 +433,7 @@ def test_torchrun_trains_the_router_on_four_processes(tmp_path: Path) -> None:
     assert "largest difference of any step" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fate", "timeout"), [("never comes", "3"), ("dies", "60"), ("hangs", "3")])
 def test_a_dead_rank_ends_the_others_with_one_line(fate: str, timeout: str, tmp_path: Path) -> None:
     start = multiprocessing.get_context("forkserver").Process

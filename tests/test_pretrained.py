@@ -612,6 +612,7 @@ def same_bits(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
     return all(torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)) for name, value in found.items())
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("name", ["v2", "v3", "tied"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
@@ -661,6 +662,7 @@ def test_a_checkpoint_in_eight_bits_quantised(block: list[int], kind: str, tmp_p
     assert same_bits(DeepseekV2ForCausalLM.from_pretrained(folder), loaded)
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("name", NARROW_CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -913,6 +915,7 @@ BIG = replace(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process its peak")
 @pytest.mark.parametrize(

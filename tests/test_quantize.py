@@ -505,6 +505,7 @@ def through_safetensors(state: dict[str, Tensor], folder: Path) -> dict[str, Ten
     return load_file(folder / "weights.safetensors")
 
 
+@pytest.mark.slow
 @every_layer
 @every_kind
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from dsv2_ref import accounting as acc
 from dsv2_ref.accounting import training
 from experiments.step import thinned, timeline
 
+pytestmark = pytest.mark.slow
+
 TINY = replace(DeepseekV2Config.tiny(), num_hidden_layers=7)  # more layers of a kind than run
 CALL = acc.Call(batch=2, seq=48, kv=48, form="expanded")
 
