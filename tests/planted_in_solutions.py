@@ -7,6 +7,13 @@ NORMED = "self.weight * (hidden_states * torch.rsqrt(mean_square + self.eps))"
 RMSNORM: dict[str, list[Edit]] = {
     "epsilon outside the root": [(NORMED, "self.weight * hidden_states / (mean_square.sqrt() + self.eps)")],
     "epsilon left out": [(" + self.eps)", ")")],
+    "epsilon only as a lower limit, as in torch's normalize": [
+        (
+            NORMED,
+            "self.weight * torch.nn.functional.normalize(hidden_states, dim=-1, eps=self.eps)"
+            " * hidden_states.shape[-1] ** 0.5",
+        )
+    ],
     "a fixed epsilon of 1e-6, whatever the constructor was given": [("self.eps = eps", "self.eps = 1e-6")],
     "the mean subtracted, as in LayerNorm": [
         (MEAN, f"hidden_states = hidden_states - hidden_states.mean(-1, keepdim=True)\n        {MEAN}")
@@ -24,10 +31,12 @@ CAT = "return torch.cat((even * cos - odd * sin, even * sin + odd * cos), dim=-1
 HALVES = [(PAIRS, "even, odd = x.chunk(2, dim=-1)"), (STACK, CAT)]
 ROPE: dict[str, list[Edit]] = {
     "pairs half-split": HALVES,
+    "the right pairs, but left in half-split order, as in the published code": [(STACK, CAT)],
     "rotated the other way": [
         ("even * cos - odd * sin, even * sin + odd * cos", "even * cos + odd * sin, odd * cos - even * sin")
     ],
     "the key not rotated": [("sin[:, None]), rotate(k_pe, cos, sin)", "sin[:, None]), k_pe")],
+    "the queries not rotated": [("return rotate(q_pe, cos[:, None], sin[:, None]), ", "return q_pe, ")],
     "positions counted from 0, position_ids not read": [
         ("angles = position_ids[", "position_ids = torch.arange(position_ids.shape[1])[None] + 0 * position_ids"),
         ("..., None].to(dtype)", "\n    angles = position_ids[..., None].to(dtype)"),
@@ -66,9 +75,13 @@ BOTH: dict[str, list[Edit]] = {
         ("        self.kv_a_layernorm = DeepseekV2RMSNorm(C)\n", ""),
         ("self.kv_a_layernorm(compressed_kv)", "compressed_kv"),
     ],
+    "a mask of ones and zeros added to the scores": [
+        ("scores.masked_fill(~causal, -torch.inf)", "(scores + causal.double())")
+    ],
     "scores divided by the root of C + R, the absorbed width": [(SCALE, SCALE.replace("(N + R)", "(C + R)"))],
     "scores divided by the root of N, without the rope features": [(SCALE, SCALE.replace("(N + R)", "N"))],
     "the rope key not rotated": [(TURNED, "q_pe, _ = apply_rotary(q_pe, k_pe, cos, sin)")],
+    "the query not rotated": [(TURNED, "_, k_pe = apply_rotary(q_pe, k_pe, cos, sin)")],
     "no position at all": [(TURNED, "pass")],
     "the rope part of the scores lost": [(TURNED, f"{TURNED}\n        q_pe = torch.zeros_like(q_pe)")],
     "the norm on the query's latent left out": [("self.q_a_layernorm(self.q_a_proj(x))", "self.q_a_proj(x)")],
@@ -141,6 +154,9 @@ DECODING = BOTH | {
         ("torch.arange(past, past + S)", "torch.arange(past + (past > 0), past + (past > 0) + S)")
     ],
     "mask aligned at the top left: the first query at the first key": [(CAUSAL_WITH_CACHE, "tril()")],
+    "mask aligned at the top left where a call brings several tokens": [
+        (CAUSAL_WITH_CACHE, "tril(0 if S > 1 else K - S)")
+    ],
     "expanded cache: all heads' keys and values are cached, not the latent": EXPANDED,
     "the rope key is cached once per head": [
         (RETURNED, "return out, None, torch.cat((cache[..., :C], cache[..., C:].repeat(1, 1, H)), dim=-1)"),
@@ -196,9 +212,13 @@ GATE: dict[str, list[Edit]] = {
         (GATHER, "topk_weight = logits.gather(-1, topk_idx).softmax(-1)")
     ],
     "routed_scaling_factor left out": [(SCALED, "pass")],
-    "routed_scaling_factor before normalising, which cancels it": [
+    "weights made of the logits, not of the scores": [(GATHER, "topk_weight = logits.gather(-1, topk_idx)")],
+    "normalised weights not scaled, or before they were normalised": [
         (SCALED, "pass"),
         (GATHER, f"{GATHER} * config.routed_scaling_factor"),
+    ],
+    "normalised by the sum of all scores, not of the chosen ones": [
+        ("topk_weight / topk_weight.sum", "topk_weight / scores.sum")
     ],
     "weights normalised though norm_topk_prob is off": [("if config.norm_topk_prob:", "if True:")],
     "norm_topk_prob ignored": [("if config.norm_topk_prob:", "if False:")],
@@ -245,6 +265,10 @@ EXPERTS: dict[str, list[Edit]] = {
     "routed_scaling_factor left out": [
         ("self.gate = MoEGate(config)", "self.gate = MoEGate(replace(config, routed_scaling_factor=1.0))"),
         ("import torch\n", "from dataclasses import replace\n\nimport torch\n"),
+    ],
+    "routed_scaling_factor applied again: the gate has done so": [(MADE, f"{MADE} * self.gate.routed_scaling_factor")],
+    "each expert's result replaces the earlier ones, not added to them": [
+        ("routed.index_add_(0, token, made)", "routed[token] = made")
     ],
     "shared experts scaled by routed_scaling_factor": [
         (SUM, "routed.view_as(hidden_states) + self.factor * self.shared_experts(hidden_states)"),
@@ -315,6 +339,15 @@ LAYER: dict[str, list[Edit]] = {
             SECOND,
             f"h = self.post_attention_layernorm(h)\n        {SECOND.replace('self.post_attention_layernorm(h)', 'h')}",
         ),
+    ],
+    "the first residual taken after its norm": [
+        (FIRST, f"x = self.input_layernorm(x)\n        {FIRST.replace('self.input_layernorm(x)', 'x')}")
+    ],
+    "the second residual taken after its norm": [
+        (
+            SECOND,
+            f"h = self.post_attention_layernorm(h)\n        {SECOND.replace('self.post_attention_layernorm(h)', 'h')}",
+        )
     ],
     "the first norm left out": [("self.self_attn(self.input_layernorm(x))", "self.self_attn(x)")],
     "the second norm left out": [("self.mlp(self.post_attention_layernorm(h))", "self.mlp(h)")],

@@ -87,8 +87,8 @@ def always(seq_aux: bool) -> Plant:
 
 
 def moved() -> dict[str, Any]:
-    """Biases, and how often each expert was chosen; one has exactly its share."""
-    load = torch.tensor([10, 2, 7, 5, 1, 5])
+    """Biases, and how often each expert was chosen; one has exactly its share, which is not the median."""
+    load = torch.tensor([11, 2, 4, 3, 1, 3])
     return {"bias": normal(6, seed=42, size=0.1), "load": load, "speed": 0.01}
 
 

@@ -21,7 +21,7 @@ from dsv2_ref.grading.part import (
     normal,
     operations,
 )
-from dsv2_ref.grading.parts.mla import BOTH, ODD, SMALL, placed, seen, top_left
+from dsv2_ref.grading.parts.mla import BOTH, ODD, SMALL, everything, placed, seen, top_left
 from dsv2_ref.grading.parts.rope import YARN
 
 CONTEXT = 255
@@ -126,6 +126,12 @@ DECODING = Part(
             "symptoms",
             "Causal alignment",
             seen(top_left),
+        ),
+        Mistake(
+            "mask aligned at the top left where a call brings several tokens",
+            "symptoms",
+            "Causal alignment",
+            seen(lambda queries, keys: (top_left if queries > 1 else everything)(queries, keys)),
         ),
         Mistake(
             "expanded cache: all heads' keys and values are cached, not the latent",

@@ -92,6 +92,25 @@ def of_weighted(experts: Any, x: Values, topk_idx: Values, topk_weight: Values) 
     return out
 
 
+def last_of_all(experts: Any, x: Values, topk_idx: Values, topk_weight: Values) -> Values:
+    """Each expert's result in the place of those before it."""
+    out = torch.zeros_like(x)
+    for number in range(len(experts.gate_up_proj)):
+        token, choice = torch.where(topk_idx == number)
+        out[token] = of_expert(experts, number, x[token]) * topk_weight[token, choice, None]
+    return out
+
+
+def replaces(moe: Any) -> None:
+    """What an expert makes replaces what earlier ones made."""
+    moe.experts.forward = partial(last_of_all, moe.experts)
+
+
+def scaled_twice(moe: Any) -> None:
+    """The factor of the routed experts applied once more."""
+    moe.gate.routed_scaling_factor **= 2
+
+
 def computes_all(moe: Any) -> None:
     """Every expert computes every token."""
     moe.experts.forward = partial(all_of_all, moe.experts)
@@ -144,6 +163,8 @@ EXPERTS = Part(
         Mistake("weights in another order than the choices", "experts", "Symptoms", reroutes(lambda w: w.flip(-1))),
         Mistake("weights normalised to sum to 1", "experts", WEIGHS, sets(norm_topk_prob=True)),
         Mistake("routed_scaling_factor left out", "experts", WEIGHS, sets(routed_scaling_factor=1.0)),
+        Mistake("routed_scaling_factor applied again: the gate has done so", "experts", WEIGHS, scaled_twice),
+        Mistake("each expert's result replaces the earlier ones, not added to them", "experts", DISPATCH, replaces),
         Mistake("shared experts scaled by routed_scaling_factor", "experts", "Symptoms", shared_scaled),
         Mistake("the weight multiplies an expert's input, not its output", "experts", WEIGHS, weighs_inputs),
         Mistake(

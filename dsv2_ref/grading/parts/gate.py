@@ -96,6 +96,18 @@ def always_late(gate: Any, logits: Values, _: Values, topk_idx: Values) -> Value
     return weighed(gate, logits.gather(-1, topk_idx).softmax(-1))
 
 
+def of_logits(gate: Any, logits: Values, _: Values, topk_idx: Values) -> Values:
+    """The logits themselves."""
+    return weighed(gate, logits.gather(-1, topk_idx))
+
+
+def of_all(gate: Any, _: Values, scores: Values, topk_idx: Values) -> Values:
+    """Scores over the sum of all scores, where the chosen ones' is wanted."""
+    chosen = scores.gather(-1, topk_idx)
+    chosen = chosen / scores.sum(-1, keepdim=True) if gate.norm_topk_prob else chosen
+    return chosen * gate.routed_scaling_factor
+
+
 def with_bias(gate: Any, _: Values, scores: Values, topk_idx: Values) -> Values:
     """The values that chose, bias included."""
     bias = gate.e_score_correction_bias
@@ -168,7 +180,11 @@ GATE = Part(
         Mistake("softmax after top-k", "experts", WEIGHS, weighs(late_softmax)),
         Mistake("softmax after top-k, in place of sigmoid scores too", "experts", WEIGHS, weighs(always_late)),
         Mistake("routed_scaling_factor left out", "experts", WEIGHS, sets(routed_scaling_factor=1.0)),
-        Mistake("routed_scaling_factor before normalising, which cancels it", "experts", WEIGHS, weighs(scaled_before)),
+        Mistake("weights made of the logits, not of the scores", "experts", WEIGHS, weighs(of_logits)),
+        Mistake(
+            "normalised weights not scaled, or before they were normalised", "experts", WEIGHS, weighs(scaled_before)
+        ),
+        Mistake("normalised by the sum of all scores, not of the chosen ones", "experts", WEIGHS, weighs(of_all)),
         Mistake("weights normalised though norm_topk_prob is off", "experts", WEIGHS, sets(norm_topk_prob=True)),
         Mistake("norm_topk_prob ignored", "experts", WEIGHS, sets(norm_topk_prob=False)),
         Mistake("group limit left out", "experts", DEVICES, lambda gate: setattr(gate, "topk_group", gate.n_group)),

@@ -86,6 +86,18 @@ LAYER = Part(
         Mistake("post-norm: norms after the additions", "prenorm", ORDERS, order(post_norm)),
         Mistake("norms at the end of the branches, as in OLMo 2", "prenorm", ORDERS, order(branch_norm)),
         Mistake("residuals taken after the norms", "prenorm", LAYER_SYMPTOMS, order(after_norm)),
+        Mistake(
+            "the first residual taken after its norm",
+            "prenorm",
+            LAYER_SYMPTOMS,
+            second(lambda layer, x: layer.n1(x) + layer.att(layer.n1(x))),
+        ),
+        Mistake(
+            "the second residual taken after its norm",
+            "prenorm",
+            LAYER_SYMPTOMS,
+            second(first_line, lambda layer, h: layer.n2(h) + layer.mlp(layer.n2(h))),
+        ),
         Mistake("the first norm left out", "prenorm", LINES, second(lambda layer, x: x + layer.att(x))),
         Mistake("the second norm left out", "prenorm", LINES, second(first_line, lambda layer, h: h + layer.mlp(h))),
         Mistake(

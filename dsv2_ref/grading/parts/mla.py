@@ -79,20 +79,25 @@ def shifted(by: int) -> Callable[[int, int], Values]:
     return lambda queries, keys: everything(queries, keys).tril(keys - queries + by)
 
 
+def ones(queries: int, keys: int) -> Values:
+    """A mask that is added, of ones and zeros: it hides nothing."""
+    return shifted(0)(queries, keys).double()
+
+
 def top_left(queries: int, keys: int) -> Values:
     """Causal order as if the first query stood at the first key."""
     return everything(queries, keys).tril()
 
 
 def without_position(part: str) -> Plant:
-    """The key's features left unrotated, or both, or the scores' part 0."""
+    """The key's features left unrotated, or the query's, or both, or the scores' part 0."""
     apply = rope.apply_rotary
 
     def wrong(q_pe: Any, k_pe: Any, cos: Any, sin: Any) -> tuple[Values, Values]:
         queries, keys = apply(q_pe, k_pe, cos, sin)
         if part == "lost":
             return queries * 0, keys
-        return q_pe if part == "both" else queries, k_pe
+        return queries if part == "key" else q_pe, keys if part == "query" else k_pe
 
     return inside("apply_rotary", wrong)
 
@@ -166,6 +171,7 @@ BOTH = (
     Mistake("temperature left out", "rope", MSCALES, scaled(_RIGHT_SCALE, False)),
     Mistake("the norm on the latent left out", "mla", NORM, identity("kv_a_layernorm")),
     Mistake("no causal mask", "overview", "Symptoms", seen(everything)),
+    Mistake("a mask of ones and zeros added to the scores", "overview", "Symptoms", seen(ones)),
     Mistake(
         "scores divided by the root of C + R, the absorbed width",
         "decoding",
@@ -174,6 +180,7 @@ BOTH = (
     ),
     Mistake("scores divided by the root of N, without the rope features", "mla", CODE, scaled(width(NOPE))),
     Mistake("the rope key not rotated", "mla", "Symptoms", without_position("key")),
+    Mistake("the query not rotated", "rope", "Only the distance counts", without_position("query")),
     Mistake("no position at all", "rope", "Symptoms", without_position("both")),
     Mistake("the rope part of the scores lost", "mla", "Symptoms", without_position("lost")),
     Mistake("the up-projections of keys and values exchanged", "decoding", "Symptoms", exchanged),

@@ -45,6 +45,12 @@ RMSNORM = Part(
         ),
         Mistake("epsilon left out", "rmsnorm", INSIDE, computes(lambda x, w, eps: w * x / mean_square(x).sqrt())),
         Mistake(
+            "epsilon only as a lower limit, as in torch's normalize",
+            "rmsnorm",
+            INSIDE,
+            computes(lambda x, w, eps: w * F.normalize(x, dim=-1, eps=eps) * x.shape[-1] ** 0.5),
+        ),
+        Mistake(
             "a fixed epsilon of 1e-6, whatever the constructor was given",
             "rmsnorm",
             INSIDE,

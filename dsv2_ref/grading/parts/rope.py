@@ -1,6 +1,7 @@
 """The part of rotary positions: its cases and known mistakes."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -44,9 +45,11 @@ def tables(functions: Any, inputs: dict[str, Any]) -> Answers:
     if "position_ids" in inputs:
         made = call(functions.rotary_tables, inputs | {"dtype": torch.float64})
         cosines, sines = pair(made, "rotary_tables", "cosines and sines")
+        if cosines.dtype != torch.float64:
+            raise WrongError(f"cosines are {cosines.dtype}; wanted the argument dtype, torch.float64")
         return {"cosines": cosines, "sines": sines}
     value = call(functions.softmax_temperature, inputs)
-    if not isinstance(value, int | float) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+    if not isinstance(value, Real) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
         raise WrongError(f"{returned(value, 'softmax_temperature')}; wanted a number")
     return {"temperature": torch.tensor(float(value), dtype=torch.float64)}
 
@@ -64,14 +67,19 @@ def angles(dim: int, scaling: RopeScaling | None = None) -> Callable[[], dict[st
     return lambda: {"position_ids": positions(), **fields}
 
 
-def rotates(turn: Callable[[Values, Values, Values], Values], keys: bool = True) -> Plant:
-    """Queries, and if asked for keys too, rotated in another way."""
+def rotates(turn: Callable[[Values, Values, Values], Values], queries: bool = True, keys: bool = True) -> Plant:
+    """Queries and keys rotated in another way, or one of them not at all."""
 
     def apply_rotary(q_pe: Any, k_pe: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
-        queries = turn(q_pe, cos[:, None], sin[:, None])
-        return queries, turn(k_pe, cos, sin) if keys else k_pe
+        turned = turn(q_pe, cos[:, None], sin[:, None]) if queries else q_pe
+        return turned, turn(k_pe, cos, sin) if keys else k_pe
 
     return has("apply_rotary", apply_rotary)
+
+
+def evens_first(x: Values, cos: Values, sin: Values) -> Values:
+    """The right pairs, all their first features before all their second ones."""
+    return rope.rotate_interleaved(x, cos, sin).unflatten(-1, (-1, 2)).mT.flatten(-2)
 
 
 def tabled(change: Callable[..., tuple[Values, Values]]) -> Plant:
@@ -152,10 +160,22 @@ ROPE = Part(
     mistakes=(
         Mistake("pairs half-split", "rope", PAIRS, rotates(rope.rotate_half_split)),
         Mistake(
+            "the right pairs, but left in half-split order, as in the published code",
+            "rope",
+            PAIRS,
+            rotates(evens_first),
+        ),
+        Mistake(
             "rotated the other way", "rope", ANGLES, rotates(lambda x, cos, sin: rope.rotate_interleaved(x, cos, -sin))
         ),
         Mistake(
             "the key not rotated", "rope", "Only the distance counts", rotates(rope.rotate_interleaved, keys=False)
+        ),
+        Mistake(
+            "the queries not rotated",
+            "rope",
+            "Only the distance counts",
+            rotates(rope.rotate_interleaved, queries=False),
         ),
         Mistake("positions counted from 0, position_ids not read", "rope", "The code", tabled(from_zero)),
         Mistake(
