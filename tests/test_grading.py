@@ -256,6 +256,21 @@ FORMS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("scaling.mscale_all_dim) ** 2", "scaling.mscale_all_dim) ** 2 * torch.ones(())"),
         ],
     ),
+    "a temperature of NumPy's": (
+        "rope",
+        [
+            ("import math\n", "import math\nfrom fractions import Fraction\n\nimport numpy\n"),
+            ("return 1.0", "return Fraction(1)"),
+            (
+                "return mscale(scaling.factor, scaling.mscale_all_dim) ** 2",
+                "m = mscale(scaling.factor, scaling.mscale_all_dim)\n    return numpy.float32(m**2)",
+            ),
+        ],
+    ),
+    "a module under two names": (
+        "mla",
+        [("        temperature = ", "        self.up = self.kv_b_proj\n        temperature = ")],
+    ),
     "choices in another order": (
         "gate",
         [("return topk_idx, topk_weight, None", "return topk_idx.flip(-1), topk_weight.flip(-1)")],
@@ -329,6 +344,33 @@ def test_a_cache_that_the_module_keeps_is_counted(submit: Submit) -> None:
         "decoding", source.replace("self.cache = cache", "self.cache, self.more = cache, cache.repeat(1, 1, 4)")
     )
     assert [check.name for check in report.checks if not check.passed] == ["elements per token in the cache"]
+
+
+HOLDERS = {
+    "slots": "class Cache:\n    __slots__ = ('__rows', '__dict__')\n\n    def __init__(self, rows): self.__rows = rows\n\n    def __getitem__(self, _): return self.__rows[0]",
+    "a dataclass with slots": "import dataclasses\n@dataclasses.dataclass(slots=True)\nclass Cache:\n    rows: tuple\n\n    def __getitem__(self, _): return self.rows[0]",
+    "a deque": "from collections import deque as Cache",
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_cache_is_counted_whatever_holds_it(holder: str, submit: Submit) -> None:
+    edits = [
+        ("past_key_value.shape", "past_key_value[0].shape"),
+        ("(past_key_value, cache)", "(past_key_value[0], cache)"),
+        ("class DeepseekV2Attention", f"{HOLDERS[holder]}\n\n\nclass DeepseekV2Attention"),
+    ]
+    source = planted((SOLUTIONS / "decoding.py").read_text(), edits)
+    right = submit("decoding", source.replace(LAST, "return out, None, Cache((cache,))"))
+    assert right.passed, as_text(right)
+    wrong = submit("decoding", source.replace(LAST, "return out, None, Cache((cache, cache.repeat(1, 1, 4)))"))
+    assert [check.name for check in wrong.checks if not check.passed] == ["elements per token in the cache"]
+
+
+def test_the_median_is_not_the_mean(submit: Submit) -> None:
+    source = (SOLUTIONS / "balance.py").read_text()
+    report = submit("balance", source.replace("load.double().mean()", "load.double().median()"))
+    assert [check.name for check in report.checks if not check.passed] == ["the bias after a step"]
 
 
 def test_angles_in_float32_pass(submit: Submit) -> None:
@@ -434,6 +476,7 @@ AT_IMPORT = {
     "a module that is not there": ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
     "no Python": ("class class", "SyntaxError"),
     "another name": ("class RMSNorm: pass", "it defines no DeepseekV2RMSNorm"),
+    "an encoding that is none": (b"# -*- coding: klingon -*-", "SyntaxError: unknown encoding: klingon"),
     "no class": ("def DeepseekV2RMSNorm(n, eps): pass", "DeepseekV2RMSNorm is a function; wanted a class"),
     "sys.exit": ("import sys; sys.exit(0)", "it calls sys.exit(0)"),
     "os._exit": ("import os; os._exit(0)", "its process ended with exit status 0 before it had answered"),
@@ -462,6 +505,7 @@ def test_a_file_that_cannot_be_imported(kind: str, submit: Submit) -> None:
     report = submit("rmsnorm", source)
     assert wanted in report.problem
     assert (report.points, report.passed) == (0, False)
+    assert "line 0" not in as_text(report)
     check_text(as_text(report), submit.folder)
 
 
@@ -483,6 +527,10 @@ IN_FORWARD = {
     "a sparse tensor": (
         "right = right.to_sparse()",
         "output is a tensor of layout torch.sparse_coo; wanted a dense one",
+    ),
+    "a nested tensor": (
+        "right = torch.nested.nested_tensor([x[0], x[1, :2]] if x.shape[0] == 2 else [x[0]])",
+        "output is a nested tensor; wanted a dense one",
     ),
     "a complex tensor": ("right = right + 0j", "output is torch.complex128; wanted torch.float64, as the input"),
     "a tensor of no room": ("right = right.new_zeros(1).expand(2**40)", "output is (1099511627776,): far too large"),
@@ -654,6 +702,17 @@ def test_an_error_is_shown_where_the_student_made_it(submit: Submit) -> None:
     report = submit("rmsnorm", NORM.format("self.nothing"))
     assert report.checks[0].message == "AttributeError: 'DeepseekV2RMSNorm' object has no attribute 'nothing'"
     assert report.checks[0].where == "line 13, in forward: self.nothing"
+
+
+def test_a_class_that_is_no_module(submit: Submit) -> None:
+    report = submit("rmsnorm", "class DeepseekV2RMSNorm:\n    def __init__(self, n, eps): pass")
+    assert report.checks[0].message == "DeepseekV2RMSNorm makes no torch.nn.Module; wanted a subclass of that"
+
+
+def test_tables_of_another_dtype(submit: Submit) -> None:
+    source = (SOLUTIONS / "rope.py").read_text()
+    report = submit("rope", source.replace("return angles.cos() * size", "return angles.cos().float() * size"))
+    assert report.checks[0].message == "cosines are torch.float32; wanted the argument dtype, torch.float64"
 
 
 def test_weights_that_have_no_published_name(submit: Submit) -> None:
@@ -860,16 +919,24 @@ def test_every_submission_has_its_line_whatever_lies_beside_it(
     for name in (".git/layer.py", "__MACOSX/._rmsnorm.py", "venv/lib/python3.11/site-packages/torch/layer.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(right)
-    for name in ("fay/rmsnorm.ipynb", "fay/helper.py", "data.csv"):
+    (folder / "gil_rmsnorm.PY").write_text(right)
+    for name in (
+        "fay/rmsnorm.ipynb",
+        "fay/helper.py",
+        "data.csv",
+        "hal_rope.zip",
+        "hal/rope.md",
+        "__pycache__/rope.pyc",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("")
     status, out, error = run("--all", str(folder), "--csv", capsys=capsys)
     rows = {row["student"]: row for row in csv.DictReader(io.StringIO(out))}
-    assert (status, rows.keys()) == (1, {"ann_12", "Bob (late)", "eve", "z?", "dan"})
+    assert (status, rows.keys()) == (1, {"ann_12", "Bob (late)", "eve", "z?", "dan", "gil"})
     assert {name for name, row in rows.items() if row["passed"] == "yes"} == rows.keys() - {"dan"}
     assert "wanted a Python file" in rows["dan"]["problem"]
     told = re.findall(r"not graded, as it is no Python file named after a part: (.+)", error)
-    assert [Path(path).name for path in told] == ["helper.py", "rmsnorm.ipynb"]
+    assert [Path(path).name for path in told] == ["helper.py", "rmsnorm.ipynb", "hal_rope.zip"]
 
 
 def test_an_array_for_a_folder_and_an_object_for_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -186,7 +186,8 @@ def told(error: BaseException, path: Path) -> dict[str, str]:
         return {"error": f"it calls sys.exit({text})", "where": where}
     if isinstance(error, SyntaxError) and error.filename == str(path):
         said = ": ".join((type(error).__name__, in_a_line(error.msg)))
-        return {"error": said, "where": f"line {error.lineno}: {in_a_line(error.text or '')}"}
+        line = f"line {error.lineno}: {in_a_line(error.text)}" if error.text else ""
+        return {"error": said, "where": line}
     if isinstance(error, MemoryError):
         return {"error": f"it takes more memory than it may ({said})", "where": where}
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
@@ -202,6 +203,8 @@ def in_a_line(text: object) -> str:
 
 def usable(name: str, value: Values) -> Values:
     """A result as a plain tensor of its own."""
+    if value.is_nested:
+        raise WrongError(f"{name} is a nested tensor; wanted a dense one")
     if value.layout != torch.strided or value.is_quantized:
         raise WrongError(f"{name} is a tensor of layout {value.layout}; wanted a dense one")
     if value.numel() > LARGEST_ANSWER:

@@ -86,6 +86,8 @@ def submissions(folder: Path, part: str | None) -> Iterator[tuple[str, str, Path
     what they download, with a number where a file was handed in again. With a part given, all Python files are of it.
     """
     for path in files_below(folder):
+        if path.suffix.lower() != ".py":
+            continue
         ending = re.search(rf"(?:^|[_\W])({'|'.join(PARTS)})(?:[-_ ]*\(?\d+\)?)?$", path.stem, re.IGNORECASE)
         found = part or (ending[1].lower() if ending else None)
         if found is None:
@@ -97,18 +99,21 @@ def submissions(folder: Path, part: str | None) -> Iterator[tuple[str, str, Path
         yield student or path.stem, found, path
 
 
-def files_below(folder: Path, pattern: str = "*.py") -> Iterator[Path]:
-    """Files below a folder, but for hidden ones and those of installed packages."""
+def files_below(folder: Path) -> Iterator[Path]:
+    """Files below a folder, but for hidden ones and those that Python made or that belong to installed packages."""
     require(folder.is_dir(), "--all", str(folder), "a folder")
-    for path in sorted(folder.rglob(pattern)):
+    for path in sorted(folder.rglob("*")):
         names = path.relative_to(folder).parts
-        if not path.is_dir() and not any(name.startswith(".") or name == "site-packages" for name in names):
+        if not path.is_dir() and not any(
+            name.startswith(".") or name in ("site-packages", "__pycache__") for name in names
+        ):
             yield path
 
 
 def left_out(folder: Path, taken: set[Path]) -> Iterator[Path]:
     """Files that may be meant as submissions: Python's, and others that are named after a part."""
-    for path in files_below(folder, "*"):
+    for path in files_below(folder):
         named = any(part in path.stem.lower() for part in PARTS)
-        if path not in taken and (path.suffix == ".py" or (named and path.suffix in (".ipynb", ".txt", ""))):
+        kind = path.suffix.lower()  # pages of the assignments, which some hand in too, are no submissions
+        if path not in taken and (kind == ".py" or (named and kind != ".md")):
             yield path

@@ -7,12 +7,13 @@ reference, and of the reference with a mistake planted.
 """
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from types import SimpleNamespace
+from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -138,8 +139,7 @@ class Part:
             return SimpleNamespace(**{name: getattr(made, name) for name in self.defines})
         module = call(getattr(made, self.defines[0]), dict(zip(self.takes, case.args, strict=True)))
         if not isinstance(module, nn.Module):
-            said = f"{self.defines[0]} is a {type(module).__name__}"
-            raise WrongError(f"{said}; wanted a subclass of torch.nn.Module")
+            raise WrongError(f"{self.defines[0]} makes no torch.nn.Module; wanted a subclass of that")
         module.double().eval()
         load(module, state)
         return module
@@ -174,8 +174,9 @@ def load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         given[f"{prefix}gate_up_proj"] = torch.cat(list(each.values())[:2], dim=1)
         given[f"{prefix}down_proj"] = each["down_proj"]
     own = module.state_dict()
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    unknown = sorted((parameters & own.keys()) - given.keys())
+    named = {name: value for name, value in module.named_parameters(remove_duplicate=False) if name in own}
+    filled = {id(value) for name, value in named.items() if name in given}  # perhaps under a second name, too
+    unknown = sorted(name for name, value in named.items() if name not in given and id(value) not in filled)
     absent = sorted(state.keys() - own.keys())
     if unknown:
         there = f"; not used: {_some(absent)}" if absent else ""
@@ -308,8 +309,16 @@ def elements(*things: Any) -> int:
             waiting += [x for name, x in vars(thing).items() if name != "_storage"]
         elif isinstance(thing, Mapping):
             waiting += thing.values()
-        elif isinstance(thing, list | tuple | set):
+        elif isinstance(thing, list | tuple | set | frozenset | deque):
             waiting += thing
-        elif not isinstance(thing, type) and hasattr(thing, "__dict__"):
-            waiting += vars(thing).values()
+        elif not isinstance(thing, type):
+            waiting += [*getattr(thing, "__dict__", {}).values(), *_slots(thing)]
     return sum(min(sum(each.values()), room[at]) for at, each in held.items())
+
+
+def _slots(thing: object) -> Iterator[Any]:
+    """What an object holds in slots of its class, as with ``dataclass(slots=True)``."""
+    for kind in (kind for kind in type(thing).__mro__ if "__slots__" in vars(kind)):
+        for name, member in vars(kind).items():
+            if isinstance(member, MemberDescriptorType):
+                yield getattr(thing, name, None)
