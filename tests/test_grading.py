@@ -565,7 +565,7 @@ IN_FORWARD = {
     ),
     "the package's own as a text": (
         "import dsv2_ref.rmsnorm as m; exec(open(m.__file__).read())",
-        f"it reads rmsnorm.py of the package; {BORROWED}",
+        f"it reads dsv2_ref/rmsnorm.py; {BORROWED}",
     ),
     "the package's own as a source": (
         "import inspect, dsv2_ref; exec(inspect.getsource(dsv2_ref.DeepseekV2RMSNorm))",
@@ -745,6 +745,12 @@ def test_files_beside_a_submission_do_not_hide_modules(submit: Submit) -> None:
         (submit.folder / name).write_text("raise RuntimeError('hidden')")
     (submit.folder / "helper.py").write_text("value = 1")
     assert submit("rmsnorm", "import helper\n" + NORM.format("")).passed
+
+
+@pytest.mark.parametrize("part", PLANTED)
+def test_the_solution_is_not_accepted(part: str, submit: Submit) -> None:
+    report = submit(part, f"from assignments.solutions.{part} import *")
+    assert report.problem == f"it reads solutions/{part}.py; {BORROWED}"
 
 
 @pytest.mark.parametrize("part", PLANTED)

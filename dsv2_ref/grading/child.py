@@ -88,9 +88,13 @@ def guard(part: Part) -> None:
 
 
 def sources(part: Part) -> set[str]:
-    """Files with the package's own version of what a part asks for, as text and compiled."""
-    modules = [sys.modules[module] for module, _ in part.forbidden]
-    return {os.path.realpath(str(path)) for module in modules for path in (module.__file__, module.__cached__)}
+    """Files with the package's own version of what a part asks for, as text and compiled; and the assignment's
+    solution, where the package is run from a copy of the repository."""
+    solution = str(Path(__file__).resolve().parents[2] / "assignments" / "solutions" / f"{part.name}.py")
+    paths = {solution, importlib.util.cache_from_source(solution)}
+    for module, _ in part.forbidden:
+        paths |= {str(sys.modules[module].__file__), str(sys.modules[module].__cached__)}
+    return {os.path.realpath(path) for path in paths}
 
 
 def keep_closed(event: str, arguments: tuple[Any, ...]) -> None:
@@ -98,7 +102,7 @@ def keep_closed(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and CLOSED and isinstance(arguments[0], str | bytes):
         path = os.path.realpath(os.fsdecode(arguments[0]))
         if path in CLOSED:
-            raise ReadingError(f"it reads {Path(path).name} of the package; wanted code of your own")
+            raise ReadingError(f"it reads {'/'.join(Path(path).parts[-2:])}; wanted code of your own")
 
 
 def borrowed(name: str) -> Any:
@@ -242,7 +246,7 @@ def work(job: dict[str, Any]) -> None:
     # So that tables that a submission makes without naming a dtype are in float64.
     torch.set_default_dtype(torch.float64)
     limit(job["seconds"], job["megabytes"])
-    before, notes, closed = settings(), set(), sources(part)
+    before, notes, closed = settings(), set(), sources(part) - {os.path.realpath(path)}
 
     def attempt(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a run gives or why it does not, in a file that is there only when it is whole."""
