@@ -55,8 +55,13 @@ class HeavyHitters:
     """
 
     def __init__(self, budget: int, recent: int = 1) -> None:
-        checks.budget(budget=budget, recent=recent)
-        checks.require(recent <= budget, "recent", recent, f"at most the {budget} rows")
+        checks.budget(budget=budget)
+        checks.require(
+            checks.is_int(recent, 0, budget),
+            "recent",
+            recent,
+            f"from 0 to the {budget} rows",
+        )
         self.budget, self.recent = budget, recent
         self.totals: Float[Tensor, "batch kv_seq"] | None = None
 

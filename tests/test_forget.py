@@ -316,8 +316,9 @@ KEPT = r"layer 0's LatentCache, perhaps with fewer rows \(`keep`\), and as many 
             "policy is functools.partial.*; wanted None",
         ),
         (lambda: window_mask(1, 3, True, 1), "sinks is True; wanted a number of rows, 0 or more"),
-        (lambda: HeavyHitters(3, 4), "recent is 4; wanted at most the 3 rows"),
-        (lambda: HeavyHitters(0, 0), "budget and recent is 0; wanted a row at least"),
+        (lambda: HeavyHitters(3, 4), "recent is 4; wanted from 0 to the 3 rows"),
+        (lambda: HeavyHitters(3, -1), "recent is -1; wanted from 0 to the 3 rows"),
+        (lambda: HeavyHitters(0), "budget is 0; wanted a row at least"),
         (
             lambda: HeavyHitters(2).step(numbered(3), torch.ones(2, 4, 1, 2)),
             r"weights is \(2, 4, 1, 2\) torch.float32 on cpu; wanted \(2, heads, seq, 3\): a weight for each row",
