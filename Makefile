@@ -9,7 +9,7 @@ INSTALLED := $(if $(VENV),$(VENV)/installed)
 
 UNIT := -m pytest -n 2 --ignore=tests/site --ignore=tests/cuda
 QUICK := $(UNIT) -m "not slow and not thorough"
-SITE := -m pytest -n 2 tests/site
+SITE := -m pytest -n 2 tests/site -m "not thorough"
 NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nbval-current-env
 # Without vector instructions and with two threads, products are summed in another order: outputs must not depend on it.
 # tests/test_notebooks_on_cuda.py runs so, on a pretended GPU; the chapter on kernels has none.
@@ -48,9 +48,10 @@ unit: $(INSTALLED)
 	@$(NBVAL) book
 
 # What `make test` leaves out, so that it ends in half an hour on two cores. `make release` runs both.
-test-thorough: $(INSTALLED) ## what takes long and says more of the same: notebooks on a pretended GPU, trainings, more examples
+test-thorough: book ## what takes long and says more of the same: notebooks on a pretended GPU, trainings, more examples
 	@$(RUN) $(UNIT) -m "thorough or hypothesis" --hypothesis-profile=thorough
 	@$(PLAIN_CPU) OMP_NUM_THREADS=2 $(NBVAL) book/kernels.ipynb
+	@$(RUN) -m pytest -n 2 tests/site -m thorough
 
 site: book
 	@$(RUN) $(SITE)

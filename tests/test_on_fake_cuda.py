@@ -47,6 +47,9 @@ OTHERS = {
     "pooled_balance": replace(SMALL, seq_aux=False),
 }
 CONFIGS = MLA | MHA | OTHERS
+either = pytest.mark.parametrize(
+    "train", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["eval", "train"]
+)
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 BATCH, SEQ = 2, 7
@@ -97,7 +100,7 @@ def gpu() -> Iterator[Watch]:
 # Forward
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@either
 @pytest.mark.parametrize("config", (MLA | MHA).values(), ids=MLA | MHA)
 def test_forward_of_attention_with_every_mask(config: DeepseekV2Config, train: bool, gpu: Watch) -> None:
     layer = layer_of(config, 1, torch.float32, train)
@@ -106,7 +109,7 @@ def test_forward_of_attention_with_every_mask(config: DeepseekV2Config, train: b
     assert gpu.seen > 500
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@either
 @every_config
 def test_forward_in_bfloat16_dense_and_with_experts(config: DeepseekV2Config, train: bool, gpu: Watch) -> None:
     config = replace(config, first_k_dense_replace=1)

@@ -407,7 +407,12 @@ def test_what_is_not_plain_is_not_shared() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "run", "groups", "dropping"), [(8, "pooled", 2, False), (4, "bias", 2, False), (4, "bias", 1, True)]
+    ("ranks", "run", "groups", "dropping"),
+    [
+        (8, "pooled", 2, False),
+        pytest.param(4, "bias", 2, False, marks=pytest.mark.thorough),
+        pytest.param(4, "bias", 1, True, marks=pytest.mark.thorough),
+    ],
 )
 def test_processes_in_one_group_or_two_train_as_one_does(ranks: int, run: str, groups: int, dropping: bool) -> None:
     log = together(ranks, cases.curves, run, groups, dropping, timeout=60)[0]

@@ -47,7 +47,7 @@ def test_what_a_bug_costs(bug: planted.Bug) -> None:
     assert (BOOK / f"{bug.chapter}.ipynb").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_bugs_are_listed_by_size() -> None:
     with torch.no_grad():
         costs = [planted.measure(bug)[0] for bug in planted.BUGS]

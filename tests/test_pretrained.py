@@ -612,10 +612,15 @@ def same_bits(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
     return all(torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)) for name, value in found.items())
 
 
+def bfloat16_and_at_length(*others: torch.dtype | None) -> pytest.MarkDecorator:
+    at_length = (pytest.param(dtype, marks=pytest.mark.thorough) for dtype in others)
+    return pytest.mark.parametrize("dtype", [torch.bfloat16, *at_length], ids=str)
+
+
 @pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("name", ["v2", "v3", "tied"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@bfloat16_and_at_length(torch.float16, None)
 def test_quantised_while_loading_is_loaded_then_quantised(dtype: Any, name: str, kind: str, tmp_path: Path) -> None:
     saved(tmp_path, NARROW_CONFIGS[name])
     loaded = DeepseekV2ForCausalLM.from_pretrained(tmp_path, dtype, weights=kind, group=4)
@@ -665,7 +670,7 @@ def test_a_checkpoint_in_eight_bits_quantised(block: list[int], kind: str, tmp_p
 @pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("name", NARROW_CONFIGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@bfloat16_and_at_length(torch.float16, torch.float32)
 @pytest.mark.parametrize("shard", [30_000, 10**9])
 def test_a_quantised_model_is_saved_and_comes_back(
     shard: int, dtype: torch.dtype, name: str, kind: str, tmp_path: Path
@@ -916,10 +921,15 @@ BIG = replace(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process its peak")
 @pytest.mark.parametrize(
-    ("how", "kind"), [("from_pretrained", "int8"), ("from_pretrained", "int4"), ("random", "int4"), ("random", "fp8")]
+    ("how", "kind"),
+    [
+        ("from_pretrained", "int4"),
+        ("random", "fp8"),
+        pytest.param("from_pretrained", "int8", marks=pytest.mark.thorough),
+        pytest.param("random", "int4", marks=pytest.mark.thorough),
+    ],
 )
 def test_the_peak_of_a_quantised_layer(kind: str, how: str, tmp_path: Path) -> None:
     """In a process of its own. Beside the layer there is one of its matrices in float32, four times over: it, its

@@ -513,7 +513,7 @@ def through_safetensors(state: dict[str, Tensor], folder: Path) -> dict[str, Ten
     [lambda state, _: state, through_torch_save, through_safetensors],
     ids=["as it is", "torch", "safetensors"],
 )
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("assign", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_codes_are_saved_and_loaded(assign: bool, through: Any, kind: str, name: str, tmp_path: Path) -> None:
     quantised = quantize(layer_of(name, torch.bfloat16), kind, GROUP)
     state = through(quantised.state_dict(), tmp_path)

@@ -87,6 +87,7 @@ class Record:
 
     complaints: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
+    fetched: set[str] = field(default_factory=set)
 
     def listen(self, page: Page, origin: str) -> None:
         def console(message: ConsoleMessage) -> None:
@@ -94,6 +95,8 @@ class Record:
                 self.complaints.append(f"{page.url}: {message.text}")
 
         def request(request: Request) -> None:
+            if not request.url.startswith(("data:", "blob:")):
+                self.fetched.add(unquote(request.url.partition("?")[0].partition("#")[0]))
             if not request.url.startswith((origin, "data:", "blob:")):
                 self.elsewhere.append(f"{page.url}: {request.url}")
 
@@ -173,6 +176,22 @@ def weight(path: str) -> int:
     return len(gzip.compress((SITE / path).read_bytes()))
 
 
+@cache
+def shared_by_pages() -> set[str]:
+    """What every page fetches: a browser has it after any other."""
+    found = map(path_of, loaded("book/index.html"))
+    return {path for path in found if path.endswith((".css", ".js"))} | BEHIND_STYLES
+
+
+def too_heavy(files: set[str]) -> dict[str, list[Any]]:
+    """What of a page's files weighs more than it may."""
+    first, more = (sum(map(weight, some)) for some in (files, files - shared_by_pages()))
+    return {
+        "bytes of a first visit, compressed": [first] if first > FIRST_VISIT else [],
+        "bytes after any other page, compressed": [more] if more > NEXT_PAGE else [],
+    }
+
+
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport=DESK, reduced_motion="reduce")
@@ -186,6 +205,8 @@ def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
     record, found = Record(), dict[str, list[Any]]()
     record.listen(page, origin)
     show(page, f"{origin}/{name}")
+    if name in CHAPTERS:
+        found |= too_heavy({path.removeprefix(f"{origin}/") for path in record.fetched})
     found["images that cannot be read"] = page.evaluate(UNREAD)
     formulas = page.locator("article mjx-container").count(), page.locator("article .math").count()
     found["formulas drawn, and formulas"] = [formulas] if formulas[0] != formulas[1] else []
@@ -211,29 +232,29 @@ def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
     expect_nothing(name, found)
 
 
-@pytest.mark.parametrize("name", [*CHAPTERS, "genindex.html"])
+ONE_OF_EACH_KIND = ("genindex.html", "book/index.html", "book/mla.html", "book/calculator.html", "book/reference.html")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.thorough)
+        for name in (*CHAPTERS, "genindex.html")
+    ],
+)
 def test_a_page_opens_from_files_and_is_light(browser: Browser, name: str) -> None:
     """In dark and on a phone, as it opens; and what a browser fetches for it."""
     context = browser.new_context(color_scheme="dark", viewport=PHONE, reduced_motion="reduce")
-    page, record, fetched = context.new_page(), Record(), set[str]()
+    page, record = context.new_page(), Record()
     record.listen(page, "file://")
-    page.on("request", lambda request: fetched.add(request.url))
     show(page, (SITE / name).as_uri())
     found: dict[str, list[Any]] = {"images that cannot be read": page.evaluate(UNREAD)}
     found["wider than a phone"] = page.evaluate(f"{TOO_WIDE} ? [document.title] : []")
     theme = page.evaluate("document.documentElement.dataset.theme")
     found["not dark"] = [theme] if theme != "dark" else []
-    files = {
-        unquote(urlsplit(address).path).removeprefix(f"{SITE}/") for address in fetched if address.startswith("file:")
-    }
-    # What every page fetches, a browser has after any other.
-    shared = {
-        path for path in map(path_of, loaded("book/index.html")) if path.endswith((".css", ".js"))
-    } | BEHIND_STYLES
-    found["what every page fetches and this one does not"] = sorted(shared - files)
-    first, more = (sum(map(weight, some)) for some in (files, files - shared))
-    found["bytes of a first visit, compressed"] = [first] if first > FIRST_VISIT else []
-    found["bytes after any other page, compressed"] = [more] if more > NEXT_PAGE else []
+    files = {path.removeprefix(f"file://{SITE}/") for path in record.fetched}
+    found["what every page fetches and this one does not"] = sorted(shared_by_pages() - files)
+    found |= too_heavy(files)
     found |= {"complaints": [*record.complaints], "requests elsewhere": [*record.elsewhere]}
     context.close()
     expect_nothing(name, found)
