@@ -26,7 +26,7 @@ from dsv2_ref.fast.triton import operators
 from dsv2_ref.masks import Visibility
 from dsv2_ref.moe import RoutedExperts
 from dsv2_ref.quantize import KINDS
-from dsv2_ref.quantized import QuantizedExperts
+from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import QuantizedLatentCache, Record, attend_records
 from dsv2_ref.rope import rotate_interleaved
 

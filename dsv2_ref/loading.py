@@ -16,7 +16,8 @@ from dsv2_ref import checks, files, published, tensors
 from dsv2_ref.checks import reject, require, require_object, require_values
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.quantize import KINDS, PARTS, quantize, weights_of
-from dsv2_ref.quantized import FP8_BLOCK, quantized_places
+from dsv2_ref.quantized import FP8_BLOCK
+from dsv2_ref.quantized_modules import quantized_places
 from dsv2_ref.tensors import WEIGHTS, Entry, dequantize, read_headers, read_tensor
 
 LONG = 1 << 28  # bytes from which on a progress bar is shown

@@ -11,8 +11,8 @@ from dsv2_ref import checks
 from dsv2_ref.mha import MultiHeadAttention
 from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear, offers_matrices
 from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, RoutedExperts
-from dsv2_ref.quantized import (
-    FP8_BLOCK,
+from dsv2_ref.quantized import FP8_BLOCK
+from dsv2_ref.quantized_modules import (
     QuantizedExperts,
     QuantizedLinear,
     QuantizedUpProjection,

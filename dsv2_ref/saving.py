@@ -12,7 +12,8 @@ from dsv2_ref import checks, published, tensors
 from dsv2_ref.checks import is_int, require
 from dsv2_ref.loading import OWN_METHOD, is_tied
 from dsv2_ref.quantize import parts_of, weights_of
-from dsv2_ref.quantized import Loading, QuantizedWeight
+from dsv2_ref.quantized import QuantizedWeight
+from dsv2_ref.quantized_modules import Loading
 
 SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 

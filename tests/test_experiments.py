@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsv2_ref.quantize import quantize
-from dsv2_ref.quantized import quantized_places
+from dsv2_ref.quantized_modules import quantized_places
 from experiments import bits, longer, norms, router
 from experiments.corpus import KINDS, corpus, split_source, sums, to_bytes, windows
 from experiments.trained import trained

@@ -25,7 +25,8 @@ from torch import Tensor
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, MoEGate, files, loading
 from dsv2_ref.published import encode
 from dsv2_ref.quantize import KINDS, quantize
-from dsv2_ref.quantized import QuantizedWeight, quantized_places
+from dsv2_ref.quantized import QuantizedWeight
+from dsv2_ref.quantized_modules import quantized_places
 from dsv2_ref.tensors import dequantize, read_header
 from tests.peers import SMALL, V3_GATE, YARN, native_config, native_of, native_weights, randomised
 

@@ -21,7 +21,8 @@ from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCaus
 from dsv2_ref.codes import from_codes, pack_nibbles, to_codes, unpack_nibbles
 from dsv2_ref.moe import RoutedExperts
 from dsv2_ref.quantize import KINDS, parts_of, quantize
-from dsv2_ref.quantized import FP8_BLOCK, QuantizedExperts, QuantizedLinear, QuantizedWeight, quantized_places
+from dsv2_ref.quantized import FP8_BLOCK, QuantizedWeight
+from dsv2_ref.quantized_modules import QuantizedExperts, QuantizedLinear, quantized_places
 from tests.peers import SMALL, V3_GATE, assert_close, randomised, tokens
 
 GROUP = 4  # of SMALL's widths 48, 40, 28, 20 and 16 a divisor

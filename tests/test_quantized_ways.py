@@ -17,7 +17,8 @@ from dsv2_ref.fast import quantized
 from dsv2_ref.fast.quantized import can_lay_out, kernel_block_rows, lay_out, lay_out_codes
 from dsv2_ref.masks import Visibility
 from dsv2_ref.quantize import quantize
-from dsv2_ref.quantized import QuantizedExperts, QuantizedWeight, in_rows, quantized_product
+from dsv2_ref.quantized import QuantizedWeight, in_rows, quantized_product
+from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import attend_records
 
 BFLOAT16_STEP = 2**-8

@@ -17,7 +17,8 @@ from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
 from dsv2_ref.moe import RoutedExperts
 from dsv2_ref.quantize import is_plain
-from dsv2_ref.quantized import QuantizedUpProjection, QuantizedWeight
+from dsv2_ref.quantized import QuantizedWeight
+from dsv2_ref.quantized_modules import QuantizedUpProjection
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from dsv2_ref.codes import pack_nibbles
 from dsv2_ref.fast.cpu import HALF_ON_CPU, has_bfloat16
 from dsv2_ref.fast.products import combine, sort_by_expert
 from dsv2_ref.masks import Visibility
-from dsv2_ref.quantized import QuantizedExperts, QuantizedWeight, quantized_product
+from dsv2_ref.quantized import QuantizedWeight, quantized_product
+from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import QuantizedLatentCache, attend_records
 
 FEW_ROWS = 16

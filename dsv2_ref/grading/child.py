@@ -26,8 +26,10 @@ from typing import Any
 
 import torch
 
-from dsv2_ref import fast, model, ops  # noqa: F401  # all that holds guarded names
-from dsv2_ref.grading.part import Case, Part, Values, WrongError, absent
+from dsv2_ref import ops
+from dsv2_ref.grading.answers import Values, WrongError
+from dsv2_ref.grading.guard import CLOSED, BorrowedError, ReadingError, guard, keep_closed, restore, settings, sources
+from dsv2_ref.grading.part import Case, Part, absent
 from dsv2_ref.grading.parts import PARTS
 
 if sys.platform != "win32":
@@ -41,19 +43,6 @@ LARGEST_ANSWER = 2**22
 """Elements of a result; the right ones have fewer than a thousandth of it."""
 START = 60
 """Seconds more until a process is ended from outside, which has not ended itself."""
-
-
-CLOSED: set[str] = set()
-"""Files that cannot be read at this moment."""
-
-
-class BorrowedError(WrongError):
-    """A submission called what it should have written."""
-
-
-class ReadingError(PermissionError):
-    """A submission reads what it should have written. As any file that cannot be read, it stops no warning that would
-    show a line of that file."""
 
 
 def limit(seconds: int, megabytes: int) -> None:
@@ -71,78 +60,6 @@ def limit(seconds: int, megabytes: int) -> None:
         taken = int(status.read_text().split()[0]) * resource.getpagesize()
         most = taken + megabytes * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
-def guard(part: Part) -> None:
-    """Let nobody call the package's own version of what the part asks for."""
-    for module, name in part.forbidden:
-        own = getattr(sys.modules[module], name, None)
-        stand_in = borrowed(f"{module}.{name}")
-        if isinstance(own, type):
-            own.__init__ = stand_in  # type: ignore[misc]
-            own.forward = stand_in  # type: ignore[attr-defined]
-        for other in [m for n, m in sys.modules.items() if n.startswith("dsv2_ref.")]:
-            for attribute, value in list(vars(other).items()):
-                if own is not None and value is own and not isinstance(own, type):
-                    setattr(other, attribute, stand_in)
-
-
-def sources(part: Part) -> set[str]:
-    """Files with the package's own version of what a part asks for, as text and compiled; and the assignment's
-    solution, where the package is run from a copy of the repository."""
-    solution = str(Path(__file__).resolve().parents[2] / "assignments" / "solutions" / f"{part.name}.py")
-    paths = {solution, importlib.util.cache_from_source(solution)}
-    for module, _ in part.forbidden:
-        paths |= {str(sys.modules[module].__file__), str(sys.modules[module].__cached__)}
-    return {os.path.realpath(path) for path in paths}
-
-
-def keep_closed(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook: let nobody open the files of `CLOSED`."""
-    if event == "open" and CLOSED and isinstance(arguments[0], str | bytes):
-        path = os.path.realpath(os.fsdecode(arguments[0]))
-        if path in CLOSED:
-            raise ReadingError(f"it reads {'/'.join(Path(path).parts[-2:])}; wanted code of your own")
-
-
-def borrowed(name: str) -> Any:
-    """What stands in for a function of the package."""
-
-    def stand_in(*_: Any, **__: Any) -> None:
-        raise BorrowedError(f"it calls {name}; wanted code of your own")
-
-    stand_in.__module__ = name.rpartition(".")[0]
-    return stand_in
-
-
-SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
-    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "default device": (torch.get_default_device, torch.set_default_device),
-    "gradients": (torch.is_grad_enabled, torch._C._set_grad_enabled),
-    "deterministic algorithms": (
-        torch.are_deterministic_algorithms_enabled,
-        torch.use_deterministic_algorithms,
-    ),
-}
-"""The state of torch that a submission should leave as it is: how it is read and set."""
-
-
-def settings() -> dict[str, Any]:
-    """The state of torch now."""
-    return {name: read() for name, (read, _) in SETTINGS.items()}
-
-
-def restore(before: dict[str, Any], usual: dict[str, Any]) -> str:
-    """Undo what has changed, and say what it was, unless it is as usual now.
-
-    Only that: setting deterministic algorithms imports torch's compiler, which takes two seconds.
-    """
-    after = settings()
-    changed = [name for name in before if after[name] != before[name]]
-    for name in changed:
-        SETTINGS[name][1](before[name])
-    said = [f"{name} to {after[name]}" for name in changed if after[name] != usual[name]]
-    return f"it changes torch's {', '.join(said)}, for all code that runs after it" if said else ""
 
 
 def imported(part: Part, path: Path) -> ModuleType:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_ref.grading.part import Answers, Part
+from dsv2_ref.grading.answers import Answers
+from dsv2_ref.grading.part import Part
 from dsv2_ref.grading.parts import PARTS
 from dsv2_ref.grading.runner import Ran
 

@@ -23,7 +23,8 @@ from dsv2_ref.fast.triton import operators, plan
 from dsv2_ref.fast.triton.plan import INTERPRETED
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
-from dsv2_ref.quantized import QuantizedExperts, QuantizedWeight, quantized_product
+from dsv2_ref.quantized import QuantizedWeight, quantized_product
+from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import QuantizedLatentCache, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv2_ref import balance
-from dsv2_ref.grading.part import Answers, Case, Mistake, Part, Plant, Values, WrongError, call, has, normal, returned
+from dsv2_ref.grading.answers import Answers, Values, WrongError, call, normal, returned
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant, has
 from dsv2_ref.grading.parts.gate import WITHOUT_LOSS
 
 

@@ -8,19 +8,8 @@ from typing import Any
 import torch
 
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.grading.part import (
-    Answers,
-    Case,
-    Mistake,
-    Part,
-    Plant,
-    Values,
-    WrongError,
-    elements,
-    first,
-    normal,
-    operations,
-)
+from dsv2_ref.grading.answers import Answers, Values, WrongError, elements, first, normal, operations
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant
 from dsv2_ref.grading.parts.mla import BOTH, ODD, SMALL, everything, placed, seen, top_left
 from dsv2_ref.grading.parts.rope import YARN
 

@@ -9,7 +9,8 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from dsv2_ref.grading.part import Answers, Case, Mistake, Part, Plant, Values, normal, operations, output, tokens
+from dsv2_ref.grading.answers import Answers, Values, normal, operations, output, tokens
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant
 from dsv2_ref.grading.parts.gate import DEVICES, WEIGHS, sets
 from dsv2_ref.grading.parts.mla import SMALL
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.grading.part import Answers, Case, Mistake, Part, Plant, Values, WrongError, normal, pair
+from dsv2_ref.grading.answers import Answers, Values, WrongError, normal, pair
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant
 from dsv2_ref.grading.parts.mla import SMALL
 
 ROUTED = replace(SMALL, hidden_size=48, n_routed_experts=16, num_experts_per_tok=3)

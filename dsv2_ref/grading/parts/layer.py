@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from dsv2_ref.grading.part import Case, Mistake, Part, Plant, Values, output, tokens
+from dsv2_ref.grading.answers import Values, output, tokens
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant
 from dsv2_ref.grading.parts.experts import MIXED
 
 

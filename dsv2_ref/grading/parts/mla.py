@@ -11,7 +11,8 @@ from torch import nn
 
 from dsv2_ref import attention, mla, rope
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.grading.part import Case, Mistake, Part, Plant, Values, output, tokens
+from dsv2_ref.grading.answers import Values, output, tokens
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant
 from dsv2_ref.grading.parts.rope import LONGER, MSCALES, PAIRS, YARN, without_magnitude
 from dsv2_ref.masks import Visibility
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from dsv2_ref import codes
-from dsv2_ref.grading.part import Answers, Case, Mistake, Part, Plant, Values, call, has, normal, pair
+from dsv2_ref.grading.answers import Answers, Values, call, normal, pair
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant, has
 
 QUANTIZE_ONE, SHARED = "By hand: whole numbers and a scale", "What breaks?"
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from dsv2_ref.grading.part import Case, Mistake, Part, Plant, Values, output, tokens
+from dsv2_ref.grading.answers import Values, output, tokens
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant
 
 
 def computes(formula: Callable[[Values, Values, float], Values]) -> Plant:

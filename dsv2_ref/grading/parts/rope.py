@@ -8,21 +8,8 @@ import torch
 
 from dsv2_ref import rope
 from dsv2_ref.config import RopeScaling
-from dsv2_ref.grading.part import (
-    Answers,
-    Case,
-    Mistake,
-    Part,
-    Plant,
-    Values,
-    WrongError,
-    call,
-    given,
-    has,
-    normal,
-    pair,
-    returned,
-)
+from dsv2_ref.grading.answers import Answers, Values, WrongError, call, given, normal, pair, returned
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant, has
 
 YARN = RopeScaling(
     type="yarn", factor=8, original_max_position_embeddings=64, beta_fast=8, mscale=0.707, mscale_all_dim=1.0

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv2_ref.grading.part import Answers, Case, Mistake, Part, Plant, Values, WrongError, call, given, has
+from dsv2_ref.grading.answers import Answers, Values, WrongError, call, given
+from dsv2_ref.grading.part import Case, Mistake, Part, Plant, has
 
 
 def mask(functions: Any, inputs: dict[str, Any]) -> Answers:
