@@ -141,7 +141,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 		{ echo "$(PYTHON) cannot make an environment: install venv and ensurepip (on Debian and Ubuntu: apt install" \
 			"python3-venv), or use a Python that has the packages already: make VENV= …" >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(VENV)
-	@$(BIN)python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	@touch $(INSTALLED)
 endif
 

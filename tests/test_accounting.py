@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +23,7 @@ from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCaus
 from dsv2_ref import accounting as acc
 from dsv2_ref.__main__ import main
 from dsv2_ref.accounting import weights
+from tests.examples import fewer
 from tests.peers import COMMON, SMALL
 
 pytestmark = pytest.mark.slow
@@ -120,7 +121,7 @@ def test_matrices_are_those_of_built_layers(config: DeepseekV2Config) -> None:
             assert one.stored == one.number * math.prod(one.shape)
 
 
-@settings(max_examples=20)
+@fewer(2)
 @given(config=configs(), layer_idx=st.none() | st.integers(0, 2))
 def test_the_reports_parts_add_up(config: DeepseekV2Config, layer_idx: int | None) -> None:
     call = acc.Call(batch=2, seq=3, kv=5)

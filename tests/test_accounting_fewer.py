@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, DeepseekV2MLP
@@ -17,6 +17,7 @@ from dsv2_ref.accounting import cached, stored
 from dsv2_ref.forget import chosen_mask, window
 from dsv2_ref.quantize import KINDS, quantize
 from dsv2_ref.records import CACHE_FORMATS
+from tests.examples import fewer
 from tests.peers import SMALL
 from tests.test_accounting import configs, counted, preset
 
@@ -88,7 +89,7 @@ def bytes_of_model(config: DeepseekV2Config, call: acc.Call) -> tuple[int, int]:
     return sum(held.values()), met
 
 
-@settings(max_examples=30)
+@fewer(2)
 @given(config=wide_configs(), call=fewer_bits())
 def test_bytes_of_quantized_models(config: DeepseekV2Config, call: acc.Call) -> None:
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,6 +25,7 @@ from dsv2_ref import (
 )
 from dsv2_ref import accounting as acc
 from dsv2_ref.__main__ import main
+from tests.examples import fewer
 from tests.test_accounting import PRESETS, configs, preset
 
 pytestmark = pytest.mark.slow
@@ -159,7 +160,7 @@ def met_by_a_token(config: DeepseekV2Config) -> int:
     return met
 
 
-@settings(max_examples=20)
+@fewer(2)
 @given(config=configs(), call=calls())
 def test_the_report_of_any_model(config: DeepseekV2Config, call: acc.Call) -> None:
     found, width = acc.report(config, call), BITS[call.dtype] // 8

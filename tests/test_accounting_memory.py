@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -25,6 +25,7 @@ from dsv2_ref import DeepseekV2Attention, DeepseekV2Config, DeepseekV2DecoderLay
 from dsv2_ref import accounting as acc
 from dsv2_ref.__main__ import main
 from dsv2_ref.recompute import checkpointed
+from tests.examples import fewer
 from tests.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.slow
@@ -179,7 +180,7 @@ def test_pytorchs_own_allocator_gives_out_as_much() -> None:
 # Models: one layer of each kind stands for all
 
 
-@settings(max_examples=40)
+@fewer(2)
 @given(
     layers=st.integers(1, 7), first=st.integers(0, 3), every=st.integers(1, 3), experts=st.sampled_from([None, 8]),
     training=st.booleans(), checkpointing=st.sampled_from([None, *acc.CHECKPOINTING]), dense=st.sampled_from([8, 128, 2000]),
@@ -279,7 +280,7 @@ def test_what_takes_memory_and_what_saves_it() -> None:
     assert decode < acc.activation_peak(v2, acc.Call(seq=1, kv=8192, form="expanded")) / 20
 
 
-@settings(max_examples=6)
+@fewer(4)
 @given(
     config=configs(), batch=st.integers(1, 3), seq=st.integers(1, 30), past=st.integers(0, 30),
     layer_idx=st.sampled_from([None, 1]),
@@ -354,6 +355,7 @@ def test_dropout_in_attention(mla: bool) -> None:
         assert more <= 3 * scores
 
 
+@pytest.mark.thorough
 def test_more_than_a_thousand_experts_per_token() -> None:
     crowd = replace(TINY, n_routed_experts=1_200, num_experts_per_tok=1_100)
     call = acc.Call(batch=4, form="expanded")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +17,7 @@ from dsv2_ref.__main__ import main
 from dsv2_ref.accounting import training
 from dsv2_ref.fast import products
 from dsv2_ref.recompute import checkpointed
+from tests.examples import fewer
 from tests.test_accounting import configs, grouped, preset
 
 pytestmark = pytest.mark.slow
@@ -121,7 +122,7 @@ def test_both_passes_of_any_layer_are_what_pytorch_counts(step: Step, layer_idx:
     assert flops["recomputed"] == acc.recomputed(config, layer_idx, call, mode)
 
 
-@settings(max_examples=20)
+@fewer(2)
 @given(step=steps())
 def test_both_passes_of_any_model_are_what_pytorch_counts(step: Step) -> None:
     config, call, mode = step

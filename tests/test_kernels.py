@@ -36,8 +36,8 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-AT_LENGTH = "fp16 and (384 or groups)"
-"""What takes longest there, and comes in float32 too."""
+AT_LENGTH = "fp16 and (384 or groups or 5-4-70 or 16-1-96) or any_gpu and 128"
+"""What takes longest there, and comes in float32, or on another GPU, too."""
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def run(notebook: nbformat.NotebookNode, path: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=path.parent, env=alone | OTHER_ORDER, capture_output=True, text=True)
 
 
-QUICK = ("overview", "counting")
+QUICK = ("overview",)
 """What is run for every change; all others, in `make test-thorough`."""
 
 

@@ -45,7 +45,15 @@ ROUNDING = {torch.float64: 1e-12, torch.bfloat16: 2**-6}
 bits, each rank's part is rounded once more, and so is what is made of it in the layer and its gradients."""
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4, 8])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, marks=pytest.mark.slow),
+        2,
+        pytest.param(4, marks=pytest.mark.thorough),
+        pytest.param(8, marks=pytest.mark.slow),
+    ],
+)
 def found(request: pytest.FixtureRequest) -> tuple[int, Found]:
     """All cases on so many ranks, started once."""
     return request.param, together(request.param, cases.all_cases, list(cases.CASES), timeout=60)
@@ -219,7 +227,7 @@ def test_nothing_listens_but_on_localhost() -> None:
 # Bytes
 
 
-@pytest.mark.parametrize(("ranks", "seed"), [(2, 0), (4, 1)])
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 0), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_every_byte_is_counted(ranks: int, seed: int) -> None:
     for calls in zip(*together(ranks, cases.counted, seed, timeout=60), strict=True):
         config = DeepseekV2Config(**calls[0]["config"])

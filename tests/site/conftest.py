@@ -20,6 +20,17 @@ CHAPTERS = sorted(f"{page}.html" for page in parse_toc_yaml(ROOT / "_toc.yml"))
 # _static holds templates of the theme beside what pages load.
 PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html") if "_static" not in path.parts)
 
+ALWAYS = ((320, "dark"), (1280, "light"))
+on_screens = pytest.mark.parametrize(
+    ("width", "colours"),
+    [
+        pytest.param(width, colours, marks=() if (width, colours) in ALWAYS else pytest.mark.thorough)
+        for width in (320, 390, 1280)
+        for colours in ("light", "dark")
+    ],
+)
+"""For tests of a figure in its page."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def built() -> None:

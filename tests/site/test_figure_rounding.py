@@ -6,6 +6,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
+from tests.site.conftest import on_screens
 from tests.site.test_figures import opened
 from tools.figures.rounding import OUTLIER, STATES, rounded, weights
 
@@ -81,8 +82,7 @@ def test_without_scripts_there_is_a_table(browser: Browser, origin: str) -> None
     tab.context.close()
 
 
-@pytest.mark.parametrize("width", [320, 390, 1280])
-@pytest.mark.parametrize("colours", ["light", "dark"])
+@on_screens
 def test_it_fits_and_is_accessible(browser: Browser, origin: str, width: int, colours: str) -> None:
     tab = opened(browser, origin, "bits", viewport={"width": width, "height": 800}, color_scheme=colours)
     tab.wait_for_selector("#rounding-format")

@@ -10,7 +10,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from dsv2_ref.config import DeepseekV2Config
-from tests.site.conftest import ROOT
+from tests.site.conftest import ROOT, on_screens
 from tools.figures.cache import WAYS, three_ways
 
 PAGES = {  # what the first of the five states says
@@ -93,7 +93,7 @@ def test_without_scripts_there_is_a_table(browser: Browser, origin: str, page: s
     tab.context.close()
 
 
-@pytest.mark.parametrize(("width", "colours"), [(320, "dark"), (390, "light"), (1280, "light"), (1280, "dark")])
+@on_screens
 @pytest.mark.parametrize("figure", FIGURES)
 def test_it_fits_and_is_accessible(browser: Browser, origin: str, figure: str, width: int, colours: Any) -> None:
     size = {"width": width, "height": 800}

@@ -118,6 +118,7 @@ def paragraphs(name: str) -> list[str]:
     return [paragraph.get_text() for paragraph in found]
 
 
+@pytest.mark.thorough
 def test_it_is_whole_and_says_its_version(book: PdfReader) -> None:
     assert pdf.PDF.stat().st_size < MOST_BYTES
     assert __version__ in pdf.PDF.name
@@ -128,6 +129,7 @@ def test_it_is_whole_and_says_its_version(book: PdfReader) -> None:
     assert book.trailer["/Root"]["/MarkInfo"]["/Marked"]  # type: ignore[index]
 
 
+@pytest.mark.thorough
 def test_every_chapter_is_in_it_with_its_code_and_no_letter_is_missing(book: PdfReader) -> None:
     """Every line of code and every paragraph without formulas stands on the pages of its chapter, or in the solutions."""
     starts = [*(pages_of(book)[name] for name in NAMES), pages_of(book)["solutions"], len(book.pages)]
@@ -151,6 +153,7 @@ def test_every_chapter_is_in_it_with_its_code_and_no_letter_is_missing(book: Pdf
     assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong[:40])
 
 
+@pytest.mark.thorough
 def test_bookmarks_are_the_headings(book: PdfReader) -> None:
     found = outline(book.outline)
     wanted = [title(name) for name in NAMES]
@@ -166,6 +169,7 @@ def links(book: PdfReader, pages: range) -> list[Any]:
     return [annotation for annotation in found if annotation["/Subtype"] == "/Link"]
 
 
+@pytest.mark.thorough
 def test_links_lead_into_the_book_or_out_of_it(book: PdfReader) -> None:
     places = pages_of(book)
     found = links(book, range(len(book.pages)))
@@ -182,6 +186,7 @@ def test_links_lead_into_the_book_or_out_of_it(book: PdfReader) -> None:
     assert all(places[name] >= places["solutions"] for name in places if name.split("--", 1)[-1] in solutions)
 
 
+@pytest.mark.thorough
 def test_the_contents_say_on_which_page(book: PdfReader) -> None:
     places = pages_of(book)
     contents = range(1, places[NAMES[0]])
@@ -194,6 +199,7 @@ def test_the_contents_say_on_which_page(book: PdfReader) -> None:
     assert {*NAMES, "solutions"} <= targets
 
 
+@pytest.mark.thorough
 def test_figures_and_formulas_are_described(book: PdfReader) -> None:
     """Objects of the structure are not compressed: of eighty thousand only those of figures are parsed."""
     numbers = re.findall(rb"\n(\d+) 0 obj\s*<<\s*/Type\s*/StructElem\s*/S\s*/Figure\b", pdf.PDF.read_bytes())
