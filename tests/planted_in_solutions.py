@@ -75,6 +75,13 @@ BOTH: dict[str, list[Edit]] = {
         ("        self.kv_a_layernorm = DeepseekV2RMSNorm(C)\n", ""),
         ("self.kv_a_layernorm(compressed_kv)", "compressed_kv"),
     ],
+    "scores hidden by 0, not by minus infinity": [("-torch.inf", "0")],
+    "masked after the softmax: the weights no longer sum to 1": [
+        (
+            "scores.masked_fill(~causal, -torch.inf).softmax(dim=-1)",
+            "scores.softmax(dim=-1).masked_fill(~causal, 0)",
+        )
+    ],
     "a mask of ones and zeros added to the scores": [
         ("scores.masked_fill(~causal, -torch.inf)", "(scores + causal.double())")
     ],

@@ -70,6 +70,27 @@ def seen(mask: Callable[[int, int], Values]) -> Plant:
     return inside("attend", wrong)
 
 
+def weighs(weights: Callable[[Values, Values], Values]) -> Plant:
+    """Attention weights made otherwise, of the scores and of what may be seen."""
+
+    def wrong(q: Any, k: Any, v: Any, visible: Visibility, scale: float, *_: Any, **__: Any) -> tuple[Values, None]:
+        keep, _ = visible.block(0, visible.seq)
+        scores = q @ k.mT * scale
+        return weights(scores, everything(*scores.shape[-2:]) if keep is None else keep) @ v, None
+
+    return inside("attend", wrong)
+
+
+def of_zeros(scores: Values, keep: Values) -> Values:
+    """What must not be seen has the score 0, and e^0 = 1 of the sum."""
+    return scores.masked_fill(~keep, 0).softmax(-1)
+
+
+def hidden_late(scores: Values, keep: Values) -> Values:
+    """Of a softmax over all keys, what must not be seen set to 0."""
+    return scores.softmax(-1).masked_fill(~keep, 0)
+
+
 def everything(queries: int, keys: int) -> Values:
     """No mask."""
     return torch.ones(queries, keys, dtype=torch.bool)
@@ -173,6 +194,8 @@ BOTH = (
     Mistake("the norm on the latent left out", "mla", NORM, identity("kv_a_layernorm")),
     Mistake("no causal mask", "overview", "Symptoms", seen(everything)),
     Mistake("a mask of ones and zeros added to the scores", "overview", "Symptoms", seen(ones)),
+    Mistake("scores hidden by 0, not by minus infinity", "overview", "Symptoms", weighs(of_zeros)),
+    Mistake("masked after the softmax: the weights no longer sum to 1", "overview", "Symptoms", weighs(hidden_late)),
     Mistake(
         "scores divided by the root of C + R, the absorbed width",
         "decoding",
