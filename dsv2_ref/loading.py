@@ -205,6 +205,8 @@ def load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: str
     """``build(config)`` with the weights that a checkpoint has under the name ``part``, in evaluation mode."""
     checks.weights_dtype(how.dtype)
     checks.weights_device(how.device)
+    require(how.weights is None or how.weights in KINDS, "weights", how.weights, ", ".join(KINDS))
+    checks.group_size(how.group)
     name, wanted = how.attn_implementation, ", ".join(checks.IMPLEMENTATIONS)
     require(name in checks.IMPLEMENTATIONS, "attn_implementation", name, wanted)
     with closing(files.place_of(source, how.revision, how.token, whole=not part)) as place:

@@ -28,6 +28,7 @@ def _random(
     checks.is_config(config)
     checks.weights_dtype(dtype)
     checks.weights_device(device)
+    checks.group_size(group)
     dtype, std = torch.get_default_dtype() if dtype is None else dtype, config.initializer_range
     with torch.device("meta"):
         module = build().to(dtype)

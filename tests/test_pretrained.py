@@ -839,6 +839,11 @@ def test_how_a_checkpoint_cannot_be_quantised(tmp_path: Path) -> None:
     model = saved(tmp_path, shard=10**9)
     rejected("weights is 'int3'; wanted int8, int4, fp8", weights="int3")
     rejected("group is 3; wanted an even number", weights="int4", group=3)
+    rejected("group is 7; wanted an even number", group=7)  # though nothing is quantised
+    with pytest.raises(ValueError, match="group is 7; wanted an even number"):
+        DeepseekV2ForCausalLM.random(NARROW, group=7)
+    with pytest.raises(ValueError, match="weights is 'int3'; wanted int8, int4, fp8"):
+        DeepseekV2ForCausalLM.from_pretrained("nowhere/at-all", weights="int3")  # before anything is fetched
     rejected("group is 16; wanted a divisor of 28, the inputs of q_b_proj, such as 4", weights="int4", group=16)
     rejected("weights is 'fp8'; wanted int8 or int4: 128 does not divide the experts' width 20", weights="fp8")
     change_weights(tmp_path, lambda weights: weights[NAME].mul_(float("nan")))
