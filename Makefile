@@ -15,6 +15,9 @@ NBVAL := $(RUN) -m pytest -n 2 --dist loadscope -p no:cacheprovider --nbval --nb
 # tests/test_notebooks_on_cuda.py runs so, on a pretended GPU; the chapter on kernels has none.
 PLAIN_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
+# Hundreds of processes import torch, which takes seconds to compile: where the machine says otherwise too, that is kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help book pdf archive test test-thorough lint unit site release other-build test-other-build test-oldest-torch notebooks assignments serve bench test-cuda bench-cuda clean
 
