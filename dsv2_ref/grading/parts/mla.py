@@ -74,7 +74,7 @@ def weighs(weights: Callable[[Values, Values], Values]) -> Plant:
     """Attention weights made otherwise, of the scores and of what may be seen."""
 
     def wrong(q: Any, k: Any, v: Any, visible: Visibility, scale: float, *_: Any, **__: Any) -> tuple[Values, None]:
-        keep, _ = visible.block(0, visible.seq)
+        keep = visible.block(0, visible.seq)[0]
         scores = q @ k.mT * scale
         return weights(scores, everything(*scores.shape[-2:]) if keep is None else keep) @ v, None
 
