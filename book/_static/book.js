@@ -47,7 +47,8 @@ function setText() {
 
 // A formula stays with the bracket before it and the punctuation behind it, whatever line they are on.
 function keepPunctuation() {
-  for (const formula of document.querySelectorAll("article span.math")) {
+  for (const math of document.querySelectorAll("article span.math")) {
+    const formula = math.closest(".sized") ?? math;
     const [before, after] = [formula.previousSibling, formula.nextSibling];
     const opening = before?.nodeType === Node.TEXT_NODE ? before.data.match(/[(\[“‘]+$/)?.[0] ?? "" : "";
     const closing = after?.nodeType === Node.TEXT_NODE ? after.data.match(/^[.,;:!?)\]”’]+/)?.[0] ?? "" : "";

@@ -267,14 +267,17 @@ def test_a_page_opens_from_files_and_is_light(browser: Browser, name: str) -> No
     expect_nothing(name, found)
 
 
-def test_a_formula_stays_with_its_punctuation(page: Page, origin: str) -> None:
-    show(page, f"{origin}/book/rmsnorm.html")
+@pytest.mark.parametrize("name", ["rmsnorm", "training"])
+def test_a_formula_stays_with_its_punctuation(page: Page, origin: str, name: str) -> None:
+    """Also a letter that tells its sizes."""
+    show(page, f"{origin}/book/{name}.html")
     apart = page.evaluate(
-        """() => [...document.querySelectorAll("article span.math")]
-            .filter(formula => /^[.,;:!?)]/.test(formula.nextSibling?.data ?? "") &&
-                getComputedStyle(formula.parentElement).whiteSpace !== "nowrap").length"""
+        """() => [...document.querySelectorAll("article span.math")].map(math => math.closest(".sized") ?? math)
+            .filter(formula => (/^[.,;:!?)]/.test(formula.nextSibling?.data ?? "") || /[(\\[]$/.test(formula.previousSibling?.data ?? ""))
+                && getComputedStyle(formula.parentElement).whiteSpace !== "nowrap").length"""
     )
-    assert page.locator(".together").count() > 10
+    assert page.locator(".together").count() > 3
+    assert page.locator(".together > .sized").count() > 0
     assert apart == 0
 
 
