@@ -17,7 +17,7 @@ from dsv2_ref.accounting import cached, stored
 from dsv2_ref.forget import chosen_mask, window
 from dsv2_ref.quantize import KINDS, quantize
 from dsv2_ref.records import CACHE_FORMATS
-from tests.examples import fewer
+from tests.examples import fewer, thorough
 from tests.peers import SMALL
 from tests.test_accounting import configs, counted, preset
 
@@ -107,10 +107,7 @@ def test_bytes_of_quantized_models(config: DeepseekV2Config, call: acc.Call) -> 
     ("weights", "whole"),
     [
         ("int4", 8_965_299_200),
-        *(
-            pytest.param(*each, marks=pytest.mark.thorough)
-            for each in ((None, 31_412_968_448), ("int8", 16_146_612_352), ("fp8", 16_133_181_248))
-        ),
+        *thorough((None, 31_412_968_448), ("int8", 16_146_612_352), ("fp8", 16_133_181_248)),
     ],
 )
 def test_bytes_of_v2_lite(weights: str | None, whole: int) -> None:

@@ -25,7 +25,7 @@ from dsv2_ref import DeepseekV2Attention, DeepseekV2Config, DeepseekV2DecoderLay
 from dsv2_ref import accounting as acc
 from dsv2_ref.__main__ import main
 from dsv2_ref.recompute import checkpointed
-from tests.examples import fewer
+from tests.examples import fewer, thorough
 from tests.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.slow
@@ -88,16 +88,17 @@ def of_model(config: DeepseekV2Config, call: acc.Call, training: bool = False, c
     return seen(model, lambda: model(ids)[0], training)
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(dtype, marks=pytest.mark.thorough if dtype != "bfloat16" else ()) for dtype in DTYPES]
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", *thorough(*(dtype for dtype in DTYPES if dtype != "bfloat16"))])
 @pytest.mark.parametrize(
     "variant",
     [
-        {}, {"q_lora_rank": None}, {"attention_bias": True}, {"n_shared_experts": None}, {"num_experts_per_tok": 1},
-        {"norm_topk_prob": True}, {"seq_aux": False}, {"aux_loss_alpha": 0.0}, {"v_head_dim": 24}, {"v_head_dim": 32},
-        {"num_attention_heads": 1}, {"use_mla": False}, {"use_mla": False, "num_key_value_heads": 2},
+        {}, {"q_lora_rank": None}, {"n_shared_experts": None}, {"v_head_dim": 24}, {"use_mla": False},
         {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
+        *thorough(
+            {"attention_bias": True}, {"num_experts_per_tok": 1}, {"norm_topk_prob": True}, {"seq_aux": False},
+            {"aux_loss_alpha": 0.0}, {"v_head_dim": 32}, {"num_attention_heads": 1},
+            {"use_mla": False, "num_key_value_heads": 2},
+        ),
     ],
     ids=lambda variant: " ".join(f"{name}={value}" for name, value in variant.items()) or "plain",
 )  # fmt: skip
@@ -308,9 +309,7 @@ def test_head_and_embedding_in_one_matrix_take_no_activation_more() -> None:
         assert acc.activation_peak(tied, call, None, training) == acc.activation_peak(TINY, call, None, training)
 
 
-@pytest.mark.parametrize(
-    "mode", [None, *(pytest.param(mode, marks=pytest.mark.thorough) for mode in acc.CHECKPOINTING)]
-)
+@pytest.mark.parametrize("mode", [None, *thorough(*acc.CHECKPOINTING)])
 def test_a_real_layer_of_the_cards_size_in_every_mode(mode: str | None) -> None:
     """All of its widths and heads; 8 of its experts, as what they compute does not depend on their number."""
     config, call = replace(CARD, n_routed_experts=8, num_hidden_layers=2), acc.Call(seq=8, kv=8, dtype="bfloat16")

@@ -27,6 +27,7 @@ from dsv2_ref.quantized import QuantizedWeight, quantized_product
 from dsv2_ref.records import QuantizedLatentCache, Record, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary
+from tests.examples import thorough
 from tests.fake_cuda import DeviceFaultError, fake_cuda
 from tests.peers import SMALL
 from tools.kernel_report import HALF_ONLY, KERNELS, RESERVED, SHARED_BYTES, Resources, launched_with, main, resources
@@ -42,7 +43,7 @@ AT_LENGTH = "fp16 and (384 or groups or 5-4-70 or 16-1-96) or any_gpu and 128"
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("chosen", [f"not ({AT_LENGTH})", pytest.param(AT_LENGTH, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("chosen", [f"not ({AT_LENGTH})", *thorough(AT_LENGTH)])
 def test_kernels_in_the_interpreter(chosen: str) -> None:
     """In a process of its own: Triton reads the variable when it is imported."""
     file = Path(__file__).with_name("kernels_interpreted.py")
@@ -61,10 +62,7 @@ def test_kernels_in_the_interpreter(chosen: str) -> None:
 # Machine code
 
 
-GENERATIONS = [
-    capability if capability == 90 else pytest.param(capability, marks=pytest.mark.thorough)
-    for capability in SHARED_BYTES
-]
+GENERATIONS = [90, *thorough(*(capability for capability in SHARED_BYTES if capability != 90))]
 
 
 @needs_triton

@@ -24,6 +24,7 @@ from dsv2_ref import (
     DeepseekV2MoE,
 )
 from dsv2_ref.mha import MultiHeadAttention, MultiHeadFlashAttention2
+from tests.examples import thorough
 from tests.peers import SMALL, assert_close, randomised, tokens
 
 MHA = replace(SMALL, use_mla=False, num_key_value_heads=2)
@@ -211,7 +212,7 @@ AT_LENGTH = "few_graphs and mha or records and int or compiled_training and expa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", [f"not ({AT_LENGTH})", pytest.param(AT_LENGTH, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("chosen", [f"not ({AT_LENGTH})", *thorough(AT_LENGTH)])
 def test_compiling_and_exporting(chosen: str) -> None:
     """In a process of its own: the compiler cannot see through the checker of signatures, even where it is off."""
     file = Path(__file__).with_name("compiled_layer.py")

@@ -19,6 +19,7 @@ from dsv2_ref.attention import attend
 from dsv2_ref.fast import products
 from dsv2_ref.masks import Visibility
 from dsv2_ref.quantize import KINDS, quantize
+from tests.examples import thorough
 from tests.fake_cuda import DeviceFaultError, Watch, fake_cuda
 from tests.peers import COMMON, SMALL
 
@@ -47,9 +48,7 @@ OTHERS = {
     "pooled_balance": replace(SMALL, seq_aux=False),
 }
 CONFIGS = MLA | MHA | OTHERS
-either = pytest.mark.parametrize(
-    "train", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["eval", "train"]
-)
+either = pytest.mark.parametrize("train", [True, *thorough(False)], ids=["train", "eval"])
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 BATCH, SEQ = 2, 7

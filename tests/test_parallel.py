@@ -36,6 +36,7 @@ from dsv2_ref.quantize import quantize
 from experiments import parallel as experiment
 from experiments.processes import together
 from tests import ranks as cases
+from tests.examples import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 Found = list[dict[str, Any]]
@@ -50,7 +51,7 @@ bits, each rank's part is rounded once more, and so is what is made of it in the
     params=[
         pytest.param(1, marks=pytest.mark.slow),
         2,
-        pytest.param(4, marks=pytest.mark.thorough),
+        *thorough(4),
         pytest.param(8, marks=pytest.mark.slow),
     ],
 )
@@ -418,8 +419,7 @@ def test_what_is_not_plain_is_not_shared() -> None:
     ("ranks", "run", "groups", "dropping"),
     [
         (8, "pooled", 2, False),
-        pytest.param(4, "bias", 2, False, marks=pytest.mark.thorough),
-        pytest.param(4, "bias", 1, True, marks=pytest.mark.thorough),
+        *thorough((4, "bias", 2, False), (4, "bias", 1, True)),
     ],
 )
 def test_processes_in_one_group_or_two_train_as_one_does(ranks: int, run: str, groups: int, dropping: bool) -> None:
@@ -431,6 +431,7 @@ def test_processes_in_one_group_or_two_train_as_one_does(ranks: int, run: str, g
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_torchrun_trains_the_router_on_four_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += ["-m", "experiments.parallel", "--steps", "3", "--out", str(tmp_path)]
@@ -447,7 +448,7 @@ def test_torchrun_trains_the_router_on_four_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fate", "timeout"), [("never comes", "3"), ("dies", "60"), ("hangs", "3")])
+@pytest.mark.parametrize(("fate", "timeout"), [("dies", "60"), *thorough(("never comes", "3"), ("hangs", "3"))])
 def test_a_dead_rank_ends_the_others_with_one_line(fate: str, timeout: str, tmp_path: Path) -> None:
     start = multiprocessing.get_context("forkserver").Process
     processes = [start(target=cases.doomed, args=(rank, tmp_path, fate, timeout)) for rank in range(4)]

@@ -28,6 +28,7 @@ from dsv2_ref.quantize import KINDS, quantize
 from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.quantized_modules import quantized_places
 from dsv2_ref.tensors import dequantize, read_header
+from tests.examples import thorough
 from tests.peers import SMALL, V3_GATE, YARN, native_config, native_of, native_weights, randomised
 
 CONFIGS = {
@@ -614,8 +615,7 @@ def same_bits(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
 
 
 def bfloat16_and_at_length(*others: torch.dtype | None) -> pytest.MarkDecorator:
-    at_length = (pytest.param(dtype, marks=pytest.mark.thorough) for dtype in others)
-    return pytest.mark.parametrize("dtype", [torch.bfloat16, *at_length], ids=str)
+    return pytest.mark.parametrize("dtype", [torch.bfloat16, *thorough(*others)], ids=str)
 
 
 @pytest.mark.slow
@@ -933,8 +933,7 @@ BIG = replace(
     [
         ("from_pretrained", "int4"),
         ("random", "fp8"),
-        pytest.param("from_pretrained", "int8", marks=pytest.mark.thorough),
-        pytest.param("random", "int4", marks=pytest.mark.thorough),
+        *thorough(("from_pretrained", "int8"), ("random", "int4")),
     ],
 )
 def test_the_peak_of_a_quantised_layer(kind: str, how: str, tmp_path: Path) -> None:

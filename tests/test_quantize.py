@@ -23,6 +23,7 @@ from dsv2_ref.moe import RoutedExperts
 from dsv2_ref.quantize import KINDS, parts_of, quantize
 from dsv2_ref.quantized import FP8_BLOCK, QuantizedWeight
 from dsv2_ref.quantized_modules import QuantizedExperts, QuantizedLinear, quantized_places
+from tests.examples import thorough
 from tests.peers import SMALL, V3_GATE, assert_close, randomised, tokens
 
 GROUP = 4  # of SMALL's widths 48, 40, 28, 20 and 16 a divisor
@@ -514,7 +515,7 @@ def through_safetensors(state: dict[str, Tensor], folder: Path) -> dict[str, Ten
     [lambda state, _: state, through_torch_save, through_safetensors],
     ids=["as it is", "torch", "safetensors"],
 )
-@pytest.mark.parametrize("assign", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.parametrize("assign", [True, *thorough(False)])
 def test_codes_are_saved_and_loaded(assign: bool, through: Any, kind: str, name: str, tmp_path: Path) -> None:
     quantised = quantize(layer_of(name, torch.bfloat16), kind, GROUP)
     state = through(quantised.state_dict(), tmp_path)

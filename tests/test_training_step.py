@@ -8,6 +8,7 @@ from dsv2_ref import DeepseekV2Config
 from dsv2_ref import accounting as acc
 from dsv2_ref.accounting import training
 from experiments.step import thinned, timeline
+from tests.examples import thorough
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +16,7 @@ TINY = replace(DeepseekV2Config.tiny(), num_hidden_layers=7)  # more layers of a
 CALL = acc.Call(batch=2, seq=48, kv=48, form="expanded")
 
 
-@pytest.mark.parametrize("mode", [None, "selective", "full"])
+@pytest.mark.parametrize("mode", ["selective", *thorough(None, "full")])
 @pytest.mark.parametrize(
     "config",
     [TINY, replace(TINY, first_k_dense_replace=0), replace(TINY, first_k_dense_replace=5), replace(TINY, n_routed_experts=None)],
