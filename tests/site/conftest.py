@@ -12,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 from sphinx_external_toc.parsing import parse_toc_yaml
 
+from tests.examples import thorough
 from tools import pdf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,14 +21,9 @@ CHAPTERS = sorted(f"{page}.html" for page in parse_toc_yaml(ROOT / "_toc.yml"))
 # _static holds templates of the theme beside what pages load.
 PAGES = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html") if "_static" not in path.parts)
 
-ALWAYS = ((320, "dark"), (1280, "light"))
 on_screens = pytest.mark.parametrize(
     ("width", "colours"),
-    [
-        pytest.param(width, colours, marks=() if (width, colours) in ALWAYS else pytest.mark.thorough)
-        for width in (320, 390, 1280)
-        for colours in ("light", "dark")
-    ],
+    [(320, "dark"), (1280, "light"), *thorough((320, "light"), (390, "light"), (390, "dark"), (1280, "dark"))],
 )
 """For tests of a figure in its page."""
 

@@ -14,6 +14,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, ViewportSize, expect
 
+from tests.examples import thorough
 from tests.site.conftest import CHAPTERS, SITE
 from tests.site.test_pages import loaded
 from tools import release
@@ -234,12 +235,13 @@ def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
 ONE_OF_EACH_KIND = ("genindex.html", "book/index.html", "book/mla.html", "book/calculator.html", "book/reference.html")
 
 
-def mostly_thorough(names: Iterable[str]) -> list[Any]:
-    """All of these pages, and those of which there is but one of a kind always."""
-    return [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.thorough) for name in names]
+def mostly_thorough(names: Iterable[str], always: Iterable[str] = ONE_OF_EACH_KIND) -> list[Any]:
+    """All of these pages; the others than some with what is thorough."""
+    return [*always, *thorough(*(name for name in names if name not in always))]
 
 
-@pytest.mark.parametrize("name", mostly_thorough(KINDS_OF_PAGE))
+# The reference, the longest page by far, takes half a minute: it comes with what is thorough.
+@pytest.mark.parametrize("name", mostly_thorough(KINDS_OF_PAGE, ONE_OF_EACH_KIND[:-1]))
 def test_a_page_can_be_read_in_light(page: Page, origin: str, name: str) -> None:
     """Unfolded and on a desk: colours and sizes. All else is looked at in dark."""
     show(page, f"{origin}/{name}")
