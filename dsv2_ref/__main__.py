@@ -95,9 +95,8 @@ def _tokens(call: dict[str, Any]) -> str:
 def _account(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
     found = report(config, call, args.layer, args.training, args.checkpointing, args.optimizer)
     if args.ranks is not None:
-        found["bytes"]["on_each_rank"] = on_ranks(
-            config, call, args.ranks, args.layer, args.training, args.optimizer or "adamw"
-        )
+        optimizer = "adamw" if args.optimizer is None else args.optimizer
+        found["bytes"]["on_each_rank"] = on_ranks(config, call, args.ranks, args.layer, args.training, optimizer)
     return json.dumps(found, indent=2) if args.json else _table(found)
 
 
@@ -175,6 +174,8 @@ def _ways(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str
     require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype")
     require(config.use_mla or args.cache is None, "cache", args.cache, "none for multi-head attention")
     require(not args.training or args.cache is None, "cache", args.cache, "None: training has no cache")
+    wanted = "the {} new tokens: training has no cache"
+    require(not args.training or call.kv == call.seq, "kv", call.kv, wanted, call.seq)
     bits = args.weights, args.group, args.cache
     made = choices(config, layer, args.device, call.dtype, call.batch, call.seq, call.kv, args.training, *bits)
     kind = "training" if args.training else "inference"

@@ -48,6 +48,10 @@ def _frequency_and_score(
 
 def _parts(scores: Tensor, topk_idx: Tensor, seq_aux: bool) -> tuple[Tensor, Tensor]:
     """Each sequence, or all tokens as one, (parts, tokens, experts or top_k)."""
+    require(scores.ndim == 3, "scores", scores, "(batch, seq, experts)")
+    fits = topk_idx.ndim == 3 and topk_idx.shape[:2] == scores.shape[:2]
+    wanted = "(batch, seq, top_k) of the {} sequences of {} tokens in scores"
+    require(fits, "topk_idx", topk_idx, wanted, *scores.shape[:2])
     if seq_aux:
         return scores, topk_idx
     return scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]

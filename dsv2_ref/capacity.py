@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dsv2_ref.checks import require
+from dsv2_ref.checks import is_number, require
 
 if TYPE_CHECKING:
     from dsv2_ref.parallel import Ranks
@@ -20,7 +20,7 @@ def experts_of_a_device(experts: int, devices: int) -> int:
 
 
 def _require_factor(factor: float) -> None:
-    finite = 0 <= factor < float("inf")
+    finite = is_number(factor) and factor >= 0
     require(finite, "capacity_factor", factor, "a finite number, 0 or more")
 
 
@@ -76,13 +76,17 @@ def choices_within_budget(
             training has also seen what inference does.
 
     Raises:
-        ValueError: if ``devices`` does not divide ``experts``, and for a factor that is
-            negative or not finite.
+        ValueError: if ``devices`` does not divide ``experts``, for a factor that is
+            negative or not finite, and for sizes that do not fit ``topk_idx``.
 
     Source: DeepSeek-V2, section 2.2.4.
     """
     group = experts_of_a_device(experts, devices)
     _require_factor(capacity_factor)
+    sizes = topk_idx.shape
+    require(affinity.shape == sizes, "affinity", affinity, "{}", tuple(sizes))
+    fits = protected is None or protected.shape == sizes[:1]
+    require(fits, "protected", protected, "None or one for each of {} tokens", sizes[0])
     budget = int(capacity_factor * topk_idx.numel() / devices)
     if protected is not None:
         affinity = affinity.masked_fill(protected[:, None], float("inf"))
@@ -133,7 +137,8 @@ class TokenDropping:
         wanted = "gates with more than one n_group, which are the devices"
         require(len(gates) > 0, "model", model, wanted)
         _require_factor(capacity_factor)
-        require(0 <= exempt <= 1, "exempt", exempt, "from 0 to 1")
+        fits = is_number(exempt) and 0 <= exempt <= 1
+        require(fits, "exempt", exempt, "from 0 to 1")
         self.capacity_factor, self.exempt = capacity_factor, exempt
         self.generator = generator
         self.hooks = [gate.register_forward_hook(self._drop) for gate in gates]

@@ -103,7 +103,8 @@ def is_int(value: object, least: int, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether this is a finite number, not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -121,7 +122,7 @@ def require_ints(holder: object, names: tuple[str, ...], least: int, optional: b
 
 def _require_numbers(holder: object, names: tuple[str, ...], least: float, below: float = math.inf) -> None:
     wanted = f"a finite number, at least {least:g}" + (f", below {below:g}" if below < math.inf else "")
-    _require_each(holder, names, lambda x: _is_number(x) and least <= x < below, wanted)
+    _require_each(holder, names, lambda x: is_number(x) and least <= x < below, wanted)
 
 
 def require_object(value: object, name: str) -> Mapping[str, Any]:
@@ -806,8 +807,8 @@ def generation(
     require_tensor(input_ids, "input_ids")
     require(input_ids.ndim == 2, "input_ids", input_ids, "integers (batch, seq)")
     require(is_int(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "0 or more tokens")
-    require(_is_number(temperature) and temperature >= 0, "temperature", temperature, "0, or more to draw")
-    require(_is_number(top_p) and 0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
+    require(is_number(temperature) and temperature >= 0, "temperature", temperature, "0, or more to draw")
+    require(is_number(top_p) and 0 < top_p <= 1, "top_p", top_p, "above 0, at most 1")
     drawn = generator is None or isinstance(generator, Generator)
     require(drawn, "generator", generator, "None or a torch.Generator")
     if attention_mask is None:

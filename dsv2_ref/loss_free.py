@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from dsv2_ref.checks import require
+from dsv2_ref.checks import is_number, require
 from dsv2_ref.recompute import is_recomputing
 
 
@@ -39,7 +39,8 @@ class LossFreeBalancing:
             (section 4.2).
 
     Raises:
-        ValueError: for a model without such a gate, and a negative speed.
+        ValueError: for a model without such a gate, and a speed that is negative or not
+            finite.
 
     Source: Wang et al. (2024), algorithm 1; DeepSeek-V3, section 2.1.2.
     """
@@ -51,7 +52,8 @@ class LossFreeBalancing:
             if getattr(gate, "e_score_correction_bias", None) is not None
         }
         require(len(named) > 0, "model", model, "gates with topk_method noaux_tc")
-        require(speed >= 0, "speed", speed, "0 or more")
+        fits = is_number(speed) and speed >= 0
+        require(fits, "speed", speed, "a finite number, 0 or more")
         self.speed, self.gates = speed, named
         self.loads = {
             name: torch.zeros_like(gate.e_score_correction_bias, dtype=torch.long)

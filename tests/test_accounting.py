@@ -509,6 +509,7 @@ def test_the_command_names_keys_that_it_does_not_know(capsys: pytest.CaptureFixt
         (["--checkpointing"], "checkpointing is 'full'; wanted None where nothing is trained"),
         (["--training", "--checkpointing", "some"], "checkpointing is 'some'; wanted None, full or selective"),
         (["--optimizer", "sgd"], "optimizer is 'sgd'; wanted None where nothing is trained"),
+        (["--training", "--optimizer="], "optimizer is ''; wanted adamw, momentum, sgd"),
         (["--training", "--optimizer", "lion"], "optimizer is 'lion'; wanted adamw, momentum, sgd"),
         (
             ["--training", "--dtype", "int8"],

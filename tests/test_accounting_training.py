@@ -276,8 +276,11 @@ def test_one_layer_has_no_rule_of_its_own(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda config, call: acc.mfu(config, call, -1.0, 1.0), r"tokens_per_second is -1\.0; wanted 0 or more"),
-        (lambda config, call: acc.mfu(config, call, 1.0, 0.0), r"peak is 0\.0; wanted above 0"),
+        (lambda config, call: acc.mfu(config, call, -1.0, 1.0), r"tokens_per_second is -1\.0; wanted a finite"),
+        (lambda config, call: acc.mfu(config, call, 1.0, 0.0), r"peak is 0\.0; wanted a finite number above 0"),
+        (lambda config, call: acc.mfu(config, call, 1.0, float("inf")), "peak is inf; wanted a finite number above 0"),
+        (lambda config, call: acc.mfu(config, call, "9", 1.0), "tokens_per_second is '9'; wanted a finite number"),
+        (lambda config, call: acc.state_bytes(config, call, None, ["sgd"]), "optimizer is a list of 1; wanted adamw"),
         (lambda config, call: acc.recomputed(config, 1, call, "some"), "checkpointing is 'some'; wanted None, full or"),
         (lambda config, call: acc.backward(config, 4, call), "layer is 4; wanted from 0 to 3"),
         (lambda config, call: acc.backward(config, 0, replace(call, kv=9)), "kv is 9; wanted the 4 new tokens"),

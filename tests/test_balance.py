@@ -197,6 +197,20 @@ def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
     for factor in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"capacity_factor is {factor}; wanted a finite number, 0 or more"):
             choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, capacity_factor=factor)
+    with pytest.raises(ValueError, match=r"scores is \(2, 4\).*; wanted \(batch, seq, experts\)"):
+        expert_balance_loss(SCORES[0, :2], CHOSEN[0, :2], 1.0)
+    few = CHOSEN[:, :1]
+    for loss in (
+        lambda: expert_balance_loss(SCORES, few, 1.0),
+        lambda: device_balance_loss(SCORES, few, 1.0, 2, seq_aux=False),
+        lambda: communication_balance_loss(SCORES, few, 1.0, 2, 2),
+    ):
+        with pytest.raises(ValueError, match=r"topk_idx is \(1, 1, 2\).*of the 1 sequences of 2 tokens in scores"):
+            loss()
+    with pytest.raises(ValueError, match=r"affinity is \(2, 4\).*; wanted \(2, 2\)"):
+        choices_within_budget(CHOSEN[0], SCORES[0], 4, 2)
+    with pytest.raises(ValueError, match=r"protected is \(3,\).*; wanted None or one for each of 2 tokens"):
+        choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, protected=torch.ones(3, dtype=torch.bool))
 
 
 # Dropping in training
@@ -257,3 +271,7 @@ def test_dropping_wants_devices_and_shares(as_shipped: None) -> None:
         TokenDropping(MoEGate(GROUPED), -1.0)
     with pytest.raises(ValueError, match="exempt is 2; wanted from 0 to 1"):
         TokenDropping(MoEGate(GROUPED), exempt=2)
+    with pytest.raises(ValueError, match="capacity_factor is None; wanted a finite number"):
+        TokenDropping(MoEGate(GROUPED), None)
+    with pytest.raises(ValueError, match=r"exempt is '0\.1'; wanted from 0 to 1"):
+        TokenDropping(MoEGate(GROUPED), exempt="0.1")

@@ -145,5 +145,6 @@ def test_a_model_without_such_a_gate_and_a_negative_speed_are_rejected() -> None
     greedy = DeepseekV2Config(hidden_size=16, n_routed_experts=8, num_experts_per_tok=2, topk_method="greedy")
     with pytest.raises(ValueError, match="noaux_tc"):
         LossFreeBalancing(MoEGate(greedy))
-    with pytest.raises(ValueError, match="speed"):
-        LossFreeBalancing(MoEGate(BIASED), speed=-0.001)
+    for speed in (-0.001, float("inf"), float("nan"), None):
+        with pytest.raises(ValueError, match=f"speed is {speed}; wanted a finite number, 0 or more"):
+            LossFreeBalancing(MoEGate(BIASED), speed=speed)

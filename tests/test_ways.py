@@ -62,6 +62,7 @@ def test_the_way_of_each_call(arguments: list[str], lines: list[str], capsys: py
         (["--weights", "int3"], "weights is 'int3'; wanted int8, int4, fp8"),
         (["--kv", "9", "--cache", "fp9"], "format is 'fp9'; wanted None or one of fp8"),
         (["--cache", "fp9"], "format is 'fp9'; wanted None or one of fp8"),
+        (["--training", "--kv", "9"], "kv is 9; wanted the 1 new tokens: training has no cache"),
         (["--training", "--cache", "fp8"], "cache is 'fp8'; wanted None: training has no cache"),
         (["--weights", "int4", "--group", "3"], "group is 3; wanted an even number"),
         (["--weights", "int4"], "group is 64; wanted a divisor of 48, the inputs of q_b_proj, such as 16"),

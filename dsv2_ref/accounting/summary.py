@@ -141,7 +141,8 @@ def report(
     flops = operations.total() + others.total()
     how = {"layer": layer_idx, "training": training, "checkpointing": mode}
     most = _peak_or_none(config, call, *how.values())
-    step = training_report(config, call, layer_idx, mode, optimizer or "adamw", most) if training else None
+    named = "adamw" if optimizer is None else optimizer
+    step = training_report(config, call, layer_idx, mode, named, most) if training else None
     form = {"form": call.form if config.use_mla else None}
     return {
         "config": config.to_dict() | {"call": asdict(call) | form | how},

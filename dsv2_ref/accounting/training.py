@@ -13,7 +13,7 @@ from dsv2_ref.accounting.call import Call, Counts, layers_alike
 from dsv2_ref.accounting.operations import form_of, products
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.weights import matrices, model_matrices, model_parameters
-from dsv2_ref.checks import CHECKPOINTING, require
+from dsv2_ref.checks import CHECKPOINTING, is_number, require
 from dsv2_ref.config import DeepseekV2Config
 
 OPTIMIZERS = {"adamw": 2, "momentum": 1, "sgd": 0}
@@ -132,12 +132,14 @@ def mfu(config: DeepseekV2Config, call: Call, tokens_per_second: float, peak: fl
         peak: FLOP/s of all devices together.
 
     Raises:
-        ValueError: for a call that is no training step, for fewer tokens than 0, and for a peak that is not above 0.
+        ValueError: for a call that is no training step, for fewer tokens than 0, for a peak that is not above 0, and for
+            either that is not finite.
 
     Source: Chowdhery et al. (2022), appendix B.
     """
-    require(tokens_per_second >= 0, "tokens_per_second", tokens_per_second, "0 or more")
-    require(peak > 0, "peak", peak, "above 0")
+    fits = is_number(tokens_per_second) and tokens_per_second >= 0
+    require(fits, "tokens_per_second", tokens_per_second, "a finite number, 0 or more")
+    require(is_number(peak) and peak > 0, "peak", peak, "a finite number above 0")
     return model_flops(config, call) / call.tokens * tokens_per_second / peak
 
 
@@ -154,7 +156,7 @@ def state_bytes(config: DeepseekV2Config, call: Call, layer_idx: int | None = No
     """
     require_training(call)
     require(call.dtype != "int8", "dtype", call.dtype, "a floating-point dtype: no layer is trained in int8")
-    require(optimizer in OPTIMIZERS, "optimizer", optimizer, ", ".join(OPTIMIZERS))
+    require(optimizer in tuple(OPTIMIZERS), "optimizer", optimizer, ", ".join(OPTIMIZERS))
     found = model_matrices(config) if layer_idx is None else matrices(config, layer_idx)
     number, half = sum(one.stored for one in found.values()), call.itemsize == 2
     return {
