@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dsv2_ref.checks import is_number, require
+from dsv2_ref.checks import is_number, require, require_not_negative
 
 if TYPE_CHECKING:
     from dsv2_ref.parallel import Ranks
@@ -17,11 +17,6 @@ def experts_of_a_device(experts: int, devices: int) -> int:
     divides = devices >= 1 and experts % devices == 0
     require(divides, "devices", devices, "a divisor of the {} experts", experts)
     return experts // devices
-
-
-def _require_factor(factor: float) -> None:
-    finite = is_number(factor) and factor >= 0
-    require(finite, "capacity_factor", factor, "a finite number, 0 or more")
 
 
 def sent_to(
@@ -82,7 +77,7 @@ def choices_within_budget(
     Source: DeepSeek-V2, section 2.2.4.
     """
     group = experts_of_a_device(experts, devices)
-    _require_factor(capacity_factor)
+    require_not_negative("capacity_factor", capacity_factor)
     sizes = topk_idx.shape
     require(affinity.shape == sizes, "affinity", affinity, "{}", tuple(sizes))
     fits = protected is None or protected.shape == sizes[:1]
@@ -136,7 +131,7 @@ class TokenDropping:
         gates = [gate for gate in model.modules() if getattr(gate, "n_group", 1) > 1]
         wanted = "gates with more than one n_group, which are the devices"
         require(len(gates) > 0, "model", model, wanted)
-        _require_factor(capacity_factor)
+        require_not_negative("capacity_factor", capacity_factor)
         fits = is_number(exempt) and 0 <= exempt <= 1
         require(fits, "exempt", exempt, "from 0 to 1")
         self.capacity_factor, self.exempt = capacity_factor, exempt

@@ -108,6 +108,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def require_not_negative(name: str, value: Any) -> None:
+    """Require a finite number, 0 or more."""
+    require(is_number(value) and value >= 0, name, value, "a finite number, 0 or more")
+
+
 def _require_each(holder: object, names: tuple[str, ...], fits: Callable[[Any], bool], wanted: str) -> None:
     for name in names:
         value = getattr(holder, name)

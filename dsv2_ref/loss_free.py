@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from dsv2_ref.checks import is_number, require
+from dsv2_ref.checks import require, require_not_negative
 from dsv2_ref.recompute import is_recomputing
 
 
@@ -52,8 +52,7 @@ class LossFreeBalancing:
             if getattr(gate, "e_score_correction_bias", None) is not None
         }
         require(len(named) > 0, "model", model, "gates with topk_method noaux_tc")
-        fits = is_number(speed) and speed >= 0
-        require(fits, "speed", speed, "a finite number, 0 or more")
+        require_not_negative("speed", speed)
         self.speed, self.gates = speed, named
         self.loads = {
             name: torch.zeros_like(gate.e_score_correction_bias, dtype=torch.long)

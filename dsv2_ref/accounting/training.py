@@ -13,7 +13,7 @@ from dsv2_ref.accounting.call import Call, Counts, layers_alike
 from dsv2_ref.accounting.operations import form_of, products
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.weights import matrices, model_matrices, model_parameters
-from dsv2_ref.checks import CHECKPOINTING, is_number, require
+from dsv2_ref.checks import CHECKPOINTING, is_number, require, require_not_negative
 from dsv2_ref.config import DeepseekV2Config
 
 OPTIMIZERS = {"adamw": 2, "momentum": 1, "sgd": 0}
@@ -137,8 +137,7 @@ def mfu(config: DeepseekV2Config, call: Call, tokens_per_second: float, peak: fl
 
     Source: Chowdhery et al. (2022), appendix B.
     """
-    fits = is_number(tokens_per_second) and tokens_per_second >= 0
-    require(fits, "tokens_per_second", tokens_per_second, "a finite number, 0 or more")
+    require_not_negative("tokens_per_second", tokens_per_second)
     require(is_number(peak) and peak > 0, "peak", peak, "a finite number above 0")
     return model_flops(config, call) / call.tokens * tokens_per_second / peak
 
