@@ -675,11 +675,12 @@ def test_a_hang_is_ended(submit: Submit) -> None:
 
 
 def test_what_a_submission_started_is_ended_too(submit: Submit) -> None:
-    source = "import subprocess, sys\n" + NORM.format("subprocess.Popen(['sleep', '1234.5'])")
+    seconds = f"1234.{os.getpid()}"  # no other run of these tests waits for as long
+    source = "import subprocess, sys\n" + NORM.format(f"subprocess.Popen(['sleep', '{seconds}'])")
     assert submit("rmsnorm", source).passed
     for status in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            assert b"1234.5" not in status.read_bytes()
+            assert seconds.encode() not in status.read_bytes()
         except OSError:
             continue
 

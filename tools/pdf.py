@@ -60,8 +60,11 @@ LIGHTEN = """() => {
 def parts() -> list[tuple[str, list[str]]]:
     """Captions of the table of contents and the names of their pages, the first page first, without a caption."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    listed = [(part["caption"], [Path(page["file"]).name for page in part["chapters"]]) for part in toc["parts"]]
-    return [("", [Path(toc["root"]).name]), *listed]
+    listed = [("", [{"file": toc["root"]}]), *((part["caption"], part["chapters"]) for part in toc["parts"])]
+    return [
+        (caption, [Path(page["file"]).name for chapter in chapters for page in (chapter, *chapter.get("sections", ()))])
+        for caption, chapters in listed
+    ]
 
 
 def browser() -> str | None:

@@ -22,9 +22,12 @@ from tools import release
 PHONE, DESK = ViewportSize(width=390, height=844), ViewportSize(width=1280, height=900)
 NARROW = ViewportSize(width=320, height=640)  # a page enlarged to 400 %
 SCREENS = (("light", DESK), ("dark", DESK), ("dark", NARROW), ("dark", PHONE))
-# Source code is shown alike everywhere: one page of it is enough.
+# Made alike, from docstrings and from source code: of each, one page is enough.
+MADE_ALIKE = [page for page in CHAPTERS if page.startswith("book/reference_")]
+ONE_MADE = "book/reference_bits.html"
 KINDS_OF_PAGE = [
-    *CHAPTERS,
+    *(page for page in CHAPTERS if page not in MADE_ALIKE),
+    ONE_MADE,
     "search.html",
     "genindex.html",
     "py-modindex.html",
@@ -134,7 +137,7 @@ OF_THE_LOOK = ["color-contrast", "link-in-text-block", "scrollable-region-focusa
 """Rules of axe-core whose answer depends on colours or sizes; the others ask what the page says."""
 
 
-MADE_ALIKE = "dl.py ~ dl.py"
+SIBLINGS = "dl.py ~ dl.py"
 """Names of the reference that stand beside another: of their colours, one in each list tells."""
 
 
@@ -202,7 +205,7 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
-@pytest.mark.parametrize("name", KINDS_OF_PAGE)
+@pytest.mark.parametrize("name", [*KINDS_OF_PAGE, *thorough(*(page for page in MADE_ALIKE if page != ONE_MADE))])
 def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
     """All that is looked at on a page, after one load: as it opens, in other colours and sizes, and unfolded."""
     record, found = Record(), dict[str, list[Any]]()
@@ -228,11 +231,11 @@ def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
     found["wide and out of a keyboard's reach"] = page.evaluate(OUT_OF_REACH)
     # Before axe-core fetches styles, and complains where it cannot.
     found |= {"complaints": [*record.complaints], "requests elsewhere": [*record.elsewhere]}
-    found["not accessible, unfolded, dark, on a phone"] = violations(page, MADE_ALIKE)
+    found["not accessible, unfolded, dark, on a phone"] = violations(page, SIBLINGS)
     expect_nothing(name, found)
 
 
-ONE_OF_EACH_KIND = ("genindex.html", "book/index.html", "book/mla.html", "book/calculator.html", "book/reference.html")
+ONE_OF_EACH_KIND = ("genindex.html", "book/index.html", "book/mla.html", "book/calculator.html", ONE_MADE)
 
 
 def mostly_thorough(names: Iterable[str], always: Iterable[str] = ONE_OF_EACH_KIND) -> list[Any]:
@@ -240,14 +243,13 @@ def mostly_thorough(names: Iterable[str], always: Iterable[str] = ONE_OF_EACH_KI
     return [*always, *thorough(*(name for name in names if name not in always))]
 
 
-# The reference, the longest page by far, takes half a minute: it comes with what is thorough.
-@pytest.mark.parametrize("name", mostly_thorough(KINDS_OF_PAGE, ONE_OF_EACH_KIND[:-1]))
+@pytest.mark.parametrize("name", mostly_thorough([*KINDS_OF_PAGE, *MADE_ALIKE]))
 def test_a_page_can_be_read_in_light(page: Page, origin: str, name: str) -> None:
     """Unfolded and on a desk: colours and sizes. All else is looked at in dark."""
     show(page, f"{origin}/{name}")
     page.evaluate(UNFOLD)
     page.evaluate(TWO_FRAMES)
-    assert violations(page, MADE_ALIKE, runOnly=OF_THE_LOOK) == []
+    assert violations(page, SIBLINGS, runOnly=OF_THE_LOOK) == []
 
 
 @pytest.mark.parametrize("name", mostly_thorough([*CHAPTERS, "genindex.html"]))
@@ -399,4 +401,6 @@ def test_the_folder_opens_from_files(page: Page) -> None:
 
 def test_the_reference_lists_its_modules(page: Page, origin: str) -> None:
     page.goto(f"{origin}/book/reference.html")
+    page.locator("article a", has_text="rmsnorm").click()
+    page.wait_for_url("**/reference_layer.html#module-dsv2_ref.rmsnorm")
     expect(page.locator(".bd-sidebar-secondary a", has_text="rmsnorm").first).to_be_visible()
