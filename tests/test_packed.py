@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp, vmap
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, pack_weights
 from dsv2_ref.fast.cpu import has_bfloat16
@@ -107,6 +109,54 @@ def test_gradients_are_refused_rather_than_lost(dtype: torch.dtype) -> None:
     _, packed = plain_and_packed(dtype)
     with pytest.raises(ValueError, match="packed weights give none"):
         packed(torch.randn(1, 3, 64).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.parametrize("layer_idx", [0, 1])
+@torch.no_grad()
+def test_tangents_are_refused_rather_than_lost(layer_idx: int) -> None:
+    _, packed = plain_and_packed(torch.float32, layer_idx)
+    tokens = torch.randn(1, 3, 64)
+    with pytest.raises(ValueError, match="no derivatives: packed weights give none"):
+        jvp(lambda x: packed(x)[0], (tokens,), (tokens,))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(ValueError, match="no derivatives: packed weights give none"),
+    ):
+        packed(forward_ad.make_dual(tokens, tokens))
+
+
+@torch.no_grad()
+def test_batches_of_torch_func_are_taken_where_no_expert_is_chosen() -> None:
+    many = torch.randn(2, 1, 3, 64)
+    plain, packed = plain_and_packed(torch.float32, 0)
+    assert_near(vmap(lambda x: packed(x)[0])(many)[:, 0], plain(many[:, 0])[0])
+    _, packed = plain_and_packed(torch.float32, 1)
+    with pytest.raises(ValueError, match=r"hidden_states is .*; wanted none that a transform of torch\.func holds"):
+        vmap(lambda x: packed(x)[0])(many)
+
+
+@torch.no_grad()
+def test_another_weight_is_refused_rather_than_ignored() -> None:
+    """In `kv_b_proj` the absorbed form reads another copy, which would stay."""
+    plain, packed = plain_and_packed(torch.float32, 0, mla_form="absorbed")
+    tokens = torch.randn(1, 3, 64)
+    expected = packed(tokens)[0]
+    weights = {f"self_attn.kv_b_proj.{name}": 2 * x for name, x in plain.self_attn.kv_b_proj.named_parameters()}
+    with pytest.raises(RuntimeError, match="weight is packed; wanted no other in its place: change the weights first"):
+        functional_call(packed, weights, (tokens,))
+    assert torch.equal(packed(tokens)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("to", [torch.float16, torch.float64, "meta"], ids=str)
+def test_conversion_is_refused_before_anything_is_converted(to: Any) -> None:
+    _, packed = plain_and_packed(torch.float32, 1)
+    tokens = torch.randn(1, 3, 64)
+    expected = packed(tokens)[0]
+    with pytest.raises(RuntimeError, match=r"packed weights would become .*; wanted torch.float32 on cpu, as they are"):
+        packed.to(to)
+    assert torch.equal(packed.float().to("cpu")(tokens)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)

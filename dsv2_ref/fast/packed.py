@@ -26,14 +26,19 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    without = not (torch.is_grad_enabled() and rows.requires_grad)
-    require(without, "hidden_states", rows, "no gradients: packed weights give none, use torch.no_grad()")
+    # torch's operator has no rule for tangents: it would drop them in silence.
+    derived = (torch.is_grad_enabled() and rows.requires_grad) or torch.autograd.forward_ad._current_level >= 0
+    require(not derived, "hidden_states", rows, "no derivatives: packed weights give none, use torch.no_grad()")
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+
+
+PACKED = ("weight", "matrices", "gate_up_proj", "down_proj")
+"""Attributes that hold packed weights, which cannot be copied."""
 
 
 class _Packed(nn.Module):
     """Base of the packed modules: their state dict holds the weights as they were, and they are copied and pickled, but
-    they load no others."""
+    they load no others, and stay in their dtype on the CPU."""
 
     def _dense(self) -> dict[str, Tensor]:
         """The weights by the names that they had."""
@@ -49,9 +54,22 @@ class _Packed(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         raise RuntimeError(f"{prefix[:-1]} holds packed weights; wanted a layer to load into: load first, then pack")
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        held = getattr(self, "weight", None)
+        like = torch.empty(0, dtype=self.down_proj[0].dtype if held is None else held.dtype)
+        moved = fn(like)  # what `to` and its like would make of the weights
+        if (moved.dtype, moved.device) != (like.dtype, like.device):
+            given = f"packed weights would become {moved.dtype} on {moved.device}"
+            raise RuntimeError(f"{given}; wanted {like.dtype} on cpu, as they are: convert first, then pack")
+        return super()._apply(fn, recurse)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PACKED and name in self.__dict__:  # not at first: in `_repack`
+            raise RuntimeError(f"{name} is packed; wanted no other in its place: change the weights first, then pack")
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
-        packed = ("weight", "matrices", "gate_up_proj", "down_proj")  # cannot be copied
-        return {name: x for name, x in self.__dict__.items() if name not in packed} | {"dense": self._dense()}
+        return {name: x for name, x in self.__dict__.items() if name not in PACKED} | {"dense": self._dense()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         dense = state.pop("dense")
@@ -109,6 +127,10 @@ class PackedExperts(_Packed):
         topk_weight: Float[Tensor, "tokens top_k"],
     ) -> Float[Tensor, "tokens hidden"]:
         """Σ weight · expert(token) over each token's choices."""
+        alone = not torch._C._functorch.is_functorch_wrapped_tensor(topk_idx)  # the choice will be read
+        require(
+            alone, "hidden_states", hidden_states, "none that a transform of torch.func holds: packed experts take none"
+        )
 
         def product(rows: Tensor, expert: int, down: bool) -> Tensor:
             return _product(rows, (self.down_proj if down else self.gate_up_proj)[expert])
