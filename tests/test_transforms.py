@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 
 from dsv2_ref import ATTENTION_CLASSES, DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, DeepseekV2MoE
 from dsv2_ref.balance import inject_loss
+from dsv2_ref.quantize import quantize
 from tests.peers import SMALL, assert_close, randomised, tokens
 
 # torch's own doing, when it first differentiates in forward mode.
@@ -62,6 +63,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     **{f"{name}-dense": lambda config=config: layer_of(config, 0) for name, config in WAYS.items()},
     **{f"{name}-attention": lambda config=config: attention_of(config) for name, config in WAYS.items()},
     "experts": lambda: layer_of(SMALL, 1),
+    "quantised experts": lambda: quantize(layer_of(SMALL, 1), "int8"),
     "experts with groups": lambda: layer_of(
         replace(SMALL, topk_method="group_limited_greedy", n_group=4, topk_group=2, norm_topk_prob=True), 1
     ),

@@ -119,21 +119,21 @@ def combine(
     return out
 
 
-def _needs_vmap(*_: Any) -> str:
+def needs_vmap(*_: Any) -> str:
     """Only a vmap must not ask which tokens chose an expert."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     batched = any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
     return "" if batched else "computes every expert for every token; for torch.vmap alone"
 
 
-@ops.faster(RoutedExperts.forward, "all experts", transforms=True, compiles=False, why_not=_needs_vmap)
+@ops.faster(RoutedExperts.forward, "all experts", transforms=True, compiles=False, why_not=needs_vmap)
 def all_experts(
-    experts: RoutedExperts,
+    experts: Any,
     hidden_states: Float[Tensor, "tokens hidden"],
     topk_idx: Int[Tensor, "tokens top_k"],
     topk_weight: Float[Tensor, "tokens top_k"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """Every expert for every token, weighted by 0 where it was not chosen."""
+    """Every expert for every token, weighted by 0 where it was not chosen; quantised ones, too."""
     out = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
     for expert in range(len(experts.down_proj)):
         weight = topk_weight.where(topk_idx == expert, 0).sum(dim=-1, keepdim=True)

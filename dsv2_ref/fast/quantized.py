@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv2_ref import ops
 from dsv2_ref.codes import pack_nibbles
 from dsv2_ref.fast.cpu import HALF_ON_CPU, has_bfloat16
-from dsv2_ref.fast.products import combine, sort_by_expert
+from dsv2_ref.fast.products import all_experts, combine, needs_vmap, sort_by_expert
 from dsv2_ref.masks import Visibility
 from dsv2_ref.quantized import QuantizedWeight, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
@@ -63,6 +63,9 @@ def ends_of_groups(group_ends: Int[Tensor, "groups"], rows: int) -> list[int]:
     if group_ends.is_meta:
         return [rows * group // len(group_ends) for group in range(1, len(group_ends) + 1)]
     return group_ends.tolist()
+
+
+ops.faster(QuantizedExperts.forward, "all experts", transforms=True, compiles=False, why_not=needs_vmap)(all_experts)
 
 
 @ops.faster(QuantizedExperts.forward, "chosen experts", compiles=False)
