@@ -87,10 +87,13 @@ def additive(
     """What to add to the scores for a mask of `Visibility.block`: minus infinity where
     it hides a key.
 
-    Other entries stay finite, so that a query whose keys all have a bias beyond the
-    range of ``dtype`` does not become NaN.
+    Other entries stay finite. Where ``dtype`` has a smaller range than the mask, each
+    query's largest entry becomes 0, which its softmax does not notice, so that entries
+    beyond that range keep their differences.
     """
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+    if torch.finfo(mask.dtype).max > torch.finfo(dtype).max:
+        mask = mask - mask.detach().amax(dim=-1, keepdim=True)
     finite = mask.to(dtype).clamp(min=torch.finfo(dtype).min / 2)
     return finite.masked_fill(mask == float("-inf"), float("-inf"))

@@ -242,6 +242,20 @@ def test_a_query_that_sees_nothing_gives_zeros(config: DeepseekV2Config, kind: s
     assert out.isfinite().all()
 
 
+@every_way
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_biases_beyond_the_range_of_the_scores_keep_their_order(config: DeepseekV2Config, dtype: torch.dtype) -> None:
+    """float16 ends at 65504, and a mask in float32 need not."""
+    attention, x = attention_of(config, dtype), stream(dtype)
+    first = torch.zeros(CAUSAL.shape[-2:], dtype=torch.bool)[None, None]
+    first[..., 0] = True
+    expected = attention(x, attention_mask=first)[0]
+    for best, others in ((1e5, -1.0), (-1e5, -2e5)):
+        out = attention(x, attention_mask=torch.where(first, best, others))[0]
+        torch.testing.assert_close(out, expected)
+
+
 @every_eager_way
 def test_its_weights_are_zeros(config: DeepseekV2Config) -> None:
     mask = blind_masks(torch.float64)["bool"]
