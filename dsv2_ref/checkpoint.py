@@ -42,13 +42,24 @@ class StackedExperts(nn.Module):
             return self.down_proj[expert]
         return self.gate_up_proj[expert].chunk(2)[projection == "up_proj"]
 
+    def _computed(self) -> bool:
+        """Whether a stack is computed from other parameters, by a parametrization or by pruning. These are what is
+        saved and loaded then, under the names that torch gives them, as for any module."""
+        return not {"gate_up_proj", "down_proj"} <= self._parameters.keys()
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._computed():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         for name, weight in self.published():
             destination[prefix + name] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *reports: list[str]
     ) -> None:
+        if self._computed():
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+            return
         missing_keys, unexpected_keys, error_msgs = reports
         own = {prefix + name: weight.shape for name, weight in self.published()}
         given = {name: weight for name, weight in state_dict.items() if name.startswith(prefix)}

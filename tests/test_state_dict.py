@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 from transformers import AutoModel
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pack_weights
@@ -331,6 +332,37 @@ def test_distributed_checkpoints_through_files(tmp_path: Path, tied: bool) -> No
     set_model_state_dict(other, into["model"])
     ids = torch.arange(6)[None]
     assert torch.equal(other(ids)[0], model(ids)[0])
+
+
+# Stacks that are computed from other parameters
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda experts, name: parametrize.register_parametrization(experts, name, Twice()),
+        lambda experts, name: prune.random_unstructured(experts, name, amount=0.5),
+    ],
+    ids=["parametrized", "pruned"],
+)
+@torch.no_grad()
+def test_computed_stacks_are_saved_as_what_they_are_computed_from(compute: Callable[..., Any], name: str) -> None:
+    """As those of a linear map are: under published names they would be loaded and then computed anew."""
+    layer, other = randomised(moe_layer()), randomised(moe_layer(), seed=1)
+    for each in (layer, other):
+        compute(each.mlp.experts, name)
+    x = tokens(2, 5, torch.float64)
+    assert not torch.equal(layer(x)[0], other(x)[0])
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x)[0], other(x)[0])
+    with pytest.raises(RuntimeError, match=f"Missing key.*mlp.experts.*{name}"):
+        other.load_state_dict(moe_layer().state_dict())
 
 
 # torch.func.functional_call
