@@ -49,6 +49,8 @@ class LayerCache:
         seen: int | None = None,
         record: Any = None,
     ) -> None:
+        if _storage is None:
+            checks.stored_tokens(stored)
         self.layer_idx, self.length, self.stored = layer_idx, stored.shape[1], stored
         self.seen = self.length if seen is None else seen
         self._storage = _storage or _Storage(stored, self.length)

@@ -5,7 +5,7 @@ torch, so that the accounting works without it."""
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,6 +43,8 @@ LONGEST_VALUE = 100
 
 def describe(value: Any) -> str:
     """A value in few words, and in a line: a tensor's shape, dtype and device, the length of a list, tuple or object."""
+    if getattr(value, "is_nested", False):  # it may have no shape
+        return "a nested tensor"
     if hasattr(value, "dtype") and hasattr(value, "device") and hasattr(value, "shape"):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
     if isinstance(value, list | tuple):
@@ -56,11 +58,13 @@ def describe(value: Any) -> str:
 
 
 def require_tensor(value: object, name: str) -> None:
-    """Raise `WrongTypeError` unless ``value`` is a tensor."""
-    from torch import Tensor
+    """Raise `WrongTypeError` unless ``value`` is a dense tensor."""
+    from torch import Tensor, strided
 
     if not isinstance(value, Tensor):
         reject(name, value, "a tensor", WrongTypeError)
+    if value.layout != strided or value.is_nested:
+        reject(name, value, "a dense tensor, neither sparse nor nested", WrongTypeError)
 
 
 def require_values(condition: "Tensor", name: str, value: str, wanted: str) -> None:
@@ -218,8 +222,8 @@ def _experts(config: "DeepseekV2Config", experts: int) -> None:
 
 def norm_sizes(hidden_size: int, eps: float) -> None:
     """Reject sizes and epsilons of which no norm can be made."""
-    require(hidden_size >= 1, "hidden_size", hidden_size, "a positive number of features")
-    require(SMALLEST_EPS <= eps < math.inf, "eps", eps, "a finite number, at least 2**-84 (5.2e-26)")
+    require(is_int(hidden_size, 1), "hidden_size", hidden_size, "a positive number of features")
+    require(is_number(eps) and eps >= SMALLEST_EPS, "eps", eps, "a finite number, at least 2**-84 (5.2e-26)")
 
 
 def is_config(config: object) -> None:
@@ -254,7 +258,7 @@ def mlp_sizes(config: "DeepseekV2Config", hidden_size: int | None, intermediate_
     is_config(config)
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
     for name, size in sizes.items():
-        require(size is None or size >= 1, name, size, "a positive number of features")
+        require(size is None or is_int(size, 1), name, size, "a positive number of features")
     wide = [getattr(config, name) if size is None else size for name, size in sizes.items()]
     return wide[0], wide[1]
 
@@ -335,6 +339,17 @@ def weights_device(device: Any) -> None:
         raise ValueError(f"device is {device!r}; wanted {wanted}") from error
 
 
+def device_type(device: object) -> None:
+    """Check of ``device`` of `ops.watch`."""
+    import torch
+
+    try:
+        fits = isinstance(device, str) and torch.device(device).type == device
+    except RuntimeError:
+        fits = False
+    require(fits, "device", device, "None or a type of device, such as 'cuda'")
+
+
 PLAIN_WEIGHTS = (
     "a plain torch.nn.Linear or the package's own experts: quantise before packing, and before an adapter, a wrapper or a "
     "hook is put on"
@@ -356,9 +371,10 @@ def cache_sizes(batch: Any, capacity: Any) -> None:
     """Reject a cache without sequences, or with a negative capacity."""
     from torch import SymInt
 
-    require(isinstance(batch, int | SymInt) and batch >= 1, "batch", batch, "at least one sequence")
-    fits = isinstance(capacity, int | SymInt) and capacity >= 0
-    require(fits, "capacity", capacity, "room for 0 or more tokens")
+    wanted = {"batch": (batch, 1, "at least one sequence"), "capacity": (capacity, 0, "room for 0 or more tokens")}
+    for name, (size, least, what) in wanted.items():
+        fits = isinstance(size, int | SymInt) and not isinstance(size, bool) and size >= least
+        require(fits, name, size, what)
 
 
 FLASH_ATTN_NEEDED = (
@@ -406,9 +422,16 @@ def _autocast(device: "torch.device") -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def _dense(hidden_states: "Tensor") -> None:
+    """Tokens in a dense tensor; torch does not compute with floating-point numbers of eight bits."""
+    require_tensor(hidden_states, "hidden_states")
+    known = is_float(hidden_states.dtype) or not hidden_states.is_floating_point()
+    require(known, "hidden_states", hidden_states, FLOATS)
+
+
 def norm_input(norm: Any, hidden_states: "Tensor") -> None:
     """Check of `DeepseekV2RMSNorm.forward`."""
-    require_tensor(hidden_states, "hidden_states")
+    _dense(hidden_states)
     weight = norm.weight
     fits = hidden_states.is_floating_point() and hidden_states.shape[-1:] == weight.shape
     if not fits or hidden_states.device != weight.device:
@@ -418,13 +441,13 @@ def norm_input(norm: Any, hidden_states: "Tensor") -> None:
 
 def mlp_input(mlp: Any, hidden_states: "Tensor") -> None:
     """Check of `DeepseekV2MLP.forward`."""
-    require_tensor(hidden_states, "hidden_states")
+    _dense(hidden_states)
     _features(mlp, hidden_states, mlp.hidden_size, first_weight(mlp.gate_proj, mlp.down_proj))
 
 
 def gate_input(gate: Any, hidden_states: "Tensor") -> None:
     """Check of `MoEGate.forward`."""
-    require_tensor(hidden_states, "hidden_states")
+    _dense(hidden_states)
     width, device = gate.weight.shape[-1], gate.weight.device
     fits = hidden_states.ndim == 3 and hidden_states.is_floating_point()
     fits = fits and (hidden_states.numel() > 0 or _may_be_empty(hidden_states, gate))
@@ -435,7 +458,7 @@ def gate_input(gate: Any, hidden_states: "Tensor") -> None:
 
 def moe_input(moe: Any, hidden_states: "Tensor") -> None:
     """Check of `DeepseekV2MoE.forward`."""
-    require_tensor(hidden_states, "hidden_states")
+    _dense(hidden_states)
     if hidden_states.ndim != 3:
         reject("hidden_states", hidden_states, "(batch, seq, hidden)")
     gate, experts = first_weight(moe.gate), getattr(moe.experts, "gate_up_proj", None)
@@ -474,11 +497,12 @@ def layer_call(layer: Any, hidden_states: "Tensor", *args: Any, **kwargs: Any) -
     the same arguments."""
     import torch
 
+    _dense(hidden_states)
     weight = getattr(layer.input_layernorm, "weight", None)
     if not isinstance(weight, torch.Tensor):  # a norm that others wrap
         weight = first_weight(*layer.modules())
     dtype = None if weight is None else weight.dtype
-    if isinstance(hidden_states, torch.Tensor) and dtype is not None:
+    if dtype is not None:
         widens = hidden_states.is_floating_point() and torch.promote_types(hidden_states.dtype, dtype) == dtype
         if not widens:
             reject("hidden_states", hidden_states, f"floating-point numbers that {dtype} weights can hold")
@@ -505,8 +529,9 @@ def attention_call(
     ``whole`` the layer or model that is called."""
     from torch import Tensor
 
-    if not isinstance(hidden_states, Tensor):
-        reject("hidden_states", hidden_states, "a tensor", WrongTypeError)
+    _dense(hidden_states)
+    _flag("output_attentions", output_attentions)
+    _flag("use_cache", use_cache)
     if hidden_states.ndim != 3:
         reject("hidden_states", hidden_states, "(batch, seq, hidden)")
     weight = getattr(attention.o_proj, "weight", None)
@@ -539,6 +564,11 @@ def attention_call(
         require(offers_matrices(attention.kv_b_proj), "kv_b_proj", attention.kv_b_proj, wanted)
     elif kernel == "flash_attention_2" and (form == "expanded" or attention.cheaper_form(seq, kv_seq) == "expanded"):
         _flash_input(attention, hidden_states, attention_mask, dtype)
+
+
+def _flag(name: str, flag: object) -> None:
+    if flag is not None and not isinstance(flag, bool):
+        reject(name, flag, "True or False")
 
 
 FLASH_DEVICES = ("cuda",)
@@ -575,6 +605,12 @@ def _cache(attention: Any, cache: Any, hidden_states: "Tensor", weight: "Tensor 
         reject("past_key_value", cache, f"one for latents of {attention.kv_lora_rank} features")
     if sizes != shape or place != device or (held != dtype and not _autocast(device)):
         reject("past_key_value", cache, f"one that fits the new tokens, {shape} {dtype} on {device}")
+
+
+def stored_tokens(stored: "Tensor") -> None:
+    """Check of what a `LayerCache` is made of."""
+    require_tensor(stored, "stored")
+    require(stored.ndim >= 3, "stored", stored, "(batch, kv_seq, *features)")
 
 
 def appended(cache: Any, new: "Tensor") -> None:
@@ -691,6 +727,8 @@ def _positions(position_ids: "Tensor", hidden_states: "Tensor") -> None:
     require_tensor(position_ids, "position_ids")
     dtype, device, (batch, seq, _) = position_ids.dtype, hidden_states.device, hidden_states.shape
     integers = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    wanted = "int64, or other integers that torch compares"
+    require(dtype not in (torch.uint16, torch.uint32, torch.uint64), "position_ids", position_ids, wanted)
     if not (integers and position_ids.shape in ((batch, seq), (1, seq)) and position_ids.device == device):
         reject("position_ids", position_ids, f"integers ({batch} or 1, {seq}) on {device}")
     require_values((position_ids >= 0).all(), "position_ids", "negative somewhere", "positions from 0 on")
@@ -718,8 +756,7 @@ def _mask(attention_mask: "Tensor", batch: int, heads: int, seq: int, kv_seq: in
         reject(name, attention_mask, f"shape {(batch, kv_seq)} or, for each query, {each}")
     if dtype == torch.bool:
         return
-    wanted = "bool (True keeps) or floating point (added to the scores)"
-    require(dtype.is_floating_point, name, attention_mask, wanted)
+    require(is_float(dtype), name, attention_mask, "bool (True keeps) or {} (added to the scores)", FLOATS)
     lowest, highest = attention_mask.aminmax()
     require_values(highest < float("inf"), name, "infinite or NaN somewhere", "numbers below infinity")
     masks_something = lowest < 0
@@ -758,7 +795,9 @@ def model_call(
     inside = ((input_ids >= 0) & (input_ids < vocab)).all()
     wanted = f"tokens from 0 to {vocab - 1}: vocab_size is {vocab}"
     require_values(inside, "input_ids", "outside of the vocabulary somewhere", wanted)
-    if past_key_values is not None and len(past_key_values) != len(layers):
+    _flag("use_cache", use_cache)
+    given = isinstance(past_key_values, Sequence) and len(past_key_values) == len(layers)
+    if past_key_values is not None and not given:
         reject("past_key_values", past_key_values, f"a cache for each of {len(layers)} layers, or None")
     # What the layers will get, as far as a check looks at it: a shape, a dtype, a device.
     dtype = torch.get_default_dtype() if weight is None else weight.dtype

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsv2_ref import checks
+
 if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 11]:
     raise ImportError(f"torch {torch.__version__} is here; wanted 2.11 or newer")
 
@@ -211,6 +213,8 @@ def plain() -> AbstractContextManager[None]:
 @contextmanager
 def without(*names: str) -> Iterator[None]:
     """Leave out the ways whose names begin so, as in ``without("triton", "cpu")``."""
+    for name in names:
+        checks.require(isinstance(name, str), "the name of a way", name, "a string")
     before = _state.switched_off
     _state.switched_off = (*before, *names)
     try:
@@ -242,7 +246,12 @@ def watch(device: str | None = None) -> Iterator[list[Choice]]:
 
     ``device``, such as ``"cuda"``, chooses as if all tensors were there: a layer on the
     meta device then tells what would serve it.
+
+    Raises:
+        ValueError: for what is no type of device.
     """
+    if device is not None:
+        checks.device_type(device)
     before = _state.choices, _state.device
     choices: list[Choice] = []
     _state.choices, _state.device = choices, device

@@ -132,6 +132,9 @@ def test_what_does_not_fit_is_refused_and_changes_no_cache(as_shipped: None) -> 
             ({"input_ids": tokens[:, :0]}, "at least one token"),
             ({"past_key_values": caches[:1]}, "past_key_values is a tuple of 1; wanted a cache for each of 2 layers"),
             ({"past_key_values": caches[::-1]}, "past_key_value is LatentCache"),
+            ({"past_key_values": 2}, "past_key_values is 2; wanted a cache for each of 2 layers, or None"),
+            ({"past_key_values": torch.ones(2, 4)}, r"past_key_values is \(2, 4\) .*; wanted a cache for each"),
+            ({"use_cache": tokens}, r"use_cache is \(2, 4\) torch.int64 on cpu; wanted True or False"),
         ):
             with pytest.raises(ValueError, match=message):
                 ours(**{"input_ids": tokens, "past_key_values": caches, **wrong})

@@ -142,6 +142,17 @@ def test_switching_ways_off_and_on_again() -> None:
     assert served(X) == "other"
 
 
+def test_names_and_devices_that_can_be_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="the name of a way is None; wanted a string"), ops.without(None):
+        pass
+    for device in ("gpu", "cuda:0", torch.device("cuda"), 0):  # no way is for these, so that none would be chosen
+        with (
+            pytest.raises(ValueError, match=r"device is .*; wanted None or a type of device, such as 'cuda'"),
+            ops.watch(device),
+        ):
+            pass
+
+
 def test_watching_lists_calls_in_order_and_only_those_inside() -> None:
     layer, x = randomised(DeepseekV2DecoderLayer(SMALL, 1)), tokens(1, 5, torch.float64)
     with ops.watch() as outer:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nested import nested_tensor as nested
 from transformers import DynamicCache
 
 from dsv2_ref import (
@@ -60,6 +61,9 @@ HIDDEN_STATES = {
     "list": ([[[0.0] * HIDDEN]], "a list of 1", "a tensor"),
     "integers": (stream().long(), "torch.int64", "float"),
     "complex": (stream().to(torch.complex64), "torch.complex64", "float"),
+    "float8": (stream().to(torch.float8_e4m3fn), "torch.float8_e4m3fn", "float64, float32, float16 or bfloat16"),
+    "sparse": (stream().to_sparse(), f"(2, 2, {HIDDEN})", "a dense tensor"),
+    "nested": (nested([stream()[0], stream(seq=1)[0]], layout=torch.jagged), "a nested tensor", "a dense tensor"),
     "width": (stream(width=HIDDEN - 1), f"(2, 2, {HIDDEN - 1})", str(HIDDEN)),
     "device": (stream().to("meta"), "on meta", "on cpu"),
     "no tokens": (stream(seq=0), f"(2, 0, {HIDDEN})", "at least one token"),
@@ -83,8 +87,13 @@ MASKS = {
     "queries": (torch.ones(BATCH, 1, 1, KV_SEQ).bool(), f"({BATCH}, 1, 1, {KV_SEQ})", f"{SEQ}, {KV_SEQ})"),
     "batch": (torch.ones(3, 1, SEQ, KV_SEQ).bool(), f"(3, 1, {SEQ}, {KV_SEQ})", f"({BATCH} or 1, {HEADS} or 1"),
     "heads": (torch.ones(1, 3, SEQ, KV_SEQ).bool(), f"(1, 3, {SEQ}, {KV_SEQ})", f"({BATCH} or 1, {HEADS} or 1"),
-    "integers for each query": (torch.ones(1, 1, SEQ, KV_SEQ).long(), "torch.int64", "bool (True keeps) or floating"),
-    "complex": (torch.ones(1, 1, SEQ, KV_SEQ).cfloat(), "torch.complex64", "bool (True keeps) or floating"),
+    "integers for each query": (torch.ones(1, 1, SEQ, KV_SEQ).long(), "torch.int64", "bool (True keeps) or float64"),
+    "complex": (torch.ones(1, 1, SEQ, KV_SEQ).cfloat(), "torch.complex64", "bool (True keeps) or float64"),
+    "float8": (
+        torch.zeros(1, 1, SEQ, KV_SEQ).to(torch.float8_e5m2),
+        "torch.float8_e5m2",
+        "bool (True keeps) or float64",
+    ),
     "complex padding": (torch.ones(BATCH, KV_SEQ).cfloat(), "torch.complex64", "bool or integers"),
     "device": (torch.ones(BATCH, KV_SEQ, dtype=torch.bool, device="meta"), "on meta", "on cpu"),
     "tril of ones": (torch.ones(1, 1, SEQ, KV_SEQ).tril(3), "masks nothing", "must be bool"),
@@ -101,6 +110,7 @@ POSITIONS = {
     "floating": (torch.tensor([[3.0, 4.0]]), "torch.float32", "integers"),
     "bool": (torch.tensor([[False, True]]), "torch.bool", "integers"),
     "complex": (torch.tensor([[3, 4]]).cfloat(), "torch.complex64", "integers"),
+    "unsigned": (torch.tensor([[3, 4]]).to(torch.uint64), "torch.uint64", "int64"),
     "one axis": (torch.tensor([3, 4]), "(2,)", f"({BATCH} or 1, {SEQ})"),
     "batch": (torch.arange(SEQ).expand(3, SEQ), f"(3, {SEQ})", f"({BATCH} or 1, {SEQ})"),
     "the cache's too": (torch.arange(KV_SEQ)[None], f"(1, {KV_SEQ})", f"({BATCH} or 1, {SEQ})"),
@@ -113,6 +123,8 @@ WRONG_ARGUMENTS = [
         "hidden_states": HIDDEN_STATES | SHAPES | DTYPES,
         "attention_mask": MASKS,
         "position_ids": POSITIONS,
+        "use_cache": {"string": ("no", "'no'", "True or False"), "mask": (torch.ones(1, 2), "(1, 2)", "True or False")},
+        "output_attentions": {"number": (1, "1", "True or False")},
     }.items()
     for name, case in cases.items()
 ]
@@ -169,7 +181,7 @@ class Decoding:
 
     def refuses(self, argument: str, value: object, given: str, wanted: str) -> None:
         arguments = {"hidden_states": stream(), "past_key_value": self.cache, "use_cache": True} | {argument: value}
-        error = TypeError if wanted == "a tensor" else ValueError
+        error = TypeError if wanted in ("a tensor", "a dense tensor") else ValueError
         for module in (self.layer, self.layer.self_attn):
             check_refusal(lambda module=module: module(**arguments), argument, given, wanted, error)
             self.check_memory()
@@ -276,7 +288,7 @@ PARTS = {
     ],
 )
 def test_parts(make: Callable[[], nn.Module], value: Any, given: str, wanted: str, training: bool) -> None:
-    error = TypeError if wanted == "a tensor" else ValueError
+    error = TypeError if wanted in ("a tensor", "a dense tensor") else ValueError
     check_refusal(lambda: make().train(training)(value), "hidden_states", given, wanted, error)
 
 
@@ -296,10 +308,14 @@ NO_EXPERTS = replace(SMALL, n_routed_experts=None)
         (lambda: DeepseekV2MLP(SMALL, hidden_size=0), "hidden_size", "0", "positive"),
         (lambda: DeepseekV2MLP(SMALL, intermediate_size=-1), "intermediate_size", "-1", "positive"),
         (lambda: DeepseekV2RMSNorm(0), "hidden_size", "0", "positive"),
+        (lambda: DeepseekV2RMSNorm("8"), "hidden_size", "'8'", "positive"),
+        (lambda: DeepseekV2MLP(SMALL, intermediate_size=1.5), "intermediate_size", "1.5", "positive"),
+        (lambda: DeepseekV2RMSNorm(8, eps="1e-6"), "eps", "'1e-6'", "finite"),
         (lambda: DeepseekV2RMSNorm(8, eps=0.0), "eps", "0.0", "at least"),
         (lambda: DeepseekV2RMSNorm(8, eps=float("inf")), "eps", "inf", "finite"),
         (lambda: DeepseekV2RMSNorm(8, eps=float("nan")), "eps", "nan", "finite"),
         (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(0), "batch", "0", "at least one"),
+        (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(True), "batch", "True", "at least one"),
         (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(1, capacity=-1), "capacity", "-1", "0 or more"),
     ],
 )
@@ -346,6 +362,18 @@ def test_cache_append(new: Tensor, said: str) -> None:
 def test_cache_append_of_a_list() -> None:
     cache = LatentCache(0, torch.ones(2, 2, 8))
     check_refusal(lambda: cache.append([[1.0]]), "new", "a list of 1", "a tensor", TypeError)
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        (None, "stored is None; wanted a tensor"),
+        (torch.ones(2), r"stored is \(2,\) torch.float32 on cpu; wanted \(batch, kv_seq, \*features\)"),
+    ],
+)
+def test_a_cache_of_what_are_no_tokens(stored: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        LatentCache(0, stored)
 
 
 def test_a_wrong_type_may_be_caught_as_either_error() -> None:
