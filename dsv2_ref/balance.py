@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv2_ref import checks
 from dsv2_ref.capacity import choices_within_budget as choices_within_budget
 from dsv2_ref.capacity import devices_reached as devices_reached
 from dsv2_ref.capacity import experts_of_a_device, sent_to
-from dsv2_ref.checks import require
 from dsv2_ref.loss_free import LossFreeBalancing as LossFreeBalancing
 from dsv2_ref.loss_free import updated_bias as updated_bias
 
@@ -48,10 +48,6 @@ def _frequency_and_score(
 
 def _parts(scores: Tensor, topk_idx: Tensor, seq_aux: bool) -> tuple[Tensor, Tensor]:
     """Each sequence, or all tokens as one, (parts, tokens, experts or top_k)."""
-    require(scores.ndim == 3, "scores", scores, "(batch, seq, experts)")
-    fits = topk_idx.ndim == 3 and topk_idx.shape[:2] == scores.shape[:2]
-    wanted = "(batch, seq, top_k) of the {} sequences of {} tokens in scores"
-    require(fits, "topk_idx", topk_idx, wanted, *scores.shape[:2])
     if seq_aux:
         return scores, topk_idx
     return scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
@@ -91,6 +87,7 @@ def expert_balance_loss(
 
     Source: DeepSeek-V2, equations 23 to 25; ``MoEGate.forward`` of the published code.
     """
+    checks.balance_loss(scores, topk_idx, alpha, ranks)
     frequency, score = _frequency_and_score(scores, topk_idx, seq_aux, ranks)
     return alpha * _mean((frequency * score).sum(dim=1), seq_aux, ranks)
 
@@ -114,6 +111,7 @@ def device_balance_loss(
 
     Source: DeepSeek-V2, equations 26 to 28. No published code has it.
     """
+    checks.balance_loss(scores, topk_idx, alpha, ranks)
     group = experts_of_a_device(scores.shape[-1], devices)
     frequency, score = _frequency_and_score(scores, topk_idx, seq_aux, ranks)
     frequency = frequency.unflatten(1, (devices, group)).mean(dim=2)
@@ -144,9 +142,9 @@ def communication_balance_loss(
 
     Source: DeepSeek-V2, equations 29 to 31. No published code has it.
     """
+    checks.balance_loss(scores, topk_idx, alpha, ranks)
     group = experts_of_a_device(scores.shape[-1], devices)
-    fits, wanted = 1 <= topk_devices <= devices, "from 1 to the {} devices"
-    require(fits, "topk_devices", topk_devices, wanted, devices)
+    checks.devices_of_a_token(topk_devices, devices)
     scores, topk_idx = _parts(scores, topk_idx, seq_aux)
     sent = sent_to(topk_idx, group, devices).to(scores.dtype).sum(dim=1)
     sent, tokens = _over(None if seq_aux else ranks, sent, scores.shape[1])

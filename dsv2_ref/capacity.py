@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dsv2_ref.checks import is_number, require, require_not_negative
+from dsv2_ref import checks
 
 if TYPE_CHECKING:
     from dsv2_ref.parallel import Ranks
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 def experts_of_a_device(experts: int, devices: int) -> int:
     """How many experts each device holds; ValueError unless ``devices`` divides."""
-    divides = devices >= 1 and experts % devices == 0
-    require(divides, "devices", devices, "a divisor of the {} experts", experts)
+    checks.experts_by_device(experts, devices)
     return experts // devices
 
 
@@ -39,6 +38,7 @@ def devices_reached(
     Source: DeepSeek-V2, section 2.2.2.
     """
     group = experts_of_a_device(experts, devices)
+    checks.choices(topk_idx, experts)
     return sent_to(topk_idx, group, devices).sum(dim=-1)
 
 
@@ -77,11 +77,7 @@ def choices_within_budget(
     Source: DeepSeek-V2, section 2.2.4.
     """
     group = experts_of_a_device(experts, devices)
-    require_not_negative("capacity_factor", capacity_factor)
-    sizes = topk_idx.shape
-    require(affinity.shape == sizes, "affinity", affinity, "{}", tuple(sizes))
-    fits = protected is None or protected.shape == sizes[:1]
-    require(fits, "protected", protected, "None or one for each of {} tokens", sizes[0])
+    checks.budgets(topk_idx, affinity, experts, capacity_factor, protected)
     budget = int(capacity_factor * topk_idx.numel() / devices)
     if protected is not None:
         affinity = affinity.masked_fill(protected[:, None], float("inf"))
@@ -128,12 +124,8 @@ class TokenDropping:
         exempt: float = 0.1,
         generator: torch.Generator | None = None,
     ) -> None:
+        checks.dropping(model, capacity_factor, exempt, generator)
         gates = [gate for gate in model.modules() if getattr(gate, "n_group", 1) > 1]
-        wanted = "gates with more than one n_group, which are the devices"
-        require(len(gates) > 0, "model", model, wanted)
-        require_not_negative("capacity_factor", capacity_factor)
-        fits = is_number(exempt) and 0 <= exempt <= 1
-        require(fits, "exempt", exempt, "from 0 to 1")
         self.capacity_factor, self.exempt = capacity_factor, exempt
         self.generator = generator
         self.hooks = [gate.register_forward_hook(self._drop) for gate in gates]

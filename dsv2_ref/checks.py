@@ -303,12 +303,12 @@ def expert_blocks(width: int, block: int) -> None:
     require(width % block == 0, "weights", "fp8", wanted)
 
 
-def is_module(module: object) -> None:
+def is_module(module: object, name: str = "module") -> None:
     """Reject what is not a module, such as None or a state dict."""
     from torch import nn
 
     if not isinstance(module, nn.Module):
-        reject("module", module, "a torch.nn.Module", WrongTypeError)
+        reject(name, module, "a torch.nn.Module", WrongTypeError)
 
 
 FLOATS = "float64, float32, float16 or bfloat16"
@@ -868,6 +868,83 @@ def generation(
     require(whole, "attention_mask", attention_mask, "True everywhere, without padding, where there is a policy")
 
 
+# Balance
+
+
+def choices(topk_idx: "Tensor", experts: int) -> None:
+    """Reject what does not choose among so many experts."""
+    import torch
+
+    require_tensor(topk_idx, "topk_idx")
+    integers = topk_idx.dtype in (torch.int32, torch.int64)
+    require(integers, "topk_idx", topk_idx, "integers, the numbers of experts")
+    if topk_idx.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, what counts them asserts it
+        inside = ((topk_idx >= 0) & (topk_idx < experts)).all()
+        require_values(inside, "topk_idx", "beyond the experts somewhere", f"from 0 to {experts - 1}")
+
+
+def balance_loss(scores: "Tensor", topk_idx: "Tensor", alpha: object, ranks: object) -> None:
+    """Check of the balance losses. One of several ranks may have no sequences."""
+    require_tensor(scores, "scores")
+    fits = scores.ndim == 3 and scores.is_floating_point()
+    fits = fits and (scores.numel() > 0 or (ranks is not None and scores.shape[1:].numel() > 0))
+    require(fits, "scores", scores, "(batch, seq, experts), floating point and with at least one token")
+    choices(topk_idx, scores.shape[2])
+    fits = topk_idx.ndim == 3 and topk_idx.shape[:2] == scores.shape[:2] and topk_idx.shape[2] > 0
+    wanted = "(batch, seq, top_k) of the {} sequences of {} tokens in scores"
+    require(fits, "topk_idx", topk_idx, wanted, *scores.shape[:2])
+    require_not_negative("alpha", alpha)
+
+
+def experts_by_device(experts: int, devices: object) -> None:
+    """Reject devices that cannot share the experts evenly."""
+    divides = isinstance(devices, int) and is_int(devices, 1) and experts % devices == 0
+    require(divides, "devices", devices, "a divisor of the {} experts", experts)
+
+
+def devices_of_a_token(topk_devices: object, devices: int) -> None:
+    """Check of ``topk_devices`` of `dsv2_ref.balance.communication_balance_loss`."""
+    require(is_int(topk_devices, 1, devices), "topk_devices", topk_devices, "from 1 to the {} devices", devices)
+
+
+def budgets(topk_idx: "Tensor", affinity: "Tensor", experts: int, factor: object, protected: "Tensor | None") -> None:
+    """Check of `dsv2_ref.capacity.choices_within_budget`."""
+    import torch
+
+    require_not_negative("capacity_factor", factor)
+    choices(topk_idx, experts)
+    require(topk_idx.ndim == 2, "topk_idx", topk_idx, "(tokens, top_k)")
+    require_tensor(affinity, "affinity")
+    require(affinity.shape == topk_idx.shape, "affinity", affinity, "{}", tuple(topk_idx.shape))
+    if protected is not None:
+        require_tensor(protected, "protected")
+        fits = protected.shape == topk_idx.shape[:1] and protected.dtype == torch.bool
+        require(fits, "protected", protected, "None or one for each of {} tokens, bool", len(topk_idx))
+
+
+def dropping(model: Any, capacity_factor: object, exempt: object, generator: object) -> None:
+    """Check of `dsv2_ref.capacity.TokenDropping`."""
+    from torch import Generator
+
+    is_module(model, "model")
+    grouped = any(getattr(gate, "n_group", 1) > 1 for gate in model.modules())
+    require(grouped, "model", model, "gates with more than one n_group, which are the devices")
+    require_not_negative("capacity_factor", capacity_factor)
+    require(is_number(exempt) and 0 <= exempt <= 1, "exempt", exempt, "from 0 to 1")  # type: ignore[operator]
+    drawn = generator is None or isinstance(generator, Generator)
+    require(drawn, "generator", generator, "None or a torch.Generator")
+
+
+def loads(bias: "Tensor", load: "Tensor", speed: object) -> None:
+    """Check of `dsv2_ref.loss_free.updated_bias`."""
+    require_tensor(bias, "bias")
+    require(bias.ndim == 1 and bias.is_floating_point(), "bias", bias, "(experts,), floating point")
+    require_tensor(load, "load")
+    fits = load.shape == bias.shape and load.device == bias.device
+    require(fits, "load", load, "{} on {}, as the bias", tuple(bias.shape), bias.device)
+    require_not_negative("speed", speed)
+
+
 # Many ranks
 
 
@@ -884,6 +961,19 @@ def process_groups(**groups: Any) -> None:
             require(group.ndim == 1, name, tuple(group.shape), wanted)
         elif group is not None and not isinstance(group, dist.ProcessGroup):
             reject(name, group, "a process group or a DeviceMesh of which this rank is one", WrongTypeError)
+
+
+def exchanged(rows: Any, choices: Any, top_k: int) -> None:
+    """Check of `dsv2_ref.accounting.exchange_bytes`: a square of numbers each, of tokens and of their choices."""
+    for name, counts in (("rows", rows), ("choices", choices)):
+        square = isinstance(counts, list | tuple) and 0 < len(counts) == len(rows)
+        square = square and all(isinstance(row, list | tuple) and len(row) == len(rows) for row in counts)
+        fits = square and all(is_int(number, 0) for row in counts for number in row)
+        require(fits, name, counts, "for each rank a list of integers, 0 or more, one for each rank")
+    for there, chosen in zip(rows, choices, strict=True):
+        for number, several in zip(there, chosen, strict=True):
+            wanted = "from {} to {}: each of {} tokens has 1 to {} experts there"
+            require(number <= several <= top_k * number, "choices", several, wanted, number, top_k * number, number, top_k)
 
 
 def expert_share(rank: object, size: object) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from dsv2_ref.checks import require, require_not_negative
+from dsv2_ref import checks
 from dsv2_ref.recompute import is_recomputing
 
 
@@ -20,6 +20,7 @@ def updated_bias(
 
     Source: Wang et al. (2024), algorithm 1; DeepSeek-V3, section 2.1.2.
     """
+    checks.loads(bias, load, speed)
     load = load.to(bias.dtype)
     return bias + speed * (load.mean() - load).sign()
 
@@ -46,13 +47,14 @@ class LossFreeBalancing:
     """
 
     def __init__(self, model: nn.Module, speed: float = 0.001) -> None:
+        checks.is_module(model, "model")
         named = {
             name: gate
             for name, gate in model.named_modules()
             if getattr(gate, "e_score_correction_bias", None) is not None
         }
-        require(len(named) > 0, "model", model, "gates with topk_method noaux_tc")
-        require_not_negative("speed", speed)
+        checks.require(bool(named), "model", model, "gates with topk_method noaux_tc")
+        checks.require_not_negative("speed", speed)
         self.speed, self.gates = speed, named
         self.loads = {
             name: torch.zeros_like(gate.e_score_correction_bias, dtype=torch.long)

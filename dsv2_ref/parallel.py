@@ -129,6 +129,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def share_experts(module: Module, rank: int, size: int) -> Module:
     """Keep the experts of one of ``size`` ranks, in place, before anything is known of
     the others."""
+    checks.is_module(module)
     checks.expert_share(rank, size)
     mixtures = [part for part in module.modules() if isinstance(part, DeepseekV2MoE)]
     for mixture in mixtures:
@@ -177,6 +178,7 @@ def parallelize_experts(
 
     Source: DeepSeek-V2, section 3.1.3; the steps are those of torchtitan.
     """
+    checks.is_module(module)
     checks.process_groups(group=group, replicas=replicas)
     found = _group(dist.group.WORLD if group is None else group)
     copies = _group(replicas)
@@ -266,6 +268,7 @@ def average_gradients(module: nn.Module) -> Float[Tensor, ""]:
     stays None.
     ``torch.nn.utils.clip_grads_with_norm_`` takes the norm.
     """
+    checks.is_module(module)
     shared = _shared(module)
     checks.require(bool(shared), "module", module, "one of `parallelize_experts`")
     ranks, total_norm = checks.known_ranks(shared[0]), nn.utils.get_total_norm

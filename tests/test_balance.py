@@ -1,5 +1,6 @@
 """The paper's three balance losses, the devices a token reaches, and dropping: by hand, against a slow reading, by property."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -187,6 +188,15 @@ def test_the_budget_is_the_devices_not_the_experts() -> None:
     assert (~choices_within_budget(chosen, torch.rand(4, 2), experts=4, devices=4)).sum(0).tolist() == [2, 1]
 
 
+def losses(seq_aux: bool = True) -> list[Callable[..., Tensor]]:
+    """The three, of scores and choices."""
+    return [
+        lambda scores, chosen: expert_balance_loss(scores, chosen, 1.0, seq_aux),
+        lambda scores, chosen: device_balance_loss(scores, chosen, 1.0, 2, seq_aux),
+        lambda scores, chosen: communication_balance_loss(scores, chosen, 1.0, 2, 2, seq_aux),
+    ]
+
+
 def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
     with pytest.raises(ValueError, match="devices is 3; wanted a divisor of the 4 experts"):
         device_balance_loss(SCORES, CHOSEN, 1.0, devices=3)
@@ -207,6 +217,41 @@ def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
     ):
         with pytest.raises(ValueError, match=r"topk_idx is \(1, 1, 2\).*of the 1 sequences of 2 tokens in scores"):
             loss()
+    for seq_aux in (True, False):
+        for scores, chosen in ((SCORES[:0], CHOSEN[:0]), (SCORES[:, :0], CHOSEN[:, :0])):
+            for loss in losses(seq_aux):
+                with pytest.raises(ValueError, match=r"scores is \(.*0.*; wanted .*with at least one token"):
+                    loss(scores, chosen)
+    wrong: dict[str, tuple[object, object]] = {
+        "scores is None; wanted a tensor": (None, CHOSEN),
+        "topk_idx is None; wanted a tensor": (SCORES, None),
+        r"topk_idx is \(1, 2, 2\) torch.float64.*; wanted integers": (SCORES, CHOSEN.double()),
+        r"topk_idx is \(1, 2, 0\).*; wanted \(batch, seq, top_k\)": (SCORES, CHOSEN[..., :0]),
+        "topk_idx is beyond the experts somewhere; wanted from 0 to 3": (SCORES, CHOSEN + 1),
+        "topk_idx is beyond the experts somewhere; .*": (SCORES, CHOSEN - 1),
+    }
+    for said, routed_wrongly in wrong.items():
+        for loss in losses():
+            with pytest.raises(ValueError, match=said):
+                loss(*routed_wrongly)
+    for alpha in (None, float("nan"), -1.0):
+        with pytest.raises(ValueError, match=f"alpha is {alpha}; wanted a finite number, 0 or more"):
+            expert_balance_loss(SCORES, CHOSEN, alpha)
+    for devices in (None, 2.0):
+        with pytest.raises(ValueError, match=f"devices is {devices}; wanted a divisor of the 4 experts"):
+            device_balance_loss(SCORES, CHOSEN, 1.0, devices)
+        with pytest.raises(ValueError, match=f"topk_devices is {devices}; wanted from 1 to the 2 devices"):
+            communication_balance_loss(SCORES, CHOSEN, 1.0, 2, devices)
+    for count in (
+        lambda idx: devices_reached(idx, 4, 2),
+        lambda idx: choices_within_budget(idx, SCORES[0, :, :2], 4, 2),
+    ):
+        with pytest.raises(ValueError, match="topk_idx is beyond the experts somewhere; wanted from 0 to 3"):
+            count(CHOSEN[0] + 1)
+    with pytest.raises(ValueError, match=r"topk_idx is \(1, 2, 2\).*; wanted \(tokens, top_k\)"):
+        choices_within_budget(CHOSEN, SCORES[..., :2], 4, 2)
+    with pytest.raises(ValueError, match=r"protected is \(2,\) torch.int64.*; wanted None or one for each of 2 tokens"):
+        choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, protected=torch.ones(2).long())
     with pytest.raises(ValueError, match=r"affinity is \(2, 4\).*; wanted \(2, 2\)"):
         choices_within_budget(CHOSEN[0], SCORES[0], 4, 2)
     with pytest.raises(ValueError, match=r"protected is \(3,\).*; wanted None or one for each of 2 tokens"):
@@ -275,3 +320,8 @@ def test_dropping_wants_devices_and_shares(as_shipped: None) -> None:
         TokenDropping(MoEGate(GROUPED), None)
     with pytest.raises(ValueError, match=r"exempt is '0\.1'; wanted from 0 to 1"):
         TokenDropping(MoEGate(GROUPED), exempt="0.1")
+    with pytest.raises(ValueError, match=r"generator is 7; wanted None or a torch\.Generator"):
+        TokenDropping(MoEGate(GROUPED), generator=7)
+    for model in (None, {}):
+        with pytest.raises(TypeError, match=r"model is .*; wanted a torch\.nn\.Module"):
+            TokenDropping(model)

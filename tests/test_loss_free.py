@@ -1,6 +1,7 @@
 """Balance without a loss: the bias of DeepSeek-V3's gate, and what moves it."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -148,3 +149,25 @@ def test_a_model_without_such_a_gate_and_a_negative_speed_are_rejected() -> None
     for speed in (-0.001, float("inf"), float("nan"), None):
         with pytest.raises(ValueError, match=f"speed is {speed}; wanted a finite number, 0 or more"):
             LossFreeBalancing(MoEGate(BIASED), speed=speed)
+    for model in (None, {}):
+        with pytest.raises(TypeError, match=r"model is .*; wanted a torch\.nn\.Module"):
+            LossFreeBalancing(model)
+
+
+@pytest.mark.parametrize(
+    ("bias", "load", "speed", "said"),
+    [
+        (torch.zeros(4), torch.ones(1), 0.1, r"load is \(1,\) .*; wanted \(4,\) on cpu, as the bias"),
+        (torch.zeros(4), torch.ones(4, 4), 0.1, r"load is \(4, 4\) .*; wanted \(4,\)"),
+        (torch.zeros(4), [1, 2, 3, 4], 0.1, "load is a list of 4; wanted a tensor"),
+        (None, torch.ones(4), 0.1, "bias is None; wanted a tensor"),
+        (torch.zeros(4).long(), torch.ones(4), 0.1, r"bias is \(4,\) torch.int64 .*; wanted \(experts,\), floating"),
+        (torch.zeros(4), torch.ones(4), float("inf"), "speed is inf; wanted a finite number, 0 or more"),
+        (torch.zeros(4), torch.ones(4), None, "speed is None; wanted a finite number, 0 or more"),
+    ],
+)
+def test_a_load_that_does_not_fit_the_bias_is_rejected(
+    bias: Any, load: Any, speed: Any, said: str, as_shipped: None
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        updated_bias(bias, load, speed)

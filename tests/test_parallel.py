@@ -31,7 +31,7 @@ from dsv2_ref.accounting.communication import (
     ranks_reached,
 )
 from dsv2_ref.capacity import devices_reached
-from dsv2_ref.parallel import Ranks, parallelize_experts, share_experts
+from dsv2_ref.parallel import Ranks, average_gradients, parallelize_experts, share_experts
 from dsv2_ref.quantize import quantize
 from experiments import parallel as experiment
 from experiments.processes import together
@@ -329,6 +329,35 @@ def test_communication_wants_ranks_that_can_share() -> None:
         ranks_reached(DeepseekV2Config.deepseek_v3(), 8)
 
 
+@pytest.mark.parametrize(
+    ("rows", "choices", "said"),
+    [
+        (None, None, "rows is None; wanted for each rank a list of integers, 0 or more, one for each rank"),
+        ([[0, 1]], [[0, 1]], "rows is a list of 1; wanted for each rank a list"),
+        ([[0, 1], [0]], [[0, 1], [0, 0]], "rows is a list of 2; wanted for each rank a list"),
+        ([[0, 1], [1, 0]], [[0, 1]], "choices is a list of 1; wanted for each rank a list"),
+        ([[0, -1], [1, 0]], [[0, 1], [1, 0]], "rows is a list of 2; wanted .* 0 or more"),
+        ([[0, 1.5], [1, 0]], [[0, 2], [1, 0]], "rows is a list of 2; wanted .* integers"),
+        ([[0, 9], [1, 0]], [[0, 1], [1, 0]], "choices is 1; wanted from 9 to 54: each of 9 tokens has 1 to 6 experts"),
+        ([[0, 1], [1, 0]], [[0, 7], [1, 0]], "choices is 7; wanted from 1 to 6: each of 1 tokens has 1 to 6 experts"),
+        ([[0] * 3] * 3, [[0] * 3] * 3, "ranks is 3; wanted a divisor of the 160 experts"),
+    ],
+)
+def test_counts_that_no_ranks_could_send_are_rejected(rows: Any, choices: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        exchange_bytes(DeepseekV2Config.deepseek_v2(), Call(), rows, choices)
+
+
+def test_no_training_step_sends_for_a_cache() -> None:
+    v2, call = DeepseekV2Config.deepseek_v2(), Call(kv=5)
+    for sent in (
+        lambda: bytes_per_token(v2, call, 8, training=True),
+        lambda: exchange_bytes(v2, call, [[0]], [[0]], training=True),
+    ):
+        with pytest.raises(ValueError, match="kv is 5; wanted the 1 new tokens: training has no cache"):
+            sent()
+
+
 # Checkpoints
 
 
@@ -407,6 +436,10 @@ def test_what_is_not_plain_is_not_shared() -> None:
     hooked.experts.register_forward_hook(print)
     with pytest.raises(ValueError, match="experts is a RoutedExperts; wanted RoutedExperts as they were built"):
         share_experts(hooked, 0, 2)
+    for wrong in (None, {}):
+        for share in (lambda w: share_experts(w, 0, 2), parallelize_experts, average_gradients):
+            with pytest.raises(TypeError, match=r"module is .*; wanted a torch\.nn\.Module"):
+                share(wrong)
     with pytest.raises(ValueError, match="there are no process groups; wanted torch"):
         parallelize_experts(cases.CASES["greedy"].build())
 

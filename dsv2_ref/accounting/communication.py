@@ -12,8 +12,8 @@ from math import comb
 from dsv2_ref.accounting.call import Call, Counts, moe_layers, require_layer
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.stored import model_weight_bytes, weight_bytes
-from dsv2_ref.accounting.training import state_bytes
-from dsv2_ref.checks import is_int, require
+from dsv2_ref.accounting.training import require_training, state_bytes
+from dsv2_ref.checks import exchanged, is_int, require
 from dsv2_ref.config import DeepseekV2Config
 
 COUNTS = 2 * 8
@@ -101,7 +101,15 @@ def exchange_bytes(
         rows: ``rows[i][j]``, tokens of rank i that have experts on rank j.
         choices: ``choices[i][j]``, their experts there.
         training: count the backward pass as well.
+
+    Raises:
+        ValueError: unless both are squares of integers in which each token has 1 to k experts, for a number of ranks
+            that cannot share the experts, and in training for a call that is no training step.
     """
+    exchanged(rows, choices, Sizes.of(config).k)
+    _require_ranks(config, len(rows))
+    if training:
+        require_training(call)
     ranks = range(len(rows))
     sent = [[0] * len(rows) for _ in ranks]
     for i in ranks:
@@ -124,8 +132,10 @@ def bytes_per_token(config: DeepseekV2Config, call: Call, ranks: int, training: 
     Both without the counts, which are `COUNTS` bytes for each other rank and call.
 
     Raises:
-        ValueError: for ranks that cannot share the experts.
+        ValueError: for ranks that cannot share the experts, and in training for a call that is no training step.
     """
+    if training:
+        require_training(call)
     most = min(most_ranks_reached(config, ranks), ranks - 1)
     k, elsewhere = Sizes.of(config).k, (ranks - 1) / ranks
     found = {"most": float(sum(bytes_of_travel(config, call, most, k if most else 0, training)))}
