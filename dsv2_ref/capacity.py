@@ -108,7 +108,8 @@ class TokenDropping:
         capacity_factor: budget over an even share; the paper's is 1.
         exempt: part of the sequences of which nothing is dropped; the paper's is about
             a tenth.
-        generator: draws the exempt sequences, on the CPU; None is torch's own.
+        generator: draws the exempt sequences, on the CPU; None is a new one with
+            torch's seed, so that dropout repeats itself where layers run again.
 
     Raises:
         ValueError: for a model without a gate that has groups, a factor that is negative
@@ -127,6 +128,8 @@ class TokenDropping:
         checks.dropping(model, capacity_factor, exempt, generator)
         gates = [gate for gate in model.modules() if getattr(gate, "n_group", 1) > 1]
         self.capacity_factor, self.exempt = capacity_factor, exempt
+        if generator is None:  # not torch's: what follows would repeat other numbers
+            generator = torch.Generator("cpu").manual_seed(torch.initial_seed())
         self.generator = generator
         self.hooks = [gate.register_forward_hook(self._drop) for gate in gates]
         self.step()

@@ -283,9 +283,9 @@ def test_dropped_choices_weigh_nothing_and_push_nothing() -> None:
 
 
 def test_exempt_sequences_are_drawn_once_for_each_step_and_are_a_tenth() -> None:
+    torch.manual_seed(0)
     model = nn.ModuleList(MoEGate(GROUPED) for _ in range(2))
     dropping, x = TokenDropping(model, 0.0), torch.randn(50, 4, GROUPED.hidden_size)
-    torch.manual_seed(0)
     drawn = []
     for _ in range(40):
         exempt = [gate(x)[1].view(50, 12).bool().any(dim=1) for gate in (*model, *model)]  # a budget of nothing

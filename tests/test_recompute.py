@@ -24,6 +24,7 @@ from dsv2_ref import (
     recompute,
 )
 from dsv2_ref.balance import LossFreeBalancing
+from dsv2_ref.capacity import TokenDropping
 from dsv2_ref.checks import CHECKPOINTING
 from dsv2_ref.quantize import quantize
 from dsv2_ref.recompute import checkpointed
@@ -108,6 +109,22 @@ def test_gradients_are_those_of_a_model_that_keeps_everything(name: str, mode: s
     if "dropout" in name:
         model.model.layers[0].self_attn.attention_dropout = 0.0
         assert not same(gradients(model, mode), wanted)
+
+
+@modes
+def test_exempt_sequences_take_no_random_numbers_from_dropout(mode: str) -> None:
+    """They are drawn once, and dropout in a later layer of the same checkpoint repeats itself all the same."""
+    model = model_of(**LIMITED, attention_dropout=0.3, first_k_dense_replace=0)
+
+    def step(run: Callable[..., Any]) -> Gradients:
+        model.zero_grad()
+        torch.manual_seed(2)
+        dropping = TokenDropping(model, 0.8, 0.5)
+        run(tokens())[0].square().mean().backward()
+        dropping.remove()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    assert same(step(checkpointed(model, mode)), step(model))
 
 
 @modes
