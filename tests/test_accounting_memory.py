@@ -78,8 +78,7 @@ def of_layer(
 
 
 def of_model(config: DeepseekV2Config, call: acc.Call, training: bool = False, checkpointing: str | None = None) -> int:
-    """All layers run. An embedding that is the head too is built as two, as it would get two gradients."""
-    config = replace(config, tie_word_embeddings=False)
+    """All layers run."""
     with torch.device(device(config, call)):
         model = DeepseekV2ForCausalLM(config).to(DTYPES[call.dtype]).train(training)
         ids = torch.zeros(call.batch, call.seq, dtype=torch.long)
@@ -303,10 +302,15 @@ def test_more_takes_more(config: DeepseekV2Config, batch: int, seq: int, past: i
         assert held(prompt, training=True, checkpointing="full") <= held(prompt, training=True)
 
 
-def test_head_and_embedding_in_one_matrix_take_no_activation_more() -> None:
-    tied, call = replace(TINY, tie_word_embeddings=True), acc.Call(batch=2, seq=24, kv=24)
-    for training in (False, True):
-        assert acc.activation_peak(tied, call, None, training) == acc.activation_peak(TINY, call, None, training)
+@pytest.mark.parametrize("seq", [4, 96])
+def test_head_and_embedding_in_one_matrix_have_two_gradients(seq: int) -> None:
+    """The head's waits for the embedding's, of as many elements as a large vocabulary has."""
+    tied = replace(TINY, tie_word_embeddings=True, vocab_size=2048)
+    apart, call = replace(tied, tie_word_embeddings=False), acc.Call(seq=seq, kv=seq, dtype="float32")
+    assert acc.activation_peak(tied, call) == acc.activation_peak(apart, call)
+    counted, without = (acc.activation_peak(one, call, None, True) for one in (tied, apart))
+    assert counted == pytest.approx(of_model(tied, call, True), rel=1e-3)
+    assert counted >= without + 4 * 2048 * TINY.hidden_size
 
 
 @pytest.mark.parametrize("mode", [None, *thorough(*acc.CHECKPOINTING)])

@@ -7,7 +7,8 @@ the Triton kernels; the fused attention of torch does, which never writes its sc
 
 Not counted: weights and their gradients, the optimizer, the input of a layer, the cache, the loss and its gradient, and
 what an operation uses inside its own kernel. A sum of gradients counts as a new tensor, as it is where operations are
-watched; autograd alone may add in place, and then needs less.
+watched; autograd alone may add in place, and then needs less. A matrix that is both embedding and head has two gradients
+to add, of which one and the sum count here.
 
 All layers of a kind cost the same, so one of each kind is run: a model of any depth takes as long as a model of two.
 """
@@ -71,9 +72,13 @@ class LiveBytes(TorchDispatchMode):
         """Count ``size`` more bytes from the operation ``start`` up to ``stop``."""
         self.totals[start:stop] = [total + size for total in self.totals[start:stop]]
 
+    def made(self, x: Shaped[Tensor, "..."]) -> tuple[int, int]:
+        """The operation that made a tensor, which is alive, and the bytes of it."""
+        return self._alive[x.untyped_storage()._cdata]
+
     def leave_out(self, x: Shaped[Tensor, "..."]) -> None:
         """Do not count a tensor, which is alive, since it was made."""
-        start, size = self._alive[x.untyped_storage()._cdata]
+        start, size = self.made(x)
         self.add(-size, start)
 
 
@@ -129,7 +134,7 @@ def _require_followable(config: DeepseekV2Config, call: Call) -> None:
 def as_run(config: DeepseekV2Config, call: Call) -> DeepseekV2Config:
     """The configuration of the layers that run in place of those that are counted."""
     implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
-    # A tied head differs by the gradient of a weight.
+    # What a tied head takes more is added by `_of_model`.
     return replace(config, mla_form=call.form, _attn_implementation=implementation, tie_word_embeddings=False)
 
 
@@ -184,7 +189,7 @@ def _of_layer(
     return live
 
 
-def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointing: str | None) -> LiveBytes:
+def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointing: str | None, tied: bool) -> LiveBytes:
     """The last layer of each kind runs. What the layers before it keep for the backward pass is added while it runs; no
     other layer of its kind has as much beside it."""
     (last, alike), *others = layers_alike(config)
@@ -220,17 +225,22 @@ def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointin
     skipped += [(index - last - 1) * kept[-1] for index, _ in others]
     for index, size in enumerate(skipped):
         live.add(size, starts[index][0], ends.get(index))
+    head = model.lm_head.weight.grad
+    if tied and head is not None:  # it waits for that of the embedding, and both are added last
+        start, size = live.made(head)
+        live.add(size, start)
+        live.totals.append(live.totals[-1] + size)
     return live
 
 
 def peak(config: DeepseekV2Config, call: Call, layer_idx: int | None, training: bool, checkpointing: str | None) -> int:
     """See `activation_peak`, which has checked the arguments and chosen the form."""
     _require_followable(config, call)
-    config = as_run(config, call)
+    tied, config = config.tie_word_embeddings, as_run(config, call)
     try:
         with without_memory(call, training):
             if layer_idx is None:
-                live = _of_model(config, call, training, checkpointing)
+                live = _of_model(config, call, training, checkpointing, tied)
             else:
                 live = _of_layer(config, call, layer_idx, training, checkpointing)
     except RuntimeError as error:
