@@ -59,7 +59,8 @@ def _mean(
     """The mean over the parts; of sequences, this rank's share of the mean of all."""
     if ranks is None or not seq_aux:
         return losses.mean()
-    return losses.sum() * ranks.total / ranks.sum(losses.new_tensor(float(len(losses))))
+    sequences = ranks.sum(losses.new_tensor(float(len(losses))))
+    return losses.sum() * ranks.total / sequences.clamp(min=1)  # 0 where none has any
 
 
 def _over(
@@ -69,7 +70,7 @@ def _over(
     if ranks is None:
         return counts, tokens
     mean = ranks.sum(torch.cat((counts[0], counts.new_tensor([tokens])))) / ranks.total
-    return mean[None, :-1], mean[-1]
+    return mean[None, :-1], mean[-1].clamp(min=1 / ranks.total)  # of 0, nothing is left
 
 
 def expert_balance_loss(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,12 +189,12 @@ def test_the_budget_is_the_devices_not_the_experts() -> None:
     assert (~choices_within_budget(chosen, torch.rand(4, 2), experts=4, devices=4)).sum(0).tolist() == [2, 1]
 
 
-def losses(seq_aux: bool = True) -> list[Callable[..., Tensor]]:
+def losses(seq_aux: bool = True, ranks: Any = None) -> list[Callable[..., Tensor]]:
     """The three, of scores and choices."""
     return [
-        lambda scores, chosen: expert_balance_loss(scores, chosen, 1.0, seq_aux),
-        lambda scores, chosen: device_balance_loss(scores, chosen, 1.0, 2, seq_aux),
-        lambda scores, chosen: communication_balance_loss(scores, chosen, 1.0, 2, 2, seq_aux),
+        lambda scores, chosen: expert_balance_loss(scores, chosen, 1.0, seq_aux, ranks),
+        lambda scores, chosen: device_balance_loss(scores, chosen, 1.0, 2, seq_aux, ranks),
+        lambda scores, chosen: communication_balance_loss(scores, chosen, 1.0, 2, 2, seq_aux, ranks),
     ]
 
 
@@ -256,6 +257,22 @@ def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
         choices_within_budget(CHOSEN[0], SCORES[0], 4, 2)
     with pytest.raises(ValueError, match=r"protected is \(3,\).*; wanted None or one for each of 2 tokens"):
         choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, protected=torch.ones(3, dtype=torch.bool))
+
+
+class Alone:
+    """A rank without others."""
+
+    total = 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_step_in_which_no_rank_has_tokens_has_a_loss_of_0(as_shipped: None) -> None:
+    for seq_aux in (True, False):
+        for loss in losses(seq_aux, Alone()):
+            assert loss(SCORES[:0], CHOSEN[:0]).item() == 0
+            assert loss(SCORES, CHOSEN).item() > 0
 
 
 # Dropping in training

@@ -225,11 +225,11 @@ def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointin
     skipped += [(index - last - 1) * kept[-1] for index, _ in others]
     for index, size in enumerate(skipped):
         live.add(size, starts[index][0], ends.get(index))
-    head = model.lm_head.weight.grad
-    if tied and head is not None:  # it waits for that of the embedding, and both are added last
+    head, embedding = model.lm_head.weight.grad, model.model.embed_tokens.weight.grad
+    if tied and head is not None and embedding is not None:  # the first waits for the second, and both are added
         start, size = live.made(head)
         live.add(size, start)
-        live.totals.append(live.totals[-1] + size)
+        live.totals.append(live.totals[live.made(embedding)[0]] + size)
     return live
 
 
