@@ -75,7 +75,8 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `to` moves codes and scales as they are; a dtype is that of what they mean.
-        bits = self.codes, self.scales
+        # What a kernel reads beside them, too: float16 could not hold small scales.
+        bits = self.codes, self.scales, self._buffers.get("scales_and_zeros")
 
         def move(x: Tensor) -> Tensor:
             own = any(x is held for held in bits)
@@ -188,6 +189,7 @@ class QuantizedWeight(nn.Module):
         self.require_plain(prefix[:-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.like = self.like.new_empty(0, device=self.codes.device)  # maybe assigned
+        self.kept = None  # of the codes before
 
     def require_plain(self, name: str) -> None:
         """Raise RuntimeError if `pack_weights` has laid the codes out otherwise."""

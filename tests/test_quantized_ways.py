@@ -208,10 +208,27 @@ def test_a_packed_layer_is_the_quantised_one(layer_idx: int, form: str, kind: st
         with pytest.raises(RuntimeError, match="holds packed weights"):
             packed.load_state_dict(DeepseekV2DecoderLayer(CONFIG, layer_idx).state_dict())
         assert all(torch.equal(packed.state_dict()[name], before[name]) for name in before)
+    else:
+        other = quantize(DeepseekV2DecoderLayer(layer.self_attn.config, layer_idx).bfloat16().eval(), kind, 32)
+        packed.load_state_dict(other.state_dict())
+        with ops.plain():
+            torch.testing.assert_close(packed(x)[0], other(x)[0], rtol=0, atol=0)
+        packed.load_state_dict(before)
     elsewhere = copy.deepcopy(packed).to("meta")
     assert not any(held.block_rows for held in elsewhere.modules() if isinstance(held, QuantizedWeight))
     wide = copy.deepcopy(packed).double()
     torch.testing.assert_close(wide(x.double())[0], copy.deepcopy(layer).double()(x.double())[0])
+
+
+@pytest.mark.skipif(not kernel_block_rows(), reason="torch lays codes out in no order that is known here")
+def test_scales_that_float16_cannot_hold_come_through_it() -> None:
+    held = weight("int4", 128, 64)
+    held.scales.mul_(2**-20)
+    lay_out_codes(held)
+    before = held.scales_and_zeros.clone()
+    held.half().bfloat16()
+    assert torch.equal(held.scales_and_zeros, before)
+    assert held.scales_and_zeros.amax() < torch.finfo(torch.float16).smallest_normal
 
 
 @torch.no_grad()
