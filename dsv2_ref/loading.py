@@ -158,20 +158,25 @@ def _fill(
                 continue  # its place has the embedding
             stored: Tensor | None = read_tensor(entry)
             assert stored is not None
+            where = f"{entry.file.name}: tensor {name}"
             if block is not None and entry.code == "F8_E4M3":
                 scales = read_tensor(entries[name + SCALE])
                 if own in codes and codes[own][0].kind == "fp8" and block == (FP8_BLOCK, FP8_BLOCK):
+                    finite = scales.isfinite().all() & (stored.view(torch.uint8) & 127 != 127).all()
+                    require_values(finite, where, "infinite or NaN somewhere, or its scales", "finite numbers")
                     codes[own][0].take(stored, scales, codes[own][1])
                     stored = None
                 else:
                     wide = torch.empty(stored.shape, dtype=torch.float32) if own in codes else targets[own]
-                    dequantize(stored, scales, block, wide)
+                    inside = min(block[0], stored.shape[0]), min(block[1], stored.shape[1])
+                    dequantize(stored, scales, inside, wide)
                     stored = wide if own in codes else None
             if stored is not None and own in codes:
-                finite = stored.isfinite().all()
-                where = f"{entry.file.name}: tensor {name}"
-                require_values(finite, where, "infinite or NaN somewhere", "finite numbers")
-                codes[own][0].fill(stored.to(codes[own][0].like), codes[own][1])
+                like = codes[own][0].like
+                stored = stored.to(like.dtype)  # which may be narrower
+                found = f"infinite or NaN in {like.dtype} somewhere"
+                require_values(stored.isfinite().all(), where, found, "finite numbers")
+                codes[own][0].fill(stored.to(like.device), codes[own][1])
             elif stored is not None:
                 targets[own].copy_(stored)
             if bar is not None:

@@ -36,13 +36,13 @@ class Loading(nn.Module):
             missing += [name for name, *_ in wanted if name not in state_dict]
         for name, held, at in given:
             held.require_plain(name)
-            weight = state_dict.pop(name)
+            weight = state_dict.pop(name).to(held.like.dtype)
             shape = torch.empty(held.shape, device="meta")[at].shape
             if weight.shape != shape:
                 sizes = f"the checkpoint has {tuple(weight.shape)}"
                 errors.append(f"size mismatch for {name}: {sizes}, not {tuple(shape)}.")
             elif not weight.is_meta and not weight.isfinite().all():
-                errors.append(f"{name} is infinite or NaN somewhere.")
+                errors.append(f"{name} is infinite or NaN in {weight.dtype} somewhere.")
             else:
                 if held.codes.is_meta and metadata.get("assign_to_params_buffers"):
                     held.to_empty(device=weight.device)

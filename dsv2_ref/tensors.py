@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from dsv2_ref import files, published
-from dsv2_ref.checks import reject, require_object
+from dsv2_ref.checks import describe, reject, require_object
 
 WEIGHTS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -72,6 +72,7 @@ def read_header(file: files.File) -> dict[str, Entry]:
             known = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) and isinstance(code, str)
         except (TypeError, KeyError, ValueError):
             known = False
+        check(name.isprintable(), f"a tensor has the name {describe(name)}")
         check(known, f"tensor {name} has no dtype, shape and place")
         size = end - start if code not in DTYPES else math.prod(shape) * DTYPES[code].itemsize
         check(end - start == size, f"tensor {name} has {end - start} bytes for {size}")

@@ -305,6 +305,24 @@ def test_eight_bits_without_their_scales(tmp_path: Path) -> None:
         assert_rejected(tmp_path, f"tensor {scale} is {shown}; {wanted}")
 
 
+@pytest.mark.parametrize("weights", KINDS)
+@pytest.mark.parametrize("part", ["", "_scale_inv"])
+def test_eight_bits_that_are_no_numbers_are_not_kept(part: str, weights: str, tmp_path: Path) -> None:
+    eight_bits(tmp_path, saved(tmp_path, NARROW_CONFIGS["v3"]), [128, 128])
+    DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1, weights=weights, group=4)
+    change_weights(tmp_path, lambda stored: stored[NAME + part].view(torch.uint8)[-1, -2:].fill_(255))
+    with pytest.raises(ValueError, match=rf"tensor {NAME} is infinite or NaN .*somewhere.*; wanted finite numbers$"):
+        DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1, weights=weights, group=4)
+
+
+@pytest.mark.parametrize("side", [10**12, 10**30])
+def test_a_block_may_be_larger_than_any_matrix(side: int, tmp_path: Path) -> None:
+    expected = eight_bits(tmp_path, saved(tmp_path, V3_GATE), [128, 128])
+    change_config(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [side, side]})
+    layer = DeepseekV2DecoderLayer.from_pretrained(tmp_path, 1, torch.float32)
+    assert torch.equal(layer.self_attn.o_proj.weight, expected[NAME])
+
+
 def test_what_lies_in_no_blocks_of_a_checkpoint_in_eight_bits(tmp_path: Path) -> None:
     norm = "model.layers.1.input_layernorm.weight"
     eight_bits(tmp_path, saved(tmp_path, V3_GATE), [16, 16])
@@ -430,6 +448,10 @@ def test_tied_weights_that_differ(tmp_path: Path) -> None:
         (lambda b: b.replace(b'"F32"', b'"F16"', 1), r"can be read: tensor \S+ has [0-9]+ bytes for"),
         (lambda b: b.replace(b'"shape"', b'"shapo"', 1), r"can be read: tensor \S+ has no dtype, shape and place"),
         (lambda b: b"<html>" + b[6:], "can be read: its header would have"),
+        (
+            lambda b: b.replace(b'norm.weight"', b'nor\\n.weigh"', 1),
+            r"can be read: a tensor has the name '\S+nor\\n.weigh'",
+        ),
     ],
 )
 def test_damaged_files(damage: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
@@ -847,7 +869,10 @@ def test_how_a_checkpoint_cannot_be_quantised(tmp_path: Path) -> None:
     rejected("group is 16; wanted a divisor of 28, the inputs of q_b_proj, such as 4", weights="int4", group=16)
     rejected("weights is 'fp8'; wanted int8 or int4: 128 does not divide the experts' width 20", weights="fp8")
     change_weights(tmp_path, lambda weights: weights[NAME].mul_(float("nan")))
-    rejected(f"tensor {NAME} is infinite or NaN somewhere; wanted finite", weights="int8")
+    rejected(f"tensor {NAME} is infinite or NaN in torch.float32 somewhere; wanted finite", weights="int8")
+    change_weights(tmp_path, lambda weights: weights[NAME].fill_(1e5))
+    DeepseekV2ForCausalLM.from_pretrained(tmp_path, weights="int8")
+    rejected(f"tensor {NAME} is infinite or NaN in torch.float16", weights="int8", dtype=torch.float16)
     quantize(model, "int8").save_pretrained(tmp_path)
     rejected("weights is 'int8'; wanted None: the checkpoint holds int8 codes", weights="int8")
 

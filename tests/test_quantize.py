@@ -559,8 +559,11 @@ def test_loading_what_does_not_fit() -> None:
         RuntimeError, match=rf"size mismatch for {name}: the checkpoint has \(48, 128\), not \(128, 48\)"
     ):
         target.load_state_dict(weights | {name: weights[name].T})
-    with pytest.raises(RuntimeError, match=rf"{name} is infinite or NaN somewhere"):
+    with pytest.raises(RuntimeError, match=rf"{name} is infinite or NaN in torch.float32 somewhere"):
         target.load_state_dict(weights | {name: weights[name] / 0})
+    half = quantize(layer_of("mla", torch.float16), "int8")
+    with pytest.raises(RuntimeError, match=rf"{name} is infinite or NaN in torch.float16 somewhere"):
+        half.load_state_dict(weights | {name: torch.full_like(weights[name], 1e5)})
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*mlp.experts.9.up_proj.weight"):
         target.load_state_dict(weights | {"mlp.experts.9.up_proj.weight": weights[name]})
     with pytest.raises(RuntimeError, match=r"size mismatch for self_attn.o_proj.weight"):
