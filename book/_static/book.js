@@ -34,7 +34,7 @@ function breakLongTexts(selector, places) {
 
 function setText() {
   // Long names in tables may break where a word in them begins, so that a phone shows more than one column.
-  breakLongTexts("article table code .pre, article table.indextable code", /(?<=[._/=,(])(?=\w)|(?<=[a-z0-9])(?=[A-Z][a-z])/);
+  breakLongTexts("article table code .pre, article table.indextable code", /(?<=[._/=,(])(?=\w)|(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[0-9])(?=[A-Z]{2})/);
   breakLongTexts(".claims td, .claims td p", /(?<=_)(?=[a-z])/);
   // The link to an exercise begins with the space before it.
   for (const link of document.querySelectorAll(".solution > .admonition-title > a")) {

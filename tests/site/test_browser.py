@@ -57,6 +57,22 @@ BESIDE_FORMULAS = """() => {
 OUT_OF_REACH = """() => [...document.querySelectorAll("article pre, article mjx-container[display]")]
     .filter(box => box.checkVisibility() && box.scrollWidth > box.clientWidth && box.tabIndex < 0)
     .map(box => box.textContent.slice(0, 60))"""
+# A heading whose sign for its address stands on a line of its own.
+EMPTY_LINES = """() => [...document.querySelectorAll("article :is(h1, h2, h3)")].filter(heading => {
+    const before = heading.clientHeight;
+    heading.querySelector(".headerlink")?.remove();
+    return heading.clientHeight < before;
+}).map(heading => heading.textContent)"""
+CUT_FORMULAS = """() => [...document.querySelectorAll("article mjx-container")].filter(formula => {
+    if (!formula.checkVisibility()) return false;
+    if (formula.hasAttribute("display")) return formula.scrollWidth > formula.clientWidth;
+    const line = formula.closest("p, li, td, th, dd, figcaption") ?? formula.parentElement;
+    return formula.firstElementChild.getBoundingClientRect().width > line.getBoundingClientRect().width + 1;
+}).map(formula => formula.textContent)"""
+# Six columns have room on a phone; some tables need more.
+CUT_TABLES = """() => [...document.querySelectorAll("article .pst-scrollable-table-container")].filter(box =>
+    box.checkVisibility() && box.querySelector("tr").cells.length <= 6 && box.scrollWidth > box.clientWidth
+).map(box => box.textContent.slice(0, 60))"""
 # Code and signatures are thousands of words that only a class tells apart. Of those with the same classes and colours,
 # around them too, the first stays an element and the others become text, so that each look is judged once: also those of
 # one letter, whose contrast axe-core leaves open.
@@ -227,6 +243,10 @@ def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
     found["solutions that do not unfold"] = shut_solutions(page)
     page.evaluate(UNFOLD)
     page.evaluate(TWO_FRAMES)
+    if name in CHAPTERS:
+        found["formulas cut on a phone"] = page.evaluate(CUT_FORMULAS)
+        found["tables cut on a phone"] = page.evaluate(CUT_TABLES)
+        found["headings with an empty line"] = page.evaluate(EMPTY_LINES)
     found["wider than a phone once unfolded"] = page.evaluate(f"{TOO_WIDE} ? [document.title] : []")
     found["wide and out of a keyboard's reach"] = page.evaluate(OUT_OF_REACH)
     # Before axe-core fetches styles, and complains where it cannot.

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
@@ -94,4 +95,16 @@ def test_on_paper_there_are_the_picture_and_the_table(browser: Browser, origin: 
     expect(tab.locator("[data-figure=clocks] form")).to_be_hidden()
     expect(tab.locator("[data-figure=clocks] table")).to_be_visible()
     expect(tab.locator("[data-figure=clocks] svg").first).to_be_visible()
+    tab.context.close()
+
+
+@pytest.mark.parametrize(("width", "rows"), [(1280, 1), (390, 2)])
+def test_the_clocks_stand_in_full_rows_below_the_controls(browser: Browser, origin: str, width: int, rows: int) -> None:
+    tab = opened(browser, origin, "rope", viewport={"width": width, "height": 900})
+    tab.wait_for_selector(".clocks .clock")
+    tops = [box["y"] for clock in tab.locator(".clock").all() if (box := clock.bounding_box())]
+    controls = tab.locator("[data-figure=clocks] .figure-controls").bounding_box()
+    assert len(set(tops)) == rows
+    assert controls
+    assert min(tops) >= controls["y"] + controls["height"] + 8
     tab.context.close()

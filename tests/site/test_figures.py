@@ -52,6 +52,22 @@ def opened(browser: Browser, origin: str, page: str, **settings: Any) -> Page:
     return tab
 
 
+@pytest.mark.parametrize(("page", "figure"), PAGES)
+def test_the_text_after_a_figure_keeps_a_distance(browser: Browser, origin: str, page: str, figure: str) -> None:
+    tab = opened(browser, origin, page)
+    tab.wait_for_selector(f"[data-figure={figure}] button")
+    gap = tab.evaluate(
+        """figure => {
+            const after = document.createElement("p"), root = document.querySelector(`[data-figure=${figure}]`);
+            root.after(after);
+            return after.getBoundingClientRect().top - root.lastElementChild.previousElementSibling.getBoundingClientRect().bottom;
+        }""",
+        figure,
+    )
+    assert gap >= 16
+    tab.context.close()
+
+
 def test_the_cache_figure_shows_what_python_counts(browser: Browser, origin: str) -> None:
     tab = opened(browser, origin, "decoding")
     tab.wait_for_selector("#cache-model")
