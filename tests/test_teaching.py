@@ -1,11 +1,13 @@
 """What a chapter asks of its reader, and the words in which it speaks."""
 
+import inspect
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from dsv2_ref import DeepseekV2Attention
 from experiments import cast, trained
 from tools import budget
 
@@ -62,6 +64,22 @@ def test_a_chapter_says_how_long_it_takes(path: Path) -> None:
     assert titles
     for title in titles:
         assert re.match(r"(By hand|Find the bug|Write it|Explore) ★{1,3} \d+ min: ", title), title
+
+
+def test_what_the_text_names_of_the_forward_pass_stands_in_it() -> None:
+    """The guide above its listing, and the four lines that another chapter quotes."""
+    code = inspect.getsource(DeepseekV2Attention.forward)
+    decoding = nbformat.read(budget.BOOK / "decoding.ipynb", as_version=4).cells
+    (guide,) = (cell.source for cell in decoding if "Here is the whole forward pass" in cell.source)
+    named = re.findall(r"`([^`]+)`(?!\()", re.sub(r"\{\w+\}`[^`]*`", "", guide))
+    assert len(named) > 10
+    assert [name for name in named if name not in code] == ["absorbed"]  # the form that is left for the else
+    mla = nbformat.read(budget.BOOK / "mla.ipynb", as_version=4).cells
+    quoted = [
+        line for cell in mla for line in re.findall(r"^\|[^|\n]*\| `([^`]+ = [^`]+)` \|", cell.source, re.MULTILINE)
+    ]
+    assert len(quoted) == 4
+    assert [line for line in quoted if line not in code] == []
 
 
 def test_what_is_counted() -> None:
