@@ -32,6 +32,7 @@ def test_a_routing_map_colours_scores_and_numbers_choices() -> None:
     assert [text.get_text() for text in axes.texts] == ["1", "2", "1", "2"]
     assert axes.get_ylim() == (2, 0), "the first token is on top"
     assert axes.get_xlabel() == "expert"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]
     assert axes.get_ylabel() == "token"
     assert axes.figure.axes[1].get_ylabel() == "score"
 

@@ -96,7 +96,7 @@ def routing_map(
         axes.text((group + 0.5) * size, -0.4, f"device {group}", **CENTRED | {"fontsize": 10})
     axes.set(xlim=(0, experts), ylim=(tokens, 0))
     for axis, count in ((axes.xaxis, experts), (axes.yaxis, tokens)):
-        named = range(0, count, 2)
+        named = range(0, count, 2 if count > 8 else 1)
         axis.set_ticks([number + 0.5 for number in named], [str(number) for number in named])
     if names is not None:
         axes.yaxis.set_ticks([number + 0.5 for number in range(tokens)], list(names), family="monospace")
