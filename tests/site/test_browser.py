@@ -69,9 +69,9 @@ CUT_FORMULAS = """() => [...document.querySelectorAll("article mjx-container")].
     const line = formula.closest("p, li, td, th, dd, figcaption") ?? formula.parentElement;
     return formula.firstElementChild.getBoundingClientRect().width > line.getBoundingClientRect().width + 1;
 }).map(formula => formula.textContent)"""
-# Six columns have room on a phone; some tables need more.
+# Five columns have room on a phone; some tables need more.
 CUT_TABLES = """() => [...document.querySelectorAll("article .pst-scrollable-table-container")].filter(box =>
-    box.checkVisibility() && box.querySelector("tr").cells.length <= 6 && box.scrollWidth > box.clientWidth
+    box.checkVisibility() && box.querySelector("tr").cells.length <= 5 && box.scrollWidth > box.clientWidth
 ).map(box => box.textContent.slice(0, 60))"""
 # Code and signatures are thousands of words that only a class tells apart. Of those with the same classes and colours,
 # around them too, the first stays an element and the others become text, so that each look is judged once: also those of
