@@ -194,6 +194,15 @@ def test_a_workflow_runs_in_a_fork(path: Path) -> None:
     assert not re.search(r"https?://|github\.(com|io)", text)
 
 
+def test_no_action_runs_on_a_node_that_runners_have_no_longer() -> None:
+    """GitHub's runners have no Node 20 since 2026-09-16; these are the first versions of the actions with Node 24."""
+    first = {"checkout": 5, "setup-python": 6, "upload-artifact": 6}
+    first |= {"configure-pages": 6, "upload-pages-artifact": 5, "deploy-pages": 5}
+    used = re.findall(r"uses: actions/([\w-]+)@\S+ # v(\d+)", "".join(path.read_text() for path in WORKFLOWS))
+    assert {name for name, _ in used} == first.keys()
+    assert [name for name, version in used if int(version) < first[name]] == []
+
+
 def test_binder_installs_what_a_notebook_needs_in_the_versions_of_the_book() -> None:
     folder = ROOT / ".binder"
     (pinned,) = (folder / "requirements.txt").read_text().split()
