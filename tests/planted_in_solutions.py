@@ -41,6 +41,7 @@ ROPE: dict[str, list[Edit]] = {
         ("angles = position_ids[", "position_ids = torch.arange(position_ids.shape[1])[None] + 0 * position_ids"),
         ("..., None].to(dtype)", "\n    angles = position_ids[..., None].to(dtype)"),
     ],
+    "theta is 10000, whatever it was given": [("theta**-exponents", "10000.0**-exponents")],
     "the exponent is i / dim, not 2i / dim": [
         ("torch.arange(0, dim, 2, dtype=dtype) / dim", "torch.arange(dim // 2, dtype=dtype) / dim"),
         ("/ (2 * math.log(theta))", "/ math.log(theta)"),
@@ -96,6 +97,7 @@ BOTH: dict[str, list[Edit]] = {
         ("DeepseekV2RMSNorm(C)", "DeepseekV2RMSNorm(C, config.rms_norm_eps)"),
         ("DeepseekV2RMSNorm(config.q_lora_rank)", "DeepseekV2RMSNorm(config.q_lora_rank, config.rms_norm_eps)"),
     ],
+    "theta is 10000, whatever rope_theta is": [("config.rope_theta", "10000.0")],
     "YaRN left out": [("** -0.5 * temperature", "** -0.5"), (YARN_TABLES, "config.rope_theta, dtype")],
     "YaRN's angles left out": [(YARN_TABLES, "config.rope_theta, dtype")],
     "YaRN's magnitude left out: m(mscale) / m(mscale_all_dim)": [

@@ -13,15 +13,15 @@ from dsv2_ref import attention, mla, rope
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.grading.answers import Values, output, tokens
 from dsv2_ref.grading.part import Case, Mistake, Part, Plant
-from dsv2_ref.grading.parts.rope import LONGER, MSCALES, PAIRS, YARN, without_magnitude
+from dsv2_ref.grading.parts.rope import ANGLES, LONGER, MSCALES, PAIRS, YARN, without_magnitude
 from dsv2_ref.masks import Visibility
 
 SMALL = replace(
     DeepseekV2Config.tiny(), hidden_size=96, q_lora_rank=None, aux_loss_alpha=0.0, _attn_implementation="eager"
 )
 """Heads with N = V, so that matrices that were exchanged fit however it was done."""
-ODD = replace(SMALL, q_lora_rank=40, v_head_dim=12, rms_norm_eps=0.1)
-"""N, R and V differ, and the layer's epsilon is large enough to be seen."""
+ODD = replace(SMALL, q_lora_rank=40, v_head_dim=12, rms_norm_eps=0.1, rope_theta=50000.0)
+"""N, R and V differ, theta is not the usual one, and the layer's epsilon is large enough to be seen."""
 LONG = replace(SMALL, v_head_dim=12, rope_scaling=YARN, max_position_embeddings=512)
 
 
@@ -144,6 +144,16 @@ def unstretched(module: Any) -> AbstractContextManager[Any]:
     return patch.object(mla, "rotary_tables", wrong)
 
 
+def usual_theta(module: Any) -> AbstractContextManager[Any]:
+    """Frequencies of 10000, whatever the configuration says."""
+    made = rope.rotary_tables
+
+    def wrong(ids: Any, dim: Any, theta: Any, scaling: Any, **kwargs: Any) -> Any:
+        return made(ids, dim, 10000.0, scaling, **kwargs)
+
+    return patch.object(mla, "rotary_tables", wrong)
+
+
 def without_yarn(module: Any) -> AbstractContextManager[Any]:
     """Neither angles nor temperature."""
     module.softmax_scale = module.qk_head_dim**-0.5
@@ -213,6 +223,7 @@ BOTH = (
     Mistake("the layer's epsilon in the norms of the latents", "rmsnorm", "Symptoms", layers_epsilon),
     Mistake("a token does not see itself", "overview", "Symptoms", seen(shifted(-1))),
     Mistake("a token sees the next one", "overview", "Symptoms", seen(shifted(1))),
+    Mistake("theta is 10000, whatever rope_theta is", "rope", ANGLES, usual_theta),
     Mistake("YaRN left out", "rope", LONGER, without_yarn),
     Mistake("YaRN's angles left out", "rope", LONGER, unstretched),
     Mistake(

@@ -48,9 +48,9 @@ def rotation() -> dict[str, Any]:
     return {"q_pe": q_pe, "k_pe": k_pe, "cos": cos, "sin": sin}
 
 
-def angles(dim: int, scaling: RopeScaling | None = None) -> Callable[[], dict[str, Any]]:
+def angles(dim: int, scaling: RopeScaling | None = None, theta: float = 10000.0) -> Callable[[], dict[str, Any]]:
     """What `rotary_tables` takes."""
-    fields = {"dim": dim, "theta": 10000.0, "scaling": scaling}
+    fields = {"dim": dim, "theta": theta, "scaling": scaling}
     return lambda: {"position_ids": positions(), **fields}
 
 
@@ -138,7 +138,7 @@ ROPE = Part(
         "rope.rotate_half_split",
     ),
     cases=(
-        Case("cosines and sines", 3, angles(8)),
+        Case("cosines and sines", 3, angles(8, theta=50000.0)),
         Case("rotation", 3, rotation),
         Case("YaRN's cosines and sines", 4, angles(32, YARN)),
         Case("YaRN's temperature", 1, given(scaling=lambda: YARN)),
@@ -170,6 +170,12 @@ ROPE = Part(
             "rope",
             ANGLES,
             of_frequencies(lambda dim, theta, s: inverse(dim, theta**0.5, s)),
+        ),
+        Mistake(
+            "theta is 10000, whatever it was given",
+            "rope",
+            ANGLES,
+            of_frequencies(lambda dim, _, s: inverse(dim, 10000.0, s)),
         ),
         Mistake("YaRN's angles left out", "rope", LONGER, of_frequencies(lambda dim, theta, s: inverse(dim, theta))),
         Mistake(
