@@ -7,7 +7,7 @@ NORMED = "self.weight * (hidden_states * torch.rsqrt(mean_square + self.eps))"
 RMSNORM: dict[str, list[Edit]] = {
     "epsilon outside the root": [(NORMED, "self.weight * hidden_states / (mean_square.sqrt() + self.eps)")],
     "epsilon left out": [(" + self.eps)", ")")],
-    "epsilon only as a lower limit, as in torch's normalize": [
+    "epsilon only against a division by zero, as in torch's normalize, or its rms_norm without eps": [
         (
             NORMED,
             "self.weight * torch.nn.functional.normalize(hidden_states, dim=-1, eps=self.eps)"

@@ -748,6 +748,28 @@ def test_files_beside_a_submission_do_not_hide_modules(submit: Submit) -> None:
     assert submit("rmsnorm", "import helper\n" + NORM.format("")).passed
 
 
+def test_a_norm_of_torchs_without_its_epsilon_is_named(submit: Submit) -> None:
+    """Its own epsilon is that of the dtype, which only keeps zeros from being divided by zero."""
+    report = submit("rmsnorm", NORM.format("right = nn.functional.rms_norm(x, x.shape[-1:], self.weight)"))
+    assert ["its rms_norm without eps" in named.name for named in report.mistakes] == [True]
+
+
+def test_the_layer_in_numpy_is_not_accepted(submit: Submit) -> None:
+    report = submit("rmsnorm", NORM.format("import tests.oracle"))
+    assert report.checks[0].message == f"it reads tests/oracle.py; {BORROWED}"
+
+
+@pytest.mark.parametrize("way", ["grouped_experts", "all_experts"])
+def test_a_faster_way_to_compute_the_experts_is_not_accepted(way: str, submit: Submit) -> None:
+    begin = STACKED.index("        order = "), STACKED.index("        s = self.shared_experts")
+    call = f"        out = products.{way}(self.experts, tokens, topk_idx, topk_weight)\n"
+    source = STACKED[: begin[0]] + call + STACKED[begin[1] :]
+    report = submit(
+        "experts", source.replace("import torch\n", "import torch\nfrom dsv2_ref.fast import products\n", 1)
+    )
+    assert report.checks[0].message == f"it calls dsv2_ref.fast.products.{way}; {BORROWED}"
+
+
 @pytest.mark.parametrize("part", PLANTED)
 def test_the_solution_is_not_accepted(part: str, submit: Submit) -> None:
     report = submit(part, f"from assignments.solutions.{part} import *")

@@ -44,9 +44,10 @@ def guard(part: Part) -> None:
 
 def sources(part: Part) -> set[str]:
     """Files with the package's own version of what a part asks for, as text and compiled; and the assignment's
-    solution, where the package is run from a copy of the repository."""
-    solution = str(Path(__file__).resolve().parents[2] / "assignments" / "solutions" / f"{part.name}.py")
-    paths = {solution, importlib.util.cache_from_source(solution)}
+    solution and the layer in NumPy, where the package is run from a copy of the repository."""
+    root = Path(__file__).resolve().parents[2]
+    others = [str(root / "assignments" / "solutions" / f"{part.name}.py"), str(root / "tests" / "oracle.py")]
+    paths = {*others, *map(importlib.util.cache_from_source, others)}
     for module, _ in part.forbidden:
         paths |= {str(sys.modules[module].__file__), str(sys.modules[module].__cached__)}
     return {os.path.realpath(path) for path in paths}

@@ -138,7 +138,12 @@ EXPERTS = Part(
     defines=("DeepseekV2MoE",),
     takes=("config",),
     answer=mix,
-    yours=("moe.RoutedExperts", "moe.DeepseekV2MLP"),
+    yours=(
+        "moe.RoutedExperts",
+        "moe.DeepseekV2MLP",
+        "fast.products.grouped_experts",
+        "fast.products.all_experts",
+    ),
     cases=(
         Case("tokens", 5, tokens(2, 12, 48, seed=30), (MIXED,)),
         Case("limited groups", 3, tokens(3, 7, 48, seed=31), (GROUPED_MIX,)),

@@ -46,7 +46,7 @@ RMSNORM = Part(
         ),
         Mistake("epsilon left out", "rmsnorm", INSIDE, computes(lambda x, w, eps: w * x / mean_square(x).sqrt())),
         Mistake(
-            "epsilon only as a lower limit, as in torch's normalize",
+            "epsilon only against a division by zero, as in torch's normalize, or its rms_norm without eps",
             "rmsnorm",
             INSIDE,
             computes(lambda x, w, eps: w * F.normalize(x, dim=-1, eps=eps) * x.shape[-1] ** 0.5),
