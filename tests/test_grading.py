@@ -532,6 +532,10 @@ IN_FORWARD = {
         "right = torch.nested.nested_tensor([x[0], x[1, :2]] if x.shape[0] == 2 else [x[0]])",
         "output is a nested tensor; wanted a dense one",
     ),
+    "a tensor of 8 bits": (
+        "right = right.to(torch.float8_e4m3fn)",
+        "output is torch.float8_e4m3fn; wanted the dtype of the input",
+    ),
     "a complex tensor": ("right = right + 0j", "output is torch.complex128; wanted torch.float64, as the input"),
     "a tensor of no room": ("right = right.new_zeros(1).expand(2**40)", "output is (1099511627776,): far too large"),
     "a large tensor": ("right = torch.zeros(2**24)", "output is (16777216,): far too large"),
@@ -619,6 +623,28 @@ def test_what_a_submission_spoils_is_its_own(what: str, submit: Submit) -> None:
     for source in (NORM.format(SPOILS[what]), f"import os, sys, torch\n{SPOILS[what]}\n{NORM.format('')}"):
         report = submit("rmsnorm", source)
         assert report.passed, as_text(report)
+
+
+WRITTEN = {
+    "no texts": "torch.save({'error': ''}, f'{there}/import.pt'), [torch.save({'answers': {'output': 'right'}, "
+    "'notes': [None, 1]}, f'{there}/{n}.pt') for n in range(4)]",
+    "no tensors by name": "torch.save({'error': ''}, f'{there}/import.pt'), "
+    "[torch.save({'answers': [1]}, f'{there}/{n}.pt') for n in range(4)]",
+    "tensors that cannot be compared": "torch.save({'error': ''}, f'{there}/import.pt'), [torch.save({'answers': "
+    "{'output': torch.zeros(2, 5, 48).to_sparse()}}, f'{there}/{n}.pt') for n in range(4)]",
+    "an error that is a number": "torch.save({'error': 7}, f'{there}/import.pt')",
+    "nothing of an import": "torch.save({'answers': {}}, f'{there}/import.pt')",
+    "pipes": "os.mkfifo(f'{there}/import.pt'), os.remove(f'{there}/printed'), os.mkfifo(f'{there}/printed')",
+    "a folder": "os.mkdir(f'{there}/import.pt'), os.remove(f'{there}/printed'), os.mkdir(f'{there}/printed')",
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_what_a_submission_writes_where_answers_belong_gives_no_points(what: str, submit: Submit) -> None:
+    source = f"import os, torch\nthere = os.path.dirname(os.getcwd())\n{WRITTEN[what]}\nos._exit(0)\n"
+    report = submit("rmsnorm", source)
+    assert (report.points, report.passed) == (0, False)
+    check_text(as_text(report), submit.folder)
 
 
 def test_the_next_submission_is_graded_though_one_ends_the_grader(submit: Submit) -> None:

@@ -22,8 +22,25 @@ Answers = dict[str, Tensor]
 """What a subject returned in one case, by name."""
 
 
+LARGEST_ANSWER = 2**22
+"""Elements of a result; the right ones have fewer than a thousandth of it."""
+
+
 class WrongError(Exception):
     """What a submission is or returns cannot be graded: one line says what was wanted."""
+
+
+def unusable(value: Values) -> str:
+    """Why a tensor cannot be compared, or an empty string."""
+    if value.is_nested:
+        return "a nested tensor; wanted a dense one"
+    if value.layout != torch.strided or value.is_quantized:
+        return f"a tensor of layout {value.layout}; wanted a dense one"
+    if value.dtype.itemsize == 1 and value.dtype not in (torch.bool, torch.int8, torch.uint8):  # of 8 bits or fewer
+        return f"{value.dtype}; wanted the dtype of the input"
+    if value.numel() > LARGEST_ANSWER:
+        return f"{tuple(value.shape)}: far too large"
+    return ""
 
 
 def normal(*shape: int, seed: int, size: float = 1.0) -> Float[Tensor, "..."]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from dsv2_ref import ops
-from dsv2_ref.grading.answers import Values, WrongError
+from dsv2_ref.grading.answers import Values, WrongError, unusable
 from dsv2_ref.grading.guard import CLOSED, BorrowedError, ReadingError, guard, keep_closed, restore, settings, sources
 from dsv2_ref.grading.part import Case, Part, absent
 from dsv2_ref.grading.parts import PARTS
@@ -39,8 +39,6 @@ LONGEST = 500
 """Characters of an error message that are kept."""
 LARGEST_FILE = 2**26
 """Bytes that a submission may print, or write in one file."""
-LARGEST_ANSWER = 2**22
-"""Elements of a result; the right ones have fewer than a thousandth of it."""
 START = 60
 """Seconds more until a process is ended from outside, which has not ended itself."""
 
@@ -124,12 +122,8 @@ def in_a_line(text: object) -> str:
 
 def usable(name: str, value: Values) -> Values:
     """A result as a plain tensor of its own."""
-    if value.is_nested:
-        raise WrongError(f"{name} is a nested tensor; wanted a dense one")
-    if value.layout != torch.strided or value.is_quantized:
-        raise WrongError(f"{name} is a tensor of layout {value.layout}; wanted a dense one")
-    if value.numel() > LARGEST_ANSWER:
-        raise WrongError(f"{name} is {tuple(value.shape)}: far too large")
+    if why := unusable(value):
+        raise WrongError(f"{name} is {why}")
     return value.detach().as_subclass(torch.Tensor).to("cpu").clone()
 
 

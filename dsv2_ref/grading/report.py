@@ -170,11 +170,12 @@ def judge_case(part: Part, number: int, found: dict[str, Any]) -> Check:
     if found.get("error"):
         check.message, check.where = found["error"], found.get("where", "")
         return check
-    made, right = found["answers"], expected(part.name, number)
+    made, right = found.get("answers"), expected(part.name, number)
     assert right is not None
     if misfitting := misfit(made, right):
         check.message = misfitting
         return check
+    assert made is not None
     if case.at_most:
         (name, value), wanted = cost_of(made), cost_of(right)[1]
         check.error = min(value / wanted, LARGEST)

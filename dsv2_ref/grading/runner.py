@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dsv2_ref.checks import require
+from dsv2_ref.grading.answers import unusable
 from dsv2_ref.grading.part import Part
 
 SECONDS, MEGABYTES = 60, 2048
@@ -114,8 +115,8 @@ def run(part: Part, path: Path, seconds: int = SECONDS, megabytes: int = MEGABYT
         ended = how_it_ended(int(status) if status else server.wait(), seconds)
         printed = head(Path(folder) / "printed")
         loaded = read(Path(folder) / "import.pt") or {"error": ended, "where": ""}
-        if loaded["error"]:
-            return Ran(loaded["error"], loaded["where"], [], printed)
+        if loaded.get("error"):
+            return Ran(loaded["error"], loaded.get("where", ""), [], printed)
         cases = [read(Path(folder) / f"{n}.pt") for n in range(len(part.cases))]
         notes = sorted({note for found in (loaded, *cases) for note in (found or {}).get("notes", ())})
         return Ran(cases=[case or {"error": ended} for case in cases], printed=printed, notes=notes)
@@ -123,7 +124,7 @@ def run(part: Part, path: Path, seconds: int = SECONDS, megabytes: int = MEGABYT
 
 def head(path: Path) -> str:
     """The first of what was printed."""
-    if not path.exists():
+    if not path.is_file():
         return ""
     with path.open("rb") as file:
         text = file.read(PRINTED).decode(errors="replace").strip()
@@ -145,10 +146,24 @@ def how_it_ended(code: int, seconds: int) -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """What the process wrote; None where it did not, or not to the end."""
+    """What the process wrote; None where it did not, or not to the end, or where the submission wrote something else."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         found = torch.load(path, weights_only=True)
     except Exception:
         return None
-    known = isinstance(found, dict) and ("error" in found or "answers" in found)
-    return found if known else None
+    return found if is_whole(found) else None
+
+
+def is_whole(found: Any) -> bool:
+    """Whether that is what the process writes: texts, and tensors that can be compared."""
+    if not isinstance(found, dict) or not ("error" in found or "answers" in found):
+        return False
+    notes, answers = found.get("notes", []), found.get("answers", {})
+    if not isinstance(notes, list) or not isinstance(answers, dict):
+        return False
+    texts = [*(found.get(name, "") for name in ("error", "where", "absent")), *notes, *answers]
+    return all(isinstance(text, str) for text in texts) and all(
+        isinstance(one, torch.Tensor) and one.device.type == "cpu" and not unusable(one) for one in answers.values()
+    )
