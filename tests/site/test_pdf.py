@@ -164,6 +164,17 @@ def test_bookmarks_are_the_headings(book: PdfReader) -> None:
         assert {squeezed(each) for each in headings} <= set(inner[squeezed(title(name))]), name
 
 
+def test_a_bookmark_keeps_the_spaces_at_which_its_heading_was_broken(browser: Browser, tmp_path: Path) -> None:
+    style = (pdf.ROOT / "tools" / "pdf.css").read_text()
+    page = browser.new_page()
+    page.set_content(f'<style>{style}</style><h1 style="width: 5em">10. Counting parameters, FLOPs and bytes</h1>')
+    page.pdf(path=tmp_path / "a.pdf", tagged=True, outline=True)
+    page.close()
+    assert [name for name, _ in outline(PdfReader(tmp_path / "a.pdf").outline)] == [
+        "10. Counting parameters, FLOPs and bytes"
+    ]
+
+
 def links(book: PdfReader, pages: range) -> list[Any]:
     found = [annotation.get_object() for number in pages for annotation in book.pages[number].get("/Annots", [])]
     return [annotation for annotation in found if annotation["/Subtype"] == "/Link"]
