@@ -31,8 +31,10 @@ def clone(tmp_path: Path) -> Path:
     folder = tmp_path / "clone"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "dsv2_ref", folder / "dsv2_ref", ignore=ignored)
-    for name in (*SAYING[1:], "pyproject.toml", "README.md", "LICENSE", "LICENSE-text", ".gitignore"):
+    for name in (*SAYING[1:], "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "LICENSE-text", ".gitignore"):
         shutil.copy(ROOT / name, folder)
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_release.py").write_text("")
     git(folder.parent, "init", "--quiet", "--initial-branch=main", str(folder))
     git(folder, "add", ".")
     git(folder, "commit", "--quiet", "--message=all")
@@ -111,7 +113,12 @@ def test_wheel_and_source_hold_what_is_committed(clone: Path, tmp_path: Path, mo
     assert all(file.startswith(("dsv2_ref/", f"{name}.dist-info/")) for file in files)
     assert "dsv2_ref/lying_about.py" not in files
     with tarfile.open(dist / f"{name}.tar.gz") as source:
-        assert {f"{name}/pyproject.toml", f"{name}/README.md"} <= set(source.getnames())
+        found = {
+            member.removeprefix(f"{name}/") for member in source.getnames() if not source.getmember(member).isdir()
+        }
+    found = {member for member in found if not member.startswith("dsv2_ref.egg-info/")}
+    packed = {"pyproject.toml", "MANIFEST.in", "setup.cfg", "PKG-INFO", "README.md", "LICENSE", "LICENSE-text"}
+    assert found == {member for member in files if member.startswith("dsv2_ref/")} | packed
     packages = [f"{name}-py3-none-any.whl", f"{name}.tar.gz"]
     wanted = {*built, *packages, f"{release.NAME}-assignments.zip", "SHA256SUMS"}
     assert {path.name for path in dist.iterdir()} == wanted
