@@ -567,7 +567,7 @@ def attention_call(
 
 
 def _flag(name: str, flag: object) -> None:
-    if flag is not None and not isinstance(flag, bool):
+    if flag is not None and not isinstance(flag, int):  # a bool is one
         reject(name, flag, "True or False")
 
 
@@ -973,7 +973,9 @@ def exchanged(rows: Any, choices: Any, top_k: int) -> None:
     for there, chosen in zip(rows, choices, strict=True):
         for number, several in zip(there, chosen, strict=True):
             wanted = "from {} to {}: each of {} tokens has 1 to {} experts there"
-            require(number <= several <= top_k * number, "choices", several, wanted, number, top_k * number, number, top_k)
+            require(
+                number <= several <= top_k * number, "choices", several, wanted, number, top_k * number, number, top_k
+            )
 
 
 def expert_share(rank: object, size: object) -> None:

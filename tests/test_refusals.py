@@ -124,7 +124,7 @@ WRONG_ARGUMENTS = [
         "attention_mask": MASKS,
         "position_ids": POSITIONS,
         "use_cache": {"string": ("no", "'no'", "True or False"), "mask": (torch.ones(1, 2), "(1, 2)", "True or False")},
-        "output_attentions": {"number": (1, "1", "True or False")},
+        "output_attentions": {"number": (0.5, "0.5", "True or False")},
     }.items()
     for name, case in cases.items()
 ]

@@ -55,8 +55,9 @@ class _Packed(nn.Module):
         raise RuntimeError(f"{prefix[:-1]} holds packed weights; wanted a layer to load into: load first, then pack")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        held = getattr(self, "weight", None)
-        like = torch.empty(0, dtype=self.down_proj[0].dtype if held is None else held.dtype)
+        own = self.__dict__
+        held = own["weight"] if "weight" in own else own["down_proj"][0]
+        like = torch.empty(0, dtype=held.dtype)
         moved = fn(like)  # what `to` and its like would make of the weights
         if (moved.dtype, moved.device) != (like.dtype, like.device):
             given = f"packed weights would become {moved.dtype} on {moved.device}"
