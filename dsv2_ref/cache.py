@@ -49,7 +49,7 @@ class LayerCache:
         seen: int | None = None,
         record: Any = None,
     ) -> None:
-        if _storage is None:
+        if _storage is None and not getattr(stored, "ndim", 0) >= 3:
             checks.stored_tokens(stored)
         self.layer_idx, self.length, self.stored = layer_idx, stored.shape[1], stored
         self.seen = self.length if seen is None else seen

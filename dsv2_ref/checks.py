@@ -74,6 +74,7 @@ def require_values(condition: "Tensor", name: str, value: str, wanted: str) -> N
     host wait for the device, so a device-side assertion with the same message is queued instead.
     """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     if condition.device.type == "meta":
         return
@@ -81,7 +82,7 @@ def require_values(condition: "Tensor", name: str, value: str, wanted: str) -> N
     if condition.device.type == "cpu" and not torch.compiler.is_compiling():
         while torch._C._functorch.is_functorch_wrapped_tensor(condition):
             condition = torch._C._functorch.get_unwrapped(condition)  # in torch.vmap
-        if not condition.all():
+        if not isinstance(condition, FakeTensor) and not condition.all():  # fake tensors have no values
             raise ValueError(message)
     else:
         torch._assert_async(condition, message)
@@ -425,8 +426,8 @@ def _autocast(device: "torch.device") -> bool:
 def _dense(hidden_states: "Tensor") -> None:
     """Tokens in a dense tensor; torch does not compute with floating-point numbers of eight bits."""
     require_tensor(hidden_states, "hidden_states")
-    known = is_float(hidden_states.dtype) or not hidden_states.is_floating_point()
-    require(known, "hidden_states", hidden_states, FLOATS)
+    if hidden_states.is_floating_point() and hidden_states.dtype.itemsize == 1:
+        reject("hidden_states", hidden_states, FLOATS)
 
 
 def norm_input(norm: Any, hidden_states: "Tensor") -> None:
@@ -441,7 +442,7 @@ def norm_input(norm: Any, hidden_states: "Tensor") -> None:
 
 def mlp_input(mlp: Any, hidden_states: "Tensor") -> None:
     """Check of `DeepseekV2MLP.forward`."""
-    _dense(hidden_states)
+    require_tensor(hidden_states, "hidden_states")
     _features(mlp, hidden_states, mlp.hidden_size, first_weight(mlp.gate_proj, mlp.down_proj))
 
 
@@ -482,6 +483,10 @@ def _features(
 ) -> None:
     """Tokens of this width, in the dtype (``dtype`` if they are still to be widened) and on the device of the weight.
     Autocast decides the dtypes where it is on."""
+    from torch import strided
+
+    if hidden_states.layout != strided or hidden_states.is_nested or hidden_states.dtype.itemsize == 1:
+        _dense(hidden_states)
     device = hidden_states.device
     fits = hidden_states.shape[-1:] == (width,) and (hidden_states.numel() > 0 or _may_be_empty(hidden_states, module))
     if weight is not None:
@@ -497,12 +502,13 @@ def layer_call(layer: Any, hidden_states: "Tensor", *args: Any, **kwargs: Any) -
     the same arguments."""
     import torch
 
-    _dense(hidden_states)
     weight = getattr(layer.input_layernorm, "weight", None)
     if not isinstance(weight, torch.Tensor):  # a norm that others wrap
         weight = first_weight(*layer.modules())
     dtype = None if weight is None else weight.dtype
-    if dtype is not None:
+    if isinstance(hidden_states, torch.Tensor) and dtype is not None:
+        if hidden_states.dtype.itemsize == 1:
+            _dense(hidden_states)  # torch promotes no floating-point numbers of eight bits
         widens = hidden_states.is_floating_point() and torch.promote_types(hidden_states.dtype, dtype) == dtype
         if not widens:
             reject("hidden_states", hidden_states, f"floating-point numbers that {dtype} weights can hold")
@@ -529,9 +535,11 @@ def attention_call(
     ``whole`` the layer or model that is called."""
     from torch import Tensor
 
-    _dense(hidden_states)
-    _flag("output_attentions", output_attentions)
-    _flag("use_cache", use_cache)
+    if not isinstance(hidden_states, Tensor):
+        reject("hidden_states", hidden_states, "a tensor", WrongTypeError)
+    for name, flag in (("output_attentions", output_attentions), ("use_cache", use_cache)):
+        if flag is not None and not isinstance(flag, int):  # a bool is one
+            reject(name, flag, "True or False")
     if hidden_states.ndim != 3:
         reject("hidden_states", hidden_states, "(batch, seq, hidden)")
     weight = getattr(attention.o_proj, "weight", None)
@@ -564,11 +572,6 @@ def attention_call(
         require(offers_matrices(attention.kv_b_proj), "kv_b_proj", attention.kv_b_proj, wanted)
     elif kernel == "flash_attention_2" and (form == "expanded" or attention.cheaper_form(seq, kv_seq) == "expanded"):
         _flash_input(attention, hidden_states, attention_mask, dtype)
-
-
-def _flag(name: str, flag: object) -> None:
-    if flag is not None and not isinstance(flag, int):  # a bool is one
-        reject(name, flag, "True or False")
 
 
 FLASH_DEVICES = ("cuda",)
@@ -795,7 +798,8 @@ def model_call(
     inside = ((input_ids >= 0) & (input_ids < vocab)).all()
     wanted = f"tokens from 0 to {vocab - 1}: vocab_size is {vocab}"
     require_values(inside, "input_ids", "outside of the vocabulary somewhere", wanted)
-    _flag("use_cache", use_cache)
+    if use_cache is not None and not isinstance(use_cache, int):
+        reject("use_cache", use_cache, "True or False")
     given = isinstance(past_key_values, Sequence) and len(past_key_values) == len(layers)
     if past_key_values is not None and not given:
         reject("past_key_values", past_key_values, f"a cache for each of {len(layers)} layers, or None")
@@ -964,7 +968,7 @@ def process_groups(**groups: Any) -> None:
 
 
 def exchanged(rows: Any, choices: Any, top_k: int) -> None:
-    """Check of `dsv2_ref.accounting.exchange_bytes`: a square of numbers each, of tokens and of their choices."""
+    """Check of `dsv2_ref.accounting.communication.exchange_bytes`: a square of numbers each, of tokens and of their choices."""
     for name, counts in (("rows", rows), ("choices", choices)):
         square = isinstance(counts, list | tuple) and 0 < len(counts) == len(rows)
         square = square and all(isinstance(row, list | tuple) and len(row) == len(rows) for row in counts)
