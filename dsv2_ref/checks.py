@@ -732,7 +732,9 @@ def _positions(position_ids: "Tensor", hidden_states: "Tensor") -> None:
     integers = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     wanted = "int64, or other integers that torch compares"
     require(dtype not in (torch.uint16, torch.uint32, torch.uint64), "position_ids", position_ids, wanted)
-    if not (integers and position_ids.shape in ((batch, seq), (1, seq)) and position_ids.device == device):
+    rows, columns = position_ids.shape if position_ids.ndim == 2 else (0, 0)  # `in` knows no symbolic sizes
+    fits = columns == seq and (rows == 1 or rows == batch)
+    if not (integers and fits and position_ids.device == device):
         reject("position_ids", position_ids, f"integers ({batch} or 1, {seq}) on {device}")
     require_values((position_ids >= 0).all(), "position_ids", "negative somewhere", "positions from 0 on")
 
@@ -754,7 +756,7 @@ def _mask(attention_mask: "Tensor", batch: int, heads: int, seq: int, kv_seq: in
         require(integers, name, attention_mask, "bool or integers in a (batch, kv_seq) mask")
         return
     fits = len(shape) == 4 and shape[2:] == (seq, kv_seq)
-    if not fits or shape[0] not in (1, batch) or shape[1] not in (1, heads):
+    if not fits or (shape[0] != 1 and shape[0] != batch) or shape[1] not in (1, heads):
         each = f"({batch} or 1, {heads} or 1, {seq}, {kv_seq})"
         reject(name, attention_mask, f"shape {(batch, kv_seq)} or, for each query, {each}")
     if dtype == torch.bool:

@@ -199,6 +199,16 @@ def test_ways_in_exported_programs() -> None:
         assert torch.equal(program.module()(x), 2 * x)
 
 
+def test_compiled_for_any_length_with_positions_and_masks(compiler: CompileCounterWithBackend) -> None:
+    """Sizes are symbols from the second length on, in which ``in`` finds no number."""
+    layer = layer_of(SMALL)
+    run = compiled(layer, compiler)
+    for seq in (5, 1, 4):
+        x, causal = tokens(2, seq, torch.float64), torch.ones(2, 1, seq, seq).tril()
+        given = {"attention_mask": causal.log(), "position_ids": torch.arange(seq).expand(2, seq)} if seq == 4 else {}
+        assert_close(run(x, **given)[0], layer(x, **given)[0], "output")
+
+
 def test_compiled_code_refuses_bad_positions(compiler: CompileCounterWithBackend) -> None:
     layer = layer_of(SMALL)
     run = compiled(layer, compiler)
