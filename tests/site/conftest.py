@@ -52,7 +52,8 @@ def origin() -> Iterator[str]:
 def browser() -> Iterator[Browser]:
     found = pdf.browser()
     if found is None:
-        missing = "no Chromium is installed, so nobody looks at the pages (Debian: apt install chromium)"
+        install = "apt install chromium-headless-shell"
+        missing = f"no Chromium is installed, so nobody looks at the pages (Debian: {install})"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=pdf.FLAGS)
