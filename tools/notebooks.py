@@ -34,7 +34,7 @@ NOTEBOOK_METADATA = {
 CELL_METADATA = {"mystnb", "tags"}
 # Drawings as vectors for the pages, and as pixels too, which tests compare.
 FORMATS = ["--InlineBackend.figure_formats=png", "--InlineBackend.figure_formats=svg"]
-FORMATS += ["--InlineBackend.rc=svg.hashsalt=book", f"--IPKernelApp.exec_files={ROOT / 'tools' / 'laid_out_once.py'}"]
+FORMATS += [f"--IPKernelApp.exec_files={ROOT / 'tools' / 'laid_out_once.py'}"]
 HEAVY = 60_000
 """Characters of a vector graphic from which on a page shows the pixels."""
 LOADER = """\
@@ -76,10 +76,14 @@ def compact(png: str) -> str:
     return base64.b64encode(packed.getvalue()).decode()
 
 
+KINDS_OF_ID = {"h": "hatch", "image": "image", "m": "marker", "p": "clip"}
+"""What Matplotlib's names in an SVG begin with, and what is written for it."""
+
+
 def vectors(svg: str) -> str:
     """The same drawing without the time at which it was made and without needless characters, its points in tenths.
 
-    Matplotlib names clipping paths by where they lay in memory: here they are counted.
+    Matplotlib makes names from a random number and from places in memory: here what has one is counted.
     """
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r">\s+<", "><", re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL))
@@ -87,8 +91,9 @@ def vectors(svg: str) -> str:
     def shorter(points: re.Match[str]) -> str:
         return re.sub(r"(\.\d)\d+", r"\1", " ".join(points[0].split())).replace(".0 ", " ")
 
-    for number, name in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(\w+)"', svg))):
-        svg = svg.replace(f'"{name}"', f'"clip{number}"').replace(f"(#{name})", f"(#clip{number})")
+    for kind, word in KINDS_OF_ID.items():
+        for number, name in enumerate(dict.fromkeys(re.findall(rf'\bid="({kind}[0-9a-f]{{10}})"', svg))):
+            svg = svg.replace(name, f"{word}{number}")
     return re.sub(r'(?<= d=")[^"]*', shorter, svg).strip()
 
 
