@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv2_ref import checks
+from dsv2_ref import training_checks
 from dsv2_ref.capacity import choices_within_budget as choices_within_budget
 from dsv2_ref.capacity import devices_reached as devices_reached
 from dsv2_ref.capacity import experts_of_a_device, sent_to
@@ -88,7 +88,7 @@ def expert_balance_loss(
 
     Source: DeepSeek-V2, equations 23 to 25; ``MoEGate.forward`` of the published code.
     """
-    checks.balance_loss(scores, topk_idx, alpha, ranks)
+    training_checks.balance_loss(scores, topk_idx, alpha, ranks)
     frequency, score = _frequency_and_score(scores, topk_idx, seq_aux, ranks)
     return alpha * _mean((frequency * score).sum(dim=1), seq_aux, ranks)
 
@@ -112,7 +112,7 @@ def device_balance_loss(
 
     Source: DeepSeek-V2, equations 26 to 28. No published code has it.
     """
-    checks.balance_loss(scores, topk_idx, alpha, ranks)
+    training_checks.balance_loss(scores, topk_idx, alpha, ranks)
     group = experts_of_a_device(scores.shape[-1], devices)
     frequency, score = _frequency_and_score(scores, topk_idx, seq_aux, ranks)
     frequency = frequency.unflatten(1, (devices, group)).mean(dim=2)
@@ -143,9 +143,9 @@ def communication_balance_loss(
 
     Source: DeepSeek-V2, equations 29 to 31. No published code has it.
     """
-    checks.balance_loss(scores, topk_idx, alpha, ranks)
+    training_checks.balance_loss(scores, topk_idx, alpha, ranks)
     group = experts_of_a_device(scores.shape[-1], devices)
-    checks.devices_of_a_token(topk_devices, devices)
+    training_checks.devices_of_a_token(topk_devices, devices)
     scores, topk_idx = _parts(scores, topk_idx, seq_aux)
     sent = sent_to(topk_idx, group, devices).to(scores.dtype).sum(dim=1)
     sent, tokens = _over(None if seq_aux else ranks, sent, scores.shape[1])

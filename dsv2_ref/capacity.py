@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dsv2_ref import checks
+from dsv2_ref import training_checks
 
 if TYPE_CHECKING:
     from dsv2_ref.parallel import Ranks
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def experts_of_a_device(experts: int, devices: int) -> int:
     """How many experts each device holds; ValueError unless ``devices`` divides."""
-    checks.experts_by_device(experts, devices)
+    training_checks.experts_by_device(experts, devices)
     return experts // devices
 
 
@@ -38,7 +38,7 @@ def devices_reached(
     Source: DeepSeek-V2, section 2.2.2.
     """
     group = experts_of_a_device(experts, devices)
-    checks.choices(topk_idx, experts)
+    training_checks.choices(topk_idx, experts)
     return sent_to(topk_idx, group, devices).sum(dim=-1)
 
 
@@ -77,7 +77,7 @@ def choices_within_budget(
     Source: DeepSeek-V2, section 2.2.4.
     """
     group = experts_of_a_device(experts, devices)
-    checks.budgets(topk_idx, affinity, experts, capacity_factor, protected)
+    training_checks.budgets(topk_idx, affinity, experts, capacity_factor, protected)
     budget = int(capacity_factor * topk_idx.numel() / devices)
     if protected is not None:
         affinity = affinity.masked_fill(protected[:, None], float("inf"))
@@ -125,7 +125,7 @@ class TokenDropping:
         exempt: float = 0.1,
         generator: torch.Generator | None = None,
     ) -> None:
-        checks.dropping(model, capacity_factor, exempt, generator)
+        training_checks.dropping(model, capacity_factor, exempt, generator)
         gates = [gate for gate in model.modules() if getattr(gate, "n_group", 1) > 1]
         self.capacity_factor, self.exempt = capacity_factor, exempt
         if generator is None:  # not torch's: what follows would repeat other numbers

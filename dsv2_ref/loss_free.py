@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from dsv2_ref import checks
+from dsv2_ref import checks, training_checks
 from dsv2_ref.recompute import is_recomputing
 
 
@@ -20,7 +20,7 @@ def updated_bias(
 
     Source: Wang et al. (2024), algorithm 1; DeepSeek-V3, section 2.1.2.
     """
-    checks.loads(bias, load, speed)
+    training_checks.loads(bias, load, speed)
     load = load.to(bias.dtype)
     return bias + speed * (load.mean() - load).sign()
 

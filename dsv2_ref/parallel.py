@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
-from dsv2_ref import checks, ops
+from dsv2_ref import checks, ops, training_checks
 from dsv2_ref.checkpoint import StackedExperts
 from dsv2_ref.moe import DeepseekV2MoE, MoEGate, RoutedExperts
 
@@ -85,7 +85,7 @@ class ParallelExperts(RoutedExperts):
     ) -> Float[Tensor, "tokens hidden"]:
         """`RoutedExperts.forward` of the tokens of this rank, computed where their
         experts are. Choices of weight 0, as dropped ones, do not travel."""
-        ranks, here = checks.known_ranks(self), len(self.down_proj)
+        ranks, here = training_checks.known_ranks(self), len(self.down_proj)
         # 1. Local reorder: choices by rank, and one row for each token that goes there.
         token, place = torch.where(topk_weight != 0)  # (c,) each
         order = topk_idx[token, place].argsort(stable=True)
@@ -130,10 +130,10 @@ def share_experts(module: Module, rank: int, size: int) -> Module:
     """Keep the experts of one of ``size`` ranks, in place, before anything is known of
     the others."""
     checks.is_module(module)
-    checks.expert_share(rank, size)
+    training_checks.expert_share(rank, size)
     mixtures = [part for part in module.modules() if isinstance(part, DeepseekV2MoE)]
     for mixture in mixtures:
-        checks.experts_to_share(mixture, size)
+        training_checks.experts_to_share(mixture, size)
     for mixture in mixtures:
         own = ParallelExperts(mixture.experts, rank, size)
         mixture.experts = own.train(mixture.experts.training)
@@ -181,7 +181,7 @@ def parallelize_experts(
     Source: DeepSeek-V2, section 3.1.3; the steps are those of torchtitan.
     """
     checks.is_module(module)
-    checks.process_groups(group=group, replicas=replicas)
+    training_checks.process_groups(group=group, replicas=replicas)
     found = _group(dist.group.WORLD if group is None else group)
     copies = _group(replicas)
     size, sets = found.size(), copies.size() if copies else 1
@@ -222,7 +222,7 @@ def _require_agreement(
         return x.view(ranks.total, len(found))
 
     places = of_all([dist.get_rank()]).view(sets, ranks.size)[:, ranks.rank]
-    checks.same_place(same, places.tolist())
+    training_checks.same_place(same, places.tolist())
     told: list[Any] = [
         (name, tuple(weight.shape), weight.dtype, weight.requires_grad)
         for name, weight in module.named_parameters()
@@ -234,10 +234,12 @@ def _require_agreement(
         names = "config", "gradient_checkpointing"
         told += [getattr(part, name, None) for name in names]
     digest = hashlib.sha256(repr(told).encode()).digest()
-    checks.alike_on_all(of_all([int.from_bytes(digest[:7], "big")])[:, 0].tolist())
+    training_checks.alike_on_all(
+        of_all([int.from_bytes(digest[:7], "big")])[:, 0].tolist()
+    )
 
     shares = {part.share for part in _shared(module)}
-    checks.own_share(shares, own, of_all([shares <= {own}])[:, 0].tolist())
+    training_checks.own_share(shares, own, of_all([shares <= {own}])[:, 0].tolist())
 
     experts = {weight for part in _shared(module) for weight in part.parameters()}
     held = dict((*module.named_parameters(), *module.named_buffers()))
@@ -245,7 +247,7 @@ def _require_agreement(
     wanted = bits[:1].repeat(ranks.total, 1)
     of_some = [weight in experts for weight in held.values()]
     wanted[:, of_some] = bits[: ranks.size, of_some].repeat(sets, 1)
-    checks.same_weights(list(held), (bits == wanted).tolist())
+    training_checks.same_weights(list(held), (bits == wanted).tolist())
 
 
 def _sum_of_bits(x: Shaped[Tensor, "*sizes"]) -> int:
@@ -273,7 +275,7 @@ def average_gradients(module: nn.Module) -> Float[Tensor, ""]:
     checks.is_module(module)
     shared = _shared(module)
     checks.require(bool(shared), "module", module, "one of `parallelize_experts`")
-    ranks, total_norm = checks.known_ranks(shared[0]), nn.utils.get_total_norm
+    ranks, total_norm = training_checks.known_ranks(shared[0]), nn.utils.get_total_norm
     experts = {weight for part in shared for weight in part.parameters()}
     own: list[Tensor] = []
     replicated: list[Tensor] = []

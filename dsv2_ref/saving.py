@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsv2_ref import checks, published, tensors
+from dsv2_ref import published, tensors, training_checks
 from dsv2_ref.checks import is_int, require
 from dsv2_ref.loading import OWN_METHOD, is_tied
 from dsv2_ref.quantize import parts_of, weights_of
@@ -21,7 +21,7 @@ SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 def save(model: Any, folder: Path, max_shard_size: int) -> None:
     """See `dsv2_ref.pretrained.PretrainedModel.save_pretrained`."""
     for part in model.modules():
-        checks.all_experts(part)
+        training_checks.all_experts(part)
     require(is_int(max_shard_size, 1), "max_shard_size", max_shard_size, "a number of bytes")
     try:
         from safetensors.torch import save_file

@@ -81,7 +81,7 @@ def test_a_page_can_print_it(name: str) -> None:
     assert wide == []
 
 
-@pytest.mark.parametrize("name", [*CORE, "ops", "checks", "checkpoint", "linear"])
+@pytest.mark.parametrize("name", [*CORE, "ops", "checks", "training_checks", "checkpoint", "linear"])
 def test_the_core_does_not_know_the_faster_ways(name: str) -> None:
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     imported = {

@@ -13,8 +13,9 @@ from dsv2_ref.accounting.call import Call, Counts, moe_layers, require_layer
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.stored import model_weight_bytes, weight_bytes
 from dsv2_ref.accounting.training import require_training, state_bytes
-from dsv2_ref.checks import exchanged, is_int, require
+from dsv2_ref.checks import is_int, require
 from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.training_checks import exchanged
 
 COUNTS = 2 * 8
 """Bytes that tell a rank how many rows and choices come from another."""
