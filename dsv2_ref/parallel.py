@@ -153,9 +153,8 @@ def parallelize_experts(
     between ``backward`` and its step. Balance losses pooled over the batch
     (``seq_aux=False``), `LossFreeBalancing` and `TokenDropping` then count the tokens
     of all ranks. ``torch.distributed.checkpoint`` saves the state dicts of all ranks as
-    one, with every published name, and loads from it what a rank holds. It would save
-    one rank's optimizer for all, because the stacks of all ranks have the same names:
-    save each rank's ``optimizer.state_dict()`` in a file of its own.
+    one, with every published name, and loads from it what a rank holds; give it the
+    optimizer as a `dsv2_ref.optimizer_state.OptimizerState`.
 
     All ranks of the group must take part in every forward and backward pass. One that
     has run out of sequences passes none of them, a batch of (0, seq), and a loss like

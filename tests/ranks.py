@@ -26,6 +26,7 @@ from dsv2_ref import balance as balance_module
 from dsv2_ref import parallel as parallel_module
 from dsv2_ref.capacity import TokenDropping
 from dsv2_ref.loss_free import LossFreeBalancing
+from dsv2_ref.optimizer_state import OptimizerState
 from dsv2_ref.parallel import ParallelExperts, average_gradients, parallelize_experts, share_experts
 from dsv2_ref.recompute import checkpointed
 from experiments import parallel as experiment
@@ -360,6 +361,24 @@ def saved(folder: str) -> tuple[str, list[Tensor]]:
             weight.zero_()
     checkpoint.load(model.state_dict(), checkpoint_id=folder)
     return said, [found - weight for found, weight in zip(model.parameters(), wanted, strict=True)]
+
+
+def resumed(folder: str, go_on: bool) -> dict[str, Tensor]:
+    """Weights, by their published names, after four steps on the same tokens. The checkpoint of all ranks is written
+    after the second; with ``go_on`` the first two are not trained but read from it, by a new model and optimizer."""
+    model = parallelize_experts(CASES["a model"].build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    whole = {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer)}
+    if go_on:
+        checkpoint.load(whole, checkpoint_id=folder)
+    for step in range(2 if go_on else 0, 4):
+        optimizer.zero_grad()
+        model(IDS + step)[0].square().sum().backward()
+        average_gradients(model)
+        optimizer.step()
+        if step == 1:
+            checkpoint.save(whole, checkpoint_id=folder)
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
 def listening() -> list[str]:

@@ -1,5 +1,6 @@
 """Experts on many ranks, as real processes on this machine: what one process computes, for every byte accounted for."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from dsv2_ref.accounting.communication import (
     ranks_reached,
 )
 from dsv2_ref.capacity import devices_reached
+from dsv2_ref.optimizer_state import OptimizerState
 from dsv2_ref.parallel import Ranks, average_gradients, parallelize_experts, share_experts
 from dsv2_ref.quantize import quantize
 from experiments import parallel as experiment
@@ -421,6 +423,49 @@ def test_all_ranks_together_save_what_one_process_reads(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="single process"):
         checkpoint.load(whole.state_dict(), checkpoint_id=tmp_path)
     assert all(torch.equal(weight, wanted[name]) for name, weight in whole.state_dict().items())
+
+
+def test_a_training_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """From a checkpoint of two: as they did themselves, with their optimizers' momentum, in two, four or one."""
+    wanted: dict[str, Tensor] = {}
+    for held in together(2, cases.resumed, str(tmp_path), False, timeout=60):
+        wanted |= held
+    for ranks in (2, 4, 1):
+        found: dict[str, Tensor] = {}
+        for held in together(ranks, cases.resumed, str(tmp_path), True, timeout=60):
+            found |= held
+        assert found.keys() == wanted.keys()
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, wanted[name], rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_optimizer_without_ranks_keeps_its_state(tmp_path: Path) -> None:
+    """Momentum of a shape of its own, and factors of it, belong to one expert each as well."""
+    for make in (
+        lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9),
+        lambda weights: torch.optim.Adafactor(weights),
+    ):
+        model = cases.CASES["a model"].build()
+        optimizer = make(model.parameters())
+        model(cases.IDS)[0].square().sum().backward()
+        optimizer.step()
+        wanted = copy.deepcopy(optimizer.state_dict()["state"])
+        saved = OptimizerState(model, optimizer).state_dict()
+        stacks = [name for name in saved["state"] if name.endswith("gate_up_proj")]
+        assert "model.layers.1.mlp.experts.15.gate_up_proj" in stacks
+        assert len(stacks) == 2 * 16  # layers with experts
+        saved = copy.deepcopy(saved)
+        with torch.no_grad():
+            for held in optimizer.state.values():
+                for value in held.values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+        OptimizerState(model, optimizer).load_state_dict(saved)
+        torch.testing.assert_close(optimizer.state_dict()["state"], wanted, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"optimizer is None; wanted a torch\.optim\.Optimizer"):
+        OptimizerState(cases.CASES["a model"].build(), None)
+    with pytest.raises(TypeError, match="model is an object of 0; wanted a torch"):
+        OptimizerState({}, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
 
 
 def test_what_is_not_plain_is_not_shared() -> None:
