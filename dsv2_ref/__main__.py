@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         option("--batch", type=int, default=1, help="sequences")
         option("--seq", type=int, default=1, help="new tokens of each sequence")
         option("--kv", type=int, help="tokens attended to, new ones included (--seq)")
-        option("--dtype", default="bfloat16", help=", ".join(DTYPE_BYTES))
+        dtypes = [dtype for dtype in DTYPE_BYTES if dtype != "int8" or command is account]  # no layer runs in int8
+        option("--dtype", default="bfloat16", help=", ".join(dtypes))
         option("--form", default="auto", help=f"of MLA: {', '.join(FORMS)}")
         option("--attention", help=", ".join(IMPLEMENTATIONS))
         option("--training", action="store_true", help="a training step")
