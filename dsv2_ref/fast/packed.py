@@ -165,8 +165,8 @@ def pack_weights(module: Module) -> Module:
     and load the state dict. What is more than a plain linear map or the package's own experts (an adapter, a wrapper,
     hooks, a parametrization, a map that others quantised) is left as it is and keeps its effect.
 
-    Weights that `dsv2_ref.quantize.quantize` made are packed, too, where torch has a kernel for their codes; then ``kv_b_proj`` keeps a copy
-    in the module's dtype for the absorbed form.
+    Weights that `dsv2_ref.quantize.quantize` made are packed, too, where torch has a kernel for their codes; then
+    ``kv_b_proj`` keeps a copy in the module's dtype for the absorbed form.
 
     Args:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
