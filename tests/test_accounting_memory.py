@@ -290,7 +290,8 @@ def test_more_takes_more(config: DeepseekV2Config, batch: int, seq: int, past: i
     held = partial(acc.activation_peak, config, layer_idx=layer_idx)
     least = held(call)
     assert held(replace(call, batch=batch + 1)) >= least
-    assert held(replace(call, dtype="float32")) >= least
+    # Not beside bfloat16, of which eager attention and norms hold copies in float32.
+    assert held(replace(call, dtype="float64")) >= held(replace(call, dtype="float32"))
     prompt = replace(call, kv=seq)
     assert held(prompt, training=True) >= held(prompt)
     longer = replace(prompt, seq=2 * seq, kv=2 * seq)

@@ -28,14 +28,19 @@ def three_ways(config: DeepseekV2Config, seq: int, kv_seq: int) -> dict[str, dic
 
 
 def table() -> str:
-    """Five states of the figure, in HTML."""
+    """Five states of the figure, in HTML: what is cached per token, multiplied and read."""
     head = "".join(f"<th scope='col'>{way}</th>" for way in WAYS)
     rows = ""
     for preset, seq, kv_seq in STATES:
-        counted = three_ways(getattr(DeepseekV2Config, preset)(), seq, kv_seq)
-        cells = "".join(
-            f"<td>{counted['flops'][way] / 1e6:,.0f} MFLOP, {counted['bytes'][way] / 1e6:,.1f} MB</td>" for way in WAYS
+        config = getattr(DeepseekV2Config, preset)()
+        counted, latents = three_ways(config, seq, kv_seq), config.kv_lora_rank + config.qk_rope_head_dim
+        keys_and_values = config.num_attention_heads * (
+            config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
         )
+        cells = ""
+        for way, cached in zip(WAYS, (keys_and_values, latents, latents), strict=True):
+            flops, size = counted["flops"][way] / 1e6, counted["bytes"][way] / 1e6
+            cells += f"<td>{cached:,} elements, {flops:,.0f} MFLOP, {size:,.1f} MB</td>"
         name = {"deepseek_v2_lite": "V2-Lite", "deepseek_v2": "V2"}[preset]
-        rows += f"<tr><th scope='row'>{html.escape(name)}, {seq:,} of {kv_seq:,} tokens</th>{cells}</tr>"
+        rows += f"<tr><th scope='row'>{html.escape(name)}, {seq:,} new of {kv_seq:,} tokens</th>{cells}</tr>"
     return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"

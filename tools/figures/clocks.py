@@ -12,7 +12,7 @@ from dsv2_ref.rope import inverse_frequencies, rotary_tables, rotate_interleaved
 WIDTH, TRAINED, BASE, CALL = 8, 128, 10_000, 1025
 """The model's rope width, the positions and the base it was trained with, and the tokens of the figure's call."""
 
-STATES = [("none", BASE, 1, 16), ("none", BASE, 1, 320), ("linear", BASE, 4, 320), ("dynamic", BASE, 1, 320)]
+STATES = [("none", BASE, 1, 127), ("none", BASE, 1, 320), ("linear", BASE, 4, 320), ("dynamic", BASE, 1, 320)]
 STATES += [("YaRN", BASE, 4, 320)]
 
 

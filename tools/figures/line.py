@@ -17,7 +17,7 @@ DATA = Path(__file__).resolve().parents[2] / "book" / "_static" / "figures" / "l
 SCRIPTS = ("line-data",)
 POLICIES, BUDGETS = ("window", "best, shared by heads", "best, per head"), ("4", "8", "16")
 TOP = 3
-STATES = [(13, 2, 3), (13, 3, 0), (13, 3, 3), (13, 1, 2), (4, 0, 0)]
+STATES = [(13, 2, 3), (5, 2, 3), (5, 3, 0), (5, 3, 3), (5, 1, 2)]
 
 
 def walked() -> dict[str, Tensor]:
