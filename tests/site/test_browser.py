@@ -69,10 +69,19 @@ CUT_FORMULAS = """() => [...document.querySelectorAll("article mjx-container")].
     const line = formula.closest("p, li, td, th, dd, figcaption") ?? formula.parentElement;
     return formula.firstElementChild.getBoundingClientRect().width > line.getBoundingClientRect().width + 1;
 }).map(formula => formula.textContent)"""
-# Five columns have room on a phone; some tables need more.
 CUT_TABLES = """() => [...document.querySelectorAll("article .pst-scrollable-table-container")].filter(box =>
-    box.checkVisibility() && box.querySelector("tr").cells.length <= 5 && box.scrollWidth > box.clientWidth
+    box.checkVisibility() && box.scrollWidth > box.clientWidth
 ).map(box => box.textContent.slice(0, 60))"""
+# Words other than code; letters in formulas and in drawings have sizes of their own.
+SMALL_PRINT = """() => [...document.querySelectorAll(
+    "article :is(p, li, th, td, dt, dd, label, legend, figcaption, caption)"
+)].filter(text => text.checkVisibility() && text.textContent.trim() && parseFloat(getComputedStyle(text).fontSize) < 14
+).map(text => text.textContent.slice(0, 60))"""
+# A finger needs 24 px; beside a box to tick, its label takes the finger too.
+SMALL_TARGETS = """() => [...document.querySelectorAll("article :is(button, select, summary, label:has(> input), .genindex-jumpbox a)")]
+    .map(target => [target, target.getBoundingClientRect()])
+    .filter(([target, box]) => target.checkVisibility() && (box.width < 24 || box.height < 24))
+    .map(([target, box]) => `${target.outerHTML.slice(0, 60)} ${box.width} x ${box.height}`)"""
 # Code and signatures are thousands of words that only a class tells apart. Of those with the same classes and colours,
 # around them too, the first stays an element and the others become text, so that each look is judged once: also those of
 # one letter, whose contrast axe-core leaves open.
@@ -247,6 +256,8 @@ def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
         found["formulas cut on a phone"] = page.evaluate(CUT_FORMULAS)
         found["tables cut on a phone"] = page.evaluate(CUT_TABLES)
         found["headings with an empty line"] = page.evaluate(EMPTY_LINES)
+    found["words too small on a phone"] = page.evaluate(SMALL_PRINT)
+    found["too small for a finger"] = page.evaluate(SMALL_TARGETS)
     found["wider than a phone once unfolded"] = page.evaluate(f"{TOO_WIDE} ? [document.title] : []")
     found["wide and out of a keyboard's reach"] = page.evaluate(OUT_OF_REACH)
     # Before axe-core fetches styles, and complains where it cannot.
