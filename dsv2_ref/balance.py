@@ -221,5 +221,6 @@ def inject_loss(
 
     Source: ``AddAuxiliaryLoss`` of the published code.
     """
+    training_checks.injected(hidden_states, loss)
     kind = _Inject if torch.compiler.is_compiling() else _InjectForwardMode
     return kind.apply(hidden_states, loss)

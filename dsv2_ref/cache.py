@@ -74,9 +74,9 @@ class LayerCache:
         ``features`` is (C + R,) for MLA and (2, heads, head_dim) for MHA.
 
         Raises:
-            ValueError: for a batch below 1 and a capacity below 0.
+            ValueError: for a batch below 1, a capacity below 0, and features in no tuple.
         """
-        checks.cache_sizes(batch, capacity)
+        checks.cache_sizes(batch, capacity, features)
         buffer = torch.zeros(batch, capacity, *features, dtype=dtype, device=device)
         return cls(layer_idx, buffer[:, :0], _Storage(buffer, 0))
 

@@ -368,14 +368,16 @@ def quantizable(name: str, matrices: "list[Tensor]", kind: str, group: int) -> N
                 require_values(finite, f"the weight of {name}", "infinite or NaN somewhere", "finite numbers")
 
 
-def cache_sizes(batch: Any, capacity: Any) -> None:
-    """Reject a cache without sequences, or with a negative capacity."""
+def cache_sizes(batch: Any, capacity: Any, features: object) -> None:
+    """Reject a cache without sequences, with a negative capacity, or with one number for its features."""
     from torch import SymInt
 
     wanted = {"batch": (batch, 1, "at least one sequence"), "capacity": (capacity, 0, "room for 0 or more tokens")}
     for name, (size, least, what) in wanted.items():
         fits = isinstance(size, int | SymInt) and not isinstance(size, bool) and size >= least
         require(fits, name, size, what)
+    several = isinstance(features, list | tuple) and len(features) > 0
+    require(several, "features", features, "sizes in a tuple, such as (576,)")
 
 
 FLASH_ATTN_NEEDED = (

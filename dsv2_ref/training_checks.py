@@ -45,10 +45,21 @@ def balance_loss(scores: "Tensor", topk_idx: "Tensor", alpha: object, ranks: obj
     wanted = "(batch, seq, top_k) of the {} sequences of {} tokens in scores"
     require(fits, "topk_idx", topk_idx, wanted, *scores.shape[:2])
     require_not_negative("alpha", alpha)
+    known = ranks is None or hasattr(ranks, "total")
+    require(known, "ranks", ranks, "None or the Ranks that parallelize_experts gives a module")
+
+
+def injected(hidden_states: "Tensor", loss: "Tensor") -> None:
+    """Check of `dsv2_ref.balance.inject_loss`."""
+    require_tensor(hidden_states, "hidden_states")
+    require_tensor(loss, "loss")
+    scalar = loss.ndim == 0 and loss.is_floating_point()
+    require(scalar, "loss", loss, "one floating-point number, in a tensor without axes")
 
 
 def experts_by_device(experts: int, devices: object) -> None:
     """Reject devices that cannot share the experts evenly."""
+    require(is_int(experts, 1), "experts", experts, "a number of experts")
     divides = isinstance(devices, int) and is_int(devices, 1) and experts % devices == 0
     require(divides, "devices", devices, "a divisor of the {} experts", experts)
 

@@ -333,11 +333,66 @@ def test_caches_that_cannot_be_are_refused() -> None:
         acc.parameters(preset("card"), True)
 
 
-@pytest.mark.parametrize("given_", [{"batch": True}, {"seq": 1.0}, {"kv": 0}, {"kv": 10**15 + 1}, {"causal": "no"}])
+@pytest.mark.parametrize(
+    "given_", [{"batch": True}, {"seq": 1.0}, {"kv": 0}, {"kv": 10**15 + 1}, {"causal": "no"}, {"dtype": []}]
+)
 def test_calls_that_cannot_be_are_refused(given_: dict[str, Any], as_shipped: None) -> None:
     ((name, value),) = given_.items()
-    with pytest.raises(ValueError, match=f"{name} is {value!r}; wanted "):
+    shown = "a list of 0" if value == [] else repr(value)
+    with pytest.raises(ValueError, match=f"{name} is {shown}; wanted "):
         acc.Call(**given_)
+
+
+OF_A_CONFIG: dict[str, Callable[[Any], object]] = {
+    "cache_bytes": lambda config: acc.cache_bytes(config, 1),
+    "cache_numbers": acc.cache_numbers,
+    "elementwise": lambda config: acc.elementwise(config, 1, acc.Call()),
+    "experts_read": lambda config: acc.experts_read(config, 1),
+    "matrices": lambda config: acc.matrices(config, 1),
+    "model_flops": lambda config: acc.model_flops(config, acc.Call()),
+    "model_parameters": acc.model_parameters,
+    "most_ranks_reached": lambda config: acc.most_ranks_reached(config, 2),
+    "products": lambda config: acc.products(config, 1, acc.Call()),
+    "report": lambda config: acc.report(config, acc.Call()),
+    "state_bytes": lambda config: acc.state_bytes(config, acc.Call()),
+}
+
+
+@pytest.mark.parametrize("count", OF_A_CONFIG.values(), ids=OF_A_CONFIG)
+def test_what_is_no_configuration_is_told_what_reads_one(count: Callable[[Any], object], as_shipped: None) -> None:
+    """A name of a preset, or the fields alone."""
+    for config, what in (("deepseek_v2", "a str"), (None, "a NoneType"), (SMALL.to_dict(), "a dict")):
+        with pytest.raises(ValueError, match=f"config is {what}; wanted a DeepseekV2Config; .*from_published reads"):
+            count(config)
+
+
+OF_A_CALL: dict[str, Callable[[Any], object]] = {
+    "activation_peak": lambda call: acc.activation_peak(SMALL, call),
+    "activations_moved": lambda call: acc.activations_moved(SMALL, 1, call),
+    "bytes_per_token": lambda call: acc.bytes_per_token(SMALL, call, 2),
+    "elementwise": lambda call: acc.elementwise(SMALL, 1, call),
+    "mfu": lambda call: acc.mfu(SMALL, call, 1.0, 1.0),
+    "model_weight_bytes": lambda call: acc.model_weight_bytes(SMALL, call),
+    "products": lambda call: acc.products(SMALL, 1, call),
+    "read_by_part": lambda call: acc.read_by_part(SMALL, 1, call),
+    "recomputed": lambda call: acc.recomputed(SMALL, 1, call),
+    "report": lambda call: acc.report(SMALL, call),
+    "state_bytes": lambda call: acc.state_bytes(SMALL, call),
+    "weights_read": lambda call: acc.weights_read(SMALL, 1, call),
+}
+
+
+@pytest.mark.parametrize("count", OF_A_CALL.values(), ids=OF_A_CALL)
+def test_what_is_no_call_is_told_apart(count: Callable[[Any], object], as_shipped: None) -> None:
+    for call, what in ((None, "None"), ({"seq": 3}, "an object of 1"), (8192, "8192")):
+        with pytest.raises(ValueError, match=f"call is {what}; wanted a Call of dsv2_ref.accounting"):
+            count(call)
+
+
+def test_a_step_is_trained_or_not(as_shipped: None) -> None:
+    for count in (acc.report, acc.activation_peak):
+        with pytest.raises(ValueError, match="training is 'no'; wanted True or False"):
+            count(SMALL, acc.Call(), 1, "no")
 
 
 def test_a_model_of_any_depth_is_counted_at_once() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dsv2_ref import DeepseekV2Config, MoEGate
-from dsv2_ref.balance import communication_balance_loss, device_balance_loss, expert_balance_loss
+from dsv2_ref.balance import communication_balance_loss, device_balance_loss, expert_balance_loss, inject_loss
 from dsv2_ref.capacity import TokenDropping, choices_within_budget, devices_reached
 
 # Four experts on two devices, {0, 1} and {2, 3}; two tokens choose two experts each.
@@ -243,6 +243,17 @@ def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
             device_balance_loss(SCORES, CHOSEN, 1.0, devices)
         with pytest.raises(ValueError, match=f"topk_devices is {devices}; wanted from 1 to the 2 devices"):
             communication_balance_loss(SCORES, CHOSEN, 1.0, 2, devices)
+    for ranks in (4, "all"):
+        for loss in (
+            lambda ranks: expert_balance_loss(SCORES, CHOSEN, 1.0, ranks=ranks),
+            lambda ranks: device_balance_loss(SCORES, CHOSEN, 1.0, 2, ranks=ranks),
+            lambda ranks: communication_balance_loss(SCORES, CHOSEN, 1.0, 2, 1, ranks=ranks),
+        ):
+            with pytest.raises(ValueError, match=f"ranks is {ranks!r}; wanted None or the Ranks that"):
+                loss(ranks)
+    for experts in (None, "4", 0):
+        with pytest.raises(ValueError, match=f"experts is {experts!r}; wanted a number of experts"):
+            devices_reached(CHOSEN, experts, 2)
     for count in (
         lambda idx: devices_reached(idx, 4, 2),
         lambda idx: choices_within_budget(idx, SCORES[0, :, :2], 4, 2),
@@ -257,6 +268,18 @@ def test_what_does_not_fit_is_refused(as_shipped: None) -> None:
         choices_within_budget(CHOSEN[0], SCORES[0], 4, 2)
     with pytest.raises(ValueError, match=r"protected is \(3,\).*; wanted None or one for each of 2 tokens"):
         choices_within_budget(CHOSEN[0], SCORES[0, :, :2], 4, 2, protected=torch.ones(3, dtype=torch.bool))
+
+
+def test_a_loss_is_injected_as_one_number(as_shipped: None) -> None:
+    for hidden_states, loss, said in (
+        (None, torch.tensor(1.0), "hidden_states is None; wanted a tensor"),
+        (SCORES, 0.5, "loss is 0.5; wanted a tensor"),
+        (SCORES, None, "loss is None; wanted a tensor"),
+        (SCORES, torch.ones(2), r"loss is \(2,\) torch.float32 on cpu; wanted one floating-point number"),
+        (SCORES, torch.tensor(1), r"loss is \(\) torch.int64 on cpu; wanted one floating-point number"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            inject_loss(hidden_states, loss)
 
 
 class Alone:

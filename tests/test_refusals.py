@@ -317,6 +317,7 @@ NO_EXPERTS = replace(SMALL, n_routed_experts=None)
         (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(0), "batch", "0", "at least one"),
         (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(True), "batch", "True", "at least one"),
         (lambda: DeepseekV2Attention(SMALL, 0).empty_cache(1, capacity=-1), "capacity", "-1", "0 or more"),
+        (lambda: LatentCache.empty(0, 1, 576, dtype=torch.float32, device="cpu"), "features", "576", "in a tuple"),
     ],
 )
 def test_construction(make: Callable[[], object], argument: str, given: str, wanted: str) -> None:

@@ -2,7 +2,7 @@
 
 from dsv2_ref.accounting.call import CACHES, DTYPE_BYTES, Counts, require_kind
 from dsv2_ref.accounting.sizes import Sizes
-from dsv2_ref.checks import cache_format, is_int, require
+from dsv2_ref.checks import cache_format, is_config, is_int, require
 from dsv2_ref.config import DeepseekV2Config
 
 CACHE_KINDS = ("own", "latent", "expanded", "mha", "gqa", "mqa")
@@ -69,10 +69,11 @@ def cache_bytes(
         ValueError: unless tokens and layers are integers of at least 0, for an unknown dtype or kind, for a latent where
             the model has none, and for ``int4`` where its width is odd.
     """
+    is_config(config)
     layers = config.num_hidden_layers if layers is None else layers
     require(is_int(tokens, 0), "tokens", tokens, "an integer of at least 0")
     require(is_int(layers, 0), "layers", layers, "an integer of at least 0")
-    require(dtype in DTYPE_BYTES, "dtype", dtype, ", ".join(DTYPE_BYTES))
+    require(dtype in tuple(DTYPE_BYTES), "dtype", dtype, ", ".join(DTYPE_BYTES))
     numbers = cache_numbers(config, kind)
     if cache is None:
         return layers * tokens * numbers * DTYPE_BYTES[dtype]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dsv2_ref.checks import group_size, is_int, require, require_ints
+from dsv2_ref.checks import WrongTypeError, group_size, is_config, is_int, reject, require, require_ints
 from dsv2_ref.config import DeepseekV2Config
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -58,7 +58,7 @@ class Call:
         require(self.kv >= self.seq, "kv", self.kv, "at least the {} new tokens", self.seq)
         require(isinstance(self.causal, bool), "causal", self.causal, "True or False")
         require(self.form in FORMS, "form", self.form, ", ".join(FORMS))
-        require(self.dtype in DTYPE_BYTES, "dtype", self.dtype, ", ".join(DTYPE_BYTES))
+        require(self.dtype in tuple(DTYPE_BYTES), "dtype", self.dtype, ", ".join(DTYPE_BYTES))
         require_kind("weights", self.weights, WEIGHTS, self.dtype)
         require_kind("cache", self.cache, CACHES, self.dtype)
         group_size(self.group)
@@ -103,6 +103,12 @@ class Call:
         return DTYPE_BYTES[self.dtype]
 
 
+def require_call(call: object) -> None:
+    """Raise `WrongTypeError` for what is not a call, such as its fields in a dict."""
+    if not isinstance(call, Call):
+        reject("call", call, "a Call of dsv2_ref.accounting", WrongTypeError)
+
+
 def require_kind(name: str, kind: str | None, known: tuple[str, ...], dtype: str) -> None:
     """Raise ValueError for an unknown kind of weights or of a cache, and for one whose scales int8 could not hold."""
     require(kind is None or kind in known, name, kind, f"None or one of {', '.join(known)}")
@@ -111,6 +117,7 @@ def require_kind(name: str, kind: str | None, known: tuple[str, ...], dtype: str
 
 def require_layer(config: DeepseekV2Config, layer_idx: int) -> None:
     """Raise ValueError unless the model has a layer of this index."""
+    is_config(config)
     last = config.num_hidden_layers - 1
     require(is_int(layer_idx, 0, last), "layer", layer_idx, "from 0 to {}", last)
 
@@ -124,6 +131,7 @@ def moe_layers(config: DeepseekV2Config, end: int) -> int:
 def layers_alike(config: DeepseekV2Config) -> list[tuple[int, int]]:
     """The kinds of layers that a model has, dense or with experts: the index of the last layer and the number of layers
     of each, ordered by index."""
+    is_config(config)
     end, every = config.num_hidden_layers, config.moe_layer_freq
     first, mixed = min(config.first_k_dense_replace, end), moe_layers(config, end)
     # The last layer of each kind is one of these: two neighbours with experts mean that every layer from ``first`` on

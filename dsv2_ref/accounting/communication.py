@@ -9,7 +9,7 @@ travel the same ways. What a rank holds itself does not travel.
 from collections.abc import Sequence
 from math import comb
 
-from dsv2_ref.accounting.call import Call, Counts, moe_layers, require_layer
+from dsv2_ref.accounting.call import Call, Counts, moe_layers, require_call, require_layer
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.stored import model_weight_bytes, weight_bytes
 from dsv2_ref.accounting.training import require_training, state_bytes
@@ -83,6 +83,7 @@ def bytes_of_travel(
 
     The dtype of the call is that of the rows. Weights are float32, or float64 with float64.
     """
+    require_call(call)
     row, weight = rows * Sizes.of(config).D * call.itemsize, choices * _weight_size(call)
     there, back = row + weight + choices * NUMBERS, row
     return (there + row, back + row + weight) if training else (there, back)

@@ -9,15 +9,18 @@ zeros that pad values to the width of keys, and pairs that a mask hides.
 
 from dataclasses import replace
 
-from dsv2_ref.accounting.call import Call, Counts, require_layer
+from dsv2_ref.accounting.call import Call, Counts, require_call, require_layer
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.weights import parameters, projections
+from dsv2_ref.checks import is_config
 from dsv2_ref.config import DeepseekV2Config
 
 
 def form_of(config: DeepseekV2Config, call: Call) -> str:
     """The form of latent attention that a call takes: the call's own, else the configuration's, else the one with fewer
     FLOPs, by causal pairs as the layer counts them, whatever ``call.causal`` and ``call.read`` say."""
+    is_config(config)
+    require_call(call)
     for form in (call.form, config.mla_form):
         if form != "auto":
             return form
@@ -55,6 +58,7 @@ def _attention_products(config: DeepseekV2Config, call: Call) -> Counts:
 
 def products(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
     """FLOPs of a layer's matrix products, by operation."""
+    require_call(call)
     counts = {f"self_attn.{name}": 2 * n for name, n in _attention_products(config, call).items()}
     for name, n in parameters(config, layer_idx, active=True).items():
         if name.startswith("mlp"):
@@ -65,6 +69,7 @@ def products(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
 def elementwise(config: DeepseekV2Config, layer_idx: int, call: Call) -> Counts:
     """FLOPs of everything else in a layer, by the convention of this module."""
     require_layer(config, layer_idx)
+    require_call(call)
     s, tokens = Sizes.of(config), call.tokens
     counts = {
         "norms": 4 * tokens * (2 * s.D + s.Q + s.C),

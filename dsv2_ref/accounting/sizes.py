@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
+from dsv2_ref.checks import is_config
 from dsv2_ref.config import DeepseekV2Config
 
 
@@ -29,6 +30,7 @@ class Sizes:
     @classmethod
     def of(cls, config: DeepseekV2Config) -> Self:
         """The sizes of a model. Only here is an optional field read as 0."""
+        is_config(config)
         heads, experts, latent = config.num_attention_heads, config.n_routed_experts or 0, config.use_mla
         width = config.hidden_size // heads
         return cls(

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from dsv2_ref.accounting.call import Call, Counts
+from dsv2_ref.accounting.call import Call, Counts, require_call
 from dsv2_ref.accounting.weights import NETWORK, Matrix, matrices, model_matrices
 from dsv2_ref.checks import expert_blocks, width_in_groups
 from dsv2_ref.config import DeepseekV2Config
@@ -44,6 +44,7 @@ def bytes_of(name: str, shape: tuple[int, ...], call: Call) -> int:
 
 def bytes_by_module(found: Mapping[str, Matrix], call: Call, active: bool = False) -> Counts:
     """Bytes of weights; those of one feed-forward network, or of all routed experts together, under one name."""
+    require_call(call)
     counts: Counter[str] = Counter()
     for name, matrix in found.items():
         one = bytes_of(name, matrix.shape, call)

@@ -20,6 +20,7 @@ def _checked(
     config: DeepseekV2Config, call: Call, layer_idx: int | None, training: bool, checkpointing: str | bool | None
 ) -> tuple[Call, str | None]:
     """The call in the form that it takes, and the mode of checkpointing; ValueError for a call that cannot be made."""
+    require(isinstance(training, bool), "training", training, "True or False")
     if layer_idx is not None:
         require_layer(config, layer_idx)
     call = replace(call, form=form_of(config, call))

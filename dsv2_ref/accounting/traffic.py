@@ -8,7 +8,7 @@ Kernels that fuse operations move less, which is why they are written. The score
 from collections.abc import Mapping
 
 from dsv2_ref.accounting.cached import cache_bytes, record_bytes
-from dsv2_ref.accounting.call import Call, Counts, require_layer
+from dsv2_ref.accounting.call import Call, Counts, require_call, require_layer
 from dsv2_ref.accounting.operations import form_of, products
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.stored import weight_bytes
@@ -148,6 +148,7 @@ def activations_moved(config: DeepseekV2Config, layer_idx: int, call: Call) -> M
     What reads a quantised cache reads its codes and scales; everything else is in the dtype.
     """
     require_layer(config, layer_idx)
+    require_call(call)
     s, tokens = Sizes.of(config), call.tokens
     moved: Moved = {}
     moved["norms"] = (tokens * (2 * s.D + s.Q + s.C),) * 2

@@ -9,7 +9,7 @@ Only products are counted here; everything else is a few percent.
 from collections import Counter
 from collections.abc import Mapping
 
-from dsv2_ref.accounting.call import Call, Counts, layers_alike
+from dsv2_ref.accounting.call import Call, Counts, layers_alike, require_call
 from dsv2_ref.accounting.operations import form_of, products
 from dsv2_ref.accounting.sizes import Sizes
 from dsv2_ref.accounting.weights import matrices, model_matrices, model_parameters
@@ -23,6 +23,7 @@ SGD with momentum the former alone."""
 
 def require_training(call: Call, checkpointing: str | None = None) -> None:
     """Raise ValueError for a call that no training step makes, and for an unknown mode."""
+    require_call(call)
     known, wanted = (None, *CHECKPOINTING), f"None, {' or '.join(CHECKPOINTING)}"
     require(checkpointing in known, "checkpointing", checkpointing, wanted)
     wanted = "the {} new tokens: training has no cache"
