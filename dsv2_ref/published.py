@@ -8,7 +8,7 @@ defaults of their published code, the keys that may have only one value here, an
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,10 +41,11 @@ def load(path: str | Path) -> Any:
         raise ValueError(f"{path} {error}") from error
 
 
-def decode(text: bytes) -> Any:
-    """The JSON in these bytes; ValueError, which begins with "is not", for what is none."""
+def decode(text: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The JSON in these bytes, each object as ``pairs`` makes it of its keys and values; ValueError, which begins with
+    "is not", for what is none."""
     try:
-        return json.loads(text.decode("utf-8"), parse_constant=_no_number)
+        return json.loads(text.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("is not JSON that can be read: nested too deeply") from None
     except UnicodeDecodeError as error:

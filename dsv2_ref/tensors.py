@@ -4,18 +4,19 @@ A file begins with 8 bytes, the length of a JSON header (little-endian), which t
 place after it.
 """
 
-import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from dsv2_ref import files, published
-from dsv2_ref.checks import describe, reject, require_object
+from dsv2_ref.checks import describe, is_int, reject, require_object
 
 WEIGHTS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -58,18 +59,27 @@ def read_header(file: files.File) -> dict[str, Entry]:
     check(file.size >= 8, f"it has {file.size} bytes")
     length = int.from_bytes(files.read(file, 0, 8), "little")
     check(2 <= length <= min(LONGEST_HEADER, file.size - 8), f"its header would have {length} bytes of {file.size}")
+    twice: list[str] = []
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        return found
+
     try:
-        header = json.loads(files.read(file, 8, length))
-    except (ValueError, RecursionError):
+        header = published.decode(files.read(file, 8, length), once)
+    except ValueError:
         header = None
     check(isinstance(header, dict), "its header is not a JSON object")
+    check(not twice, f"its header says {describe(', '.join(twice))} twice")
     entries = {}
     for name, told in header.items():
         if name == "__metadata__":
             continue
         try:
             code, shape, (start, end) = told["dtype"], tuple(told["shape"]), told["data_offsets"]
-            known = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) and isinstance(code, str)
+            known = all(is_int(n, 0) for n in (*shape, start, end)) and isinstance(code, str)
         except (TypeError, KeyError, ValueError):
             known = False
         check(name.isprintable(), f"a tensor has the name {describe(name)}")

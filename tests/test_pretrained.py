@@ -487,6 +487,38 @@ def test_tensors_lie_one_after_the_other(offsets: list[list[int]], message: str,
         load_file(path)
 
 
+FIELDS = {"dtype": '"F32"', "shape": "[2]", "data_offsets": "[0, 8]"}
+ONE = "{" + ", ".join(f'"{name}": {value}' for name, value in FIELDS.items()) + "}"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f'{{"a": {ONE}, "a": {ONE}}}', "its header says 'a' twice"),
+        (f'{{"a": {ONE}, "\\u0061": {ONE}}}', "its header says 'a' twice"),
+        (f'{{"a": {ONE.replace("[2]", "[4]")}, "a": {ONE}}}', "its header says 'a' twice"),
+        (f'{{"a": {{"dtype": "F16", {ONE[1:]}}}', "its header says 'dtype' twice"),
+        (f'{{"__metadata__": null, "__metadata__": null, "a": {ONE}}}', "its header says '__metadata__' twice"),
+        (f'{{"a": {ONE.replace("F32", "F64").replace("[2]", "[true]")}}}', "tensor a has no dtype, shape and place"),
+        (f'{{"a": {ONE.replace("[0,", "[false,")}}}', "tensor a has no dtype, shape and place"),
+        (f'{{"__metadata__": {{"loss": NaN}}, "a": {ONE}}}', "its header is not a JSON object"),
+        (f'\ufeff{{"a": {ONE}}}', "its header is not a JSON object"),
+        (f'{{"a": {ONE}}}'.encode("utf-16-le"), "its header is not a JSON object"),
+    ],
+)  # fmt: skip
+def test_headers_that_say_two_things_or_are_no_json(header: str | bytes, message: str, tmp_path: Path) -> None:
+    """The format forbids names that are there twice. Its own library takes the last of two tensors, and rejects the
+    rest."""
+    text = header.encode() if isinstance(header, str) else header
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match=f"x.safetensors is not a safetensors file that can be read: {message}$"):
+        read_header(files.LocalFile(path))
+    if "'a' twice" not in message:
+        with pytest.raises(SafetensorError):
+            load_file(path)
+
+
 def test_shards_that_are_missing_cut_or_strange(tmp_path: Path) -> None:
     saved(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
