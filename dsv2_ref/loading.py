@@ -234,7 +234,8 @@ def _load(build: Callable[[DeepseekV2Config], Any], place: files.Place, source: 
 
         pair = isinstance(how.experts_of, tuple | list) and len(how.experts_of) == 2
         require(pair, "experts_of", how.experts_of, "a rank, from 0, and the number of ranks")
-        require(how.weights is None and own is None, "experts_of", how.experts_of, "None for quantised experts")
+        plain = how.weights is None and (own is None or "experts" not in own["parts"])
+        require(plain, "experts_of", how.experts_of, "None for quantised experts")
         module = share_experts(module, *how.experts_of)
         targets = module.state_dict()
     entries = read_headers(place, tuple(root + part for root in ROOTS))

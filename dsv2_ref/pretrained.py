@@ -85,7 +85,8 @@ class PretrainedLayer:
                 ``fp8``; a float8 checkpoint keeps its codes and scales in the last. None does not.
             group: weights of a row that share a scale, for ``int4``.
             experts_of: ``(rank, ranks)``: read only the routed experts of one of so many ranks, for
-                `dsv2_ref.parallel.parallelize_experts`; None reads all.
+                `dsv2_ref.parallel.parallelize_experts`; None reads all. Experts that are or become codes are not shared;
+                those of a float8 checkpoint are, if ``weights`` is None.
 
         Raises:
             ValueError: for an argument or a configuration that is rejected, files that are cut or damaged, and a tensor

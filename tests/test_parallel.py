@@ -400,10 +400,19 @@ def test_experts_of_one_rank_do_not_compute_alone(tmp_path: Path) -> None:
             DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=wrong)
     with pytest.raises(ValueError, match=r"experts_of is .*; wanted None for quantised experts"):
         DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=(0, 2), weights="int8")
+    quantize(cases.CASES["a model"].build(), "int8", parts=["experts"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"experts_of is .*; wanted None for quantised experts"):
+        DeepseekV2ForCausalLM.from_pretrained(tmp_path, experts_of=(0, 2))
 
 
-def test_ranks_that_read_their_experts_compute_what_the_whole_model_does(tmp_path: Path) -> None:
-    cases.CASES["a model"].build().save_pretrained(tmp_path)
+@pytest.mark.parametrize("codes", [(), ("attention", "mlp")], ids=["plain", "codes beside plain experts"])
+def test_ranks_that_read_their_experts_compute_what_the_whole_model_does(
+    codes: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole = cases.CASES["a model"].build()
+    if codes:
+        quantize(whole, "int8", parts=codes)
+    whole.save_pretrained(tmp_path)
     model = DeepseekV2ForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         wanted = model(cases.IDS)[0]
