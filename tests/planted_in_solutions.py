@@ -88,6 +88,10 @@ BOTH: dict[str, list[Edit]] = {
     ],
     "scores divided by the root of C + R, the absorbed width": [(SCALE, SCALE.replace("(N + R)", "(C + R)"))],
     "scores divided by the root of N, without the rope features": [(SCALE, SCALE.replace("(N + R)", "N"))],
+    "scores divided by the root of V, the width of a value": [(SCALE, SCALE.replace("(N + R)", "V"))],
+    "scores divided by the root of D / H, which is no width of MLA's heads": [
+        (SCALE, SCALE.replace("(N + R)", "(D // H)"))
+    ],
     "the rope key not rotated": [(TURNED, "q_pe, _ = apply_rotary(q_pe, k_pe, cos, sin)")],
     "the query not rotated": [(TURNED, "_, k_pe = apply_rotary(q_pe, k_pe, cos, sin)")],
     "no position at all": [(TURNED, "pass")],
@@ -147,6 +151,19 @@ EXPANDED = [
     ("weights @ cache[:, None, :, :C] @ w_uv.transpose(-1, -2)", "weights @ value"),
     ("return out, None, cache", "return out, None, (key, value)"),
 ]
+ONE_ROPE_KEY = [
+    EXPANDED[0],
+    (EXPANDED[1][0], UP),
+    (
+        EXPANDED[2][0],
+        "kv = torch.cat((past_key_value[0], kv), dim=2)\n"
+        "            k_pe = torch.cat((past_key_value[1], k_pe), dim=1)",
+    ),
+    EXPANDED[3],
+    ("key = cache[:, None]\n", "key = torch.cat((kv[..., :N], k_pe[:, None].expand(-1, H, -1, -1)), dim=-1)\n"),
+    (EXPANDED[5][0], "weights @ kv[..., N:]"),
+    (EXPANDED[6][0], "return out, None, (kv, k_pe)"),
+]
 READ = "w_uk, w_uv = rows[:, :N], rows[:, N:]"
 RETURNED = "return out, None, cache"
 DECODING = BOTH | {
@@ -162,11 +179,16 @@ DECODING = BOTH | {
     "positions one too far after a cache": [
         ("torch.arange(past, past + S)", "torch.arange(past + (past > 0), past + (past > 0) + S)")
     ],
+    "positions one too few after a cache": [
+        ("torch.arange(past, past + S)", "torch.arange(past - (past > 0), past - (past > 0) + S)")
+    ],
     "mask aligned at the top left: the first query at the first key": [(CAUSAL_WITH_CACHE, "tril()")],
     "mask aligned at the top left where a call brings several tokens": [
         (CAUSAL_WITH_CACHE, "tril(0 if S > 1 else K - S)")
     ],
+    "no mask where several tokens follow a cache": [(CAUSAL_WITH_CACHE, "tril(K if past else 0)")],
     "expanded cache: all heads' keys and values are cached, not the latent": EXPANDED,
+    "expanded cache: all heads' keys and values are cached, only the rope key once": ONE_ROPE_KEY,
     "the rope key is cached once per head": [
         (RETURNED, "return out, None, torch.cat((cache[..., :C], cache[..., C:].repeat(1, 1, H)), dim=-1)"),
         (
@@ -220,6 +242,7 @@ GATE: dict[str, list[Edit]] = {
     "softmax after top-k, in place of sigmoid scores too": [
         (GATHER, "topk_weight = logits.gather(-1, topk_idx).softmax(-1)")
     ],
+    "the softmax over the tokens, not over the experts": [("logits.softmax(dim=-1)", "logits.softmax(dim=0)")],
     "routed_scaling_factor left out": [(SCALED, "pass")],
     "weights made of the logits, not of the scores": [(GATHER, "topk_weight = logits.gather(-1, topk_idx)")],
     "normalised weights not scaled, or before they were normalised": [
@@ -232,6 +255,12 @@ GATE: dict[str, list[Edit]] = {
     "weights normalised though norm_topk_prob is off": [("if config.norm_topk_prob:", "if True:")],
     "norm_topk_prob ignored": [("if config.norm_topk_prob:", "if False:")],
     "group limit left out": [('if config.topk_method != "greedy":', "if False:")],
+    "group limit left out where topk_method is group_limited_greedy": [
+        ('if config.topk_method != "greedy":', 'if config.topk_method == "noaux_tc":')
+    ],
+    "group limit left out where topk_method is noaux_tc": [
+        ('if config.topk_method != "greedy":', 'if config.topk_method == "group_limited_greedy":')
+    ],
     "groups judged by the sum of all their experts": [(BEST, "of_group = grouped.sum(-1)")],
     "groups judged by their best expert even with a bias; V3 takes the two best": [
         (BEST, "of_group = grouped.amax(-1)")
@@ -243,7 +272,17 @@ GATE: dict[str, list[Edit]] = {
     "the bias weighs: it may only choose": [
         (GATHER, "topk_weight = (scores if bias is None else scores + bias).gather(-1, topk_idx)")
     ],
+    "the bias added to the logits, before the sigmoid": [
+        (
+            'sigmoid = config.scoring_func == "sigmoid"',
+            'sigmoid = config.scoring_func == "sigmoid"\n        logits = logits if bias is None else logits + bias',
+        ),
+        ("scores if bias is None else scores + bias", "scores"),
+    ],
     "the bias left out": [("scores if bias is None else scores + bias", "scores")],
+    "sigmoid scores where scoring_func is softmax": [
+        ("logits.sigmoid() if sigmoid else logits.softmax(dim=-1)", "logits.sigmoid()")
+    ],
     "softmax scores where scoring_func is sigmoid": [
         ("logits.sigmoid() if sigmoid else logits.softmax(dim=-1)", "logits.softmax(dim=-1)")
     ],
@@ -253,13 +292,45 @@ MADE = "made = expert(tokens[token]) * topk_weight[token, choice, None]"
 ROUTED = "topk_idx, topk_weight, _ = self.gate(hidden_states)"
 SWIGLU = "F.silu(self.gate_proj(x)) * self.up_proj(x)"
 SUM = "routed.view_as(hidden_states) + self.shared_experts(hidden_states)"
+LOOP = (
+    "routed = torch.zeros_like(tokens)\n"
+    "        for number, expert in enumerate(self.experts):\n"
+    "            token, choice = torch.where(topk_idx == number)\n"
+    f"            {MADE}\n"
+    "            routed.index_add_(0, token, made)\n"
+)
+SORTED = (
+    "choices, k = topk_idx.flatten(), topk_idx.shape[1]\n"
+    "        order = choices.argsort(stable=True)\n"
+    "        rows = tokens[order // k].split(choices.bincount(minlength=len(self.experts)).tolist())\n"
+    "        made = torch.cat([expert(own) for expert, own in zip(self.experts, rows)])\n"
+    "        made = {}.view(-1, k, tokens.shape[1])\n"
+    "        routed = (made * topk_weight[..., None]).sum(1)\n"
+)
 EXPERTS: dict[str, list[Edit]] = {
     "shared experts left out": [(SUM, "routed.view_as(hidden_states)")],
     "gate_proj and up_proj exchanged": [(SWIGLU, "self.gate_proj(x) * F.silu(self.up_proj(x))")],
+    "gate_proj and up_proj exchanged in the stacked experts alone": [
+        ("MLP(hidden, inner) for", "MLP(hidden, inner, True) for"),
+        ("def __init__(self, hidden, inner):", "def __init__(self, hidden, inner, up_first=False):"),
+        ("        self.gate_proj = nn", "        self.up_first = up_first\n        self.gate_proj = nn"),
+        (
+            f"return self.down_proj({SWIGLU})",
+            "gate, up = self.gate_proj(x), self.up_proj(x)\n"
+            "        gate, up = (up, gate) if self.up_first else (gate, up)\n"
+            "        return self.down_proj(F.silu(gate) * up)",
+        ),
+    ],
     "expert weights not applied": [(MADE, "made = expert(tokens[token])")],
     "the chosen experts averaged, not weighted": [(MADE, "made = expert(tokens[token]) / topk_idx.shape[-1]")],
     "weights in another order than the choices": [
         ("topk_weight[token, choice, None]", "topk_weight.flip(-1)[token, choice, None]")
+    ],
+    "a softmax over the weights: the gate has scored": [
+        (ROUTED, f"{ROUTED}\n        topk_weight = topk_weight.softmax(dim=-1)")
+    ],
+    "the best expert alone, not all that were chosen": [
+        (ROUTED, f"{ROUTED}\n        topk_idx, topk_weight = topk_idx[:, :1], topk_weight[:, :1]")
     ],
     "weights normalised to sum to 1": [
         (
@@ -279,6 +350,10 @@ EXPERTS: dict[str, list[Edit]] = {
     "each expert's result replaces the earlier ones, not added to them": [
         ("routed.index_add_(0, token, made)", "routed[token] = made")
     ],
+    "sorted by expert and left in that order": [(LOOP, SORTED.format("made"))],
+    "sorted by expert, and the order applied again where its inverse was wanted": [
+        (LOOP, SORTED.format("made[order]"))
+    ],
     "shared experts scaled by routed_scaling_factor": [
         (SUM, "routed.view_as(hidden_states) + self.factor * self.shared_experts(hidden_states)"),
         (
@@ -295,6 +370,7 @@ EXPERTS: dict[str, list[Edit]] = {
     ],
     "sigmoid, not SiLU": [("F.silu", "torch.sigmoid")],
     "GELU, not SiLU": [("F.silu", "F.gelu")],
+    "ReLU, not SiLU": [("F.silu", "F.relu")],
     "the input added to the output: the layer does that": [(SUM, f"hidden_states + {SUM}")],
     "every expert computes every token": [
         (
@@ -329,6 +405,7 @@ BALANCE: dict[str, list[Edit]] = {
     "the bias moves the wrong way": [("bias + speed", "bias - speed")],
     "the bias moves in proportion to the load": [("below.sign()", "below")],
     "the bias moves down at an even share": [("below.sign().to(bias.dtype)", "torch.where(below > 0, 1.0, -1.0)")],
+    "the bias moves up at an even share": [("below.sign().to(bias.dtype)", "torch.where(below < 0, -1.0, 1.0)")],
 }
 
 FIRST = "h = x + self.self_attn(self.input_layernorm(x))[0]"

@@ -1,13 +1,13 @@
 """The part of balance, with a loss and without: its cases and known mistakes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv2_ref import balance
 from dsv2_ref.grading.answers import Answers, Values, WrongError, call, normal, returned
 from dsv2_ref.grading.part import Case, Mistake, Part, Plant, has
 from dsv2_ref.grading.parts.gate import WITHOUT_LOSS
@@ -46,45 +46,50 @@ def used(seq_aux: bool, alpha: float, seed: int) -> Callable[[], dict[str, Any]]
     return make
 
 
-Loss = Callable[[Values, Values, Values, int], Values]
+RIGHT: dict[str, Callable[..., Any]] = {
+    "each": lambda seq_aux: seq_aux,
+    "f": lambda f, scores: f,
+    "P": lambda scores, chosen: scores.mean(1),
+    "times": lambda k, experts: 1.0,
+    "over": lambda losses: losses.mean(),
+    "alpha": lambda alpha: alpha,
+}
+"""The loss in steps: whether each sequence has its own, f and P (sequences, experts), a
+factor, what becomes of the sequences' losses, and alpha."""
 
 
-def loses(loss: Loss, keep: bool = True) -> Plant:
-    """A loss of f, P, scores and k for each sequence, or for the batch as one."""
+def loses(**wrong: Callable[..., Any]) -> Plant:
+    """The loss with some of its steps as given, the others as they are, right or wrong."""
 
-    def wrong(scores: Values, topk_idx: Values, alpha: float, seq_aux: bool = True) -> Any:
-        if not seq_aux:
-            scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
-        k, experts = topk_idx.shape[-1], scores.shape[-1]
-        chosen = F.one_hot(topk_idx, experts).sum(2).to(scores.dtype)
-        f = chosen.mean(1) * experts / k  # (sequences, experts)
-        P = scores.mean(1)
-        return (alpha if keep else 1.0) * loss(f, P, scores * chosen, k).mean()
+    def change(functions: Any) -> None:
+        functions.steps = getattr(functions, "steps", RIGHT) | wrong
+        functions.expert_balance_loss = partial(in_steps, functions.steps)
 
-    return has("expert_balance_loss", wrong)
+    return change
 
 
-def dot(f: Values, P: Values) -> Values:
-    """Σ f P of each sequence."""
-    return (f * P).sum(-1)
+def in_steps(
+    steps: dict[str, Callable[..., Any]], scores: Values, topk_idx: Values, alpha: float, seq_aux: bool = True
+) -> Any:
+    """The loss made of its steps."""
+    if not steps["each"](seq_aux):
+        scores, topk_idx = scores.flatten(0, 1)[None], topk_idx.flatten(0, 1)[None]
+    k, experts = topk_idx.shape[-1], scores.shape[-1]
+    chosen = F.one_hot(topk_idx, experts).sum(2).to(scores.dtype)
+    f = steps["f"](chosen.mean(1) * experts / k, scores)
+    losses = (f * steps["P"](scores, chosen)).sum(-1) * steps["times"](k, experts)
+    return steps["alpha"](alpha) * steps["over"](losses)
 
 
-def straight_through(f: Values, P: Values, _: Values, k: int) -> Values:
+def of_scores(_: Values, scores: Values) -> Values:
+    """E · P in the place of f."""
+    return scores.mean(1) * scores.shape[-1]
+
+
+def straight_through(f: Values, scores: Values) -> Values:
     """f keeps its value and gets the gradient of E · P."""
-    soft = P * P.shape[-1]
-    return dot(f + soft - soft.detach(), P)
-
-
-def always(seq_aux: bool) -> Plant:
-    """Per sequence, or over the batch, whatever was asked for."""
-
-    def wrong(scores: Any, topk_idx: Any, alpha: Any, seq_aux_: Any = True) -> Any:
-        return balance.expert_balance_loss(scores, topk_idx, alpha, seq_aux)
-
-    def named(scores: Any, topk_idx: Any, alpha: Any, **_: Any) -> Any:
-        return wrong(scores, topk_idx, alpha)
-
-    return has("expert_balance_loss", named)
+    soft = of_scores(f, scores)
+    return f + soft - soft.detach()
 
 
 def moved() -> dict[str, Any]:
@@ -116,29 +121,35 @@ BALANCE = Part(
         Case("the bias after a step", 2, moved),
     ),
     mistakes=(
-        Mistake("over the batch as one, though seq_aux is on", "symptoms", "Expert balance loss", always(False)),
-        Mistake("per sequence, though seq_aux is off", "balance", LOSS, always(True)),
-        Mistake("counts over T, not over k T", "balance", COUNTS, loses(lambda f, P, _, k: dot(f * k, P))),
         Mistake(
-            "P over the chosen experts alone", "balance", COUNTS, loses(lambda f, P, chosen, k: dot(f, chosen.mean(1)))
+            "over the batch as one, though seq_aux is on",
+            "symptoms",
+            "Expert balance loss",
+            loses(each=lambda _: False),
+        ),
+        Mistake("per sequence, though seq_aux is off", "balance", LOSS, loses(each=lambda _: True)),
+        Mistake("counts over T, not over k T", "balance", COUNTS, loses(times=lambda k, _: k)),
+        Mistake(
+            "P over the chosen experts alone",
+            "balance",
+            COUNTS,
+            loses(P=lambda scores, chosen: (scores * chosen).mean(1)),
         ),
         Mistake(
             "f made of scores, not of counts, so that it has a gradient",
             "balance",
             COUNTS,
-            loses(lambda f, P, _, k: dot(P * P.shape[-1], P)),
+            loses(f=of_scores),
         ),
-        Mistake("f has a gradient, passed straight through the counts", "balance", COUNTS, loses(straight_through)),
-        Mistake("P has no gradient", "balance", COUNTS, loses(lambda f, P, _, k: dot(f, P.detach()))),
-        Mistake("alpha left out", "balance", LOSS, loses(lambda f, P, _, k: dot(f, P), keep=False)),
-        Mistake(
-            "summed over the sequences, not averaged", "balance", LOSS, loses(lambda f, P, _, k: dot(f, P) * len(f))
-        ),
+        Mistake("f has a gradient, passed straight through the counts", "balance", COUNTS, loses(f=straight_through)),
+        Mistake("P has no gradient", "balance", COUNTS, loses(P=lambda scores, _: scores.detach().mean(1))),
+        Mistake("alpha left out", "balance", LOSS, loses(alpha=lambda _: 1.0)),
+        Mistake("summed over the sequences, not averaged", "balance", LOSS, loses(over=lambda losses: losses.sum())),
         Mistake(
             "the number of experts left out of f, or a mean over the experts",
             "balance",
             LOSS,
-            loses(lambda f, P, _, k: dot(f, P) / f.shape[-1]),
+            loses(times=lambda _, experts: 1 / experts),
         ),
         Mistake("the bias moves the wrong way", "balance", WITHOUT_LOSS, moves(lambda below: -below.sign())),
         Mistake("the bias moves in proportion to the load", "balance", WITHOUT_LOSS, moves(lambda below: below)),
@@ -147,6 +158,12 @@ BALANCE = Part(
             "balance",
             WITHOUT_LOSS,
             moves(lambda below: (below > 0).to(below) * 2 - 1),
+        ),
+        Mistake(
+            "the bias moves up at an even share",
+            "balance",
+            WITHOUT_LOSS,
+            moves(lambda below: (below >= 0).to(below) * 2 - 1),
         ),
     ),
 )

@@ -50,7 +50,7 @@ def decode(module: Any, inputs: dict[str, Any]) -> Answers:
 
 def calls(*lengths: int, seed: int, size: float = 1.0, cost: str = "") -> Callable[[], dict[str, Any]]:
     """Tokens, and how many of them each call gets."""
-    made = partial(normal, 2, sum(lengths), 96, seed=seed, size=size)
+    made = partial(normal, 2, sum(lengths), 88, seed=seed, size=size)
     fixed = {"calls": list(lengths), "cost": cost}
     return lambda: {"hidden_states": made(), **fixed}
 
@@ -77,6 +77,11 @@ def keys_and_values(config: DeepseekV2Config) -> int:
     """Elements per token of all heads' keys and values."""
     wide = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return config.num_attention_heads * wide
+
+
+def keys_and_values_with_one_rope_key(config: DeepseekV2Config) -> int:
+    """The same, with the rope key that all heads share stored once."""
+    return config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim) + config.qk_rope_head_dim
 
 
 def rope_key_of_each_head(config: DeepseekV2Config) -> int:
@@ -111,6 +116,12 @@ DECODING = Part(
             placed(lambda ids, keys: ids + int(keys > ids.shape[1])),
         ),
         Mistake(
+            "positions one too few after a cache",
+            "decoding",
+            "Symptoms",
+            placed(lambda ids, keys: ids - int(keys > ids.shape[1])),
+        ),
+        Mistake(
             "mask aligned at the top left: the first query at the first key",
             "symptoms",
             "Causal alignment",
@@ -123,10 +134,22 @@ DECODING = Part(
             seen(lambda queries, keys: (top_left if queries > 1 else everything)(queries, keys)),
         ),
         Mistake(
+            "no mask where several tokens follow a cache",
+            "symptoms",
+            "Causal alignment",
+            seen(lambda queries, keys: (everything if keys > queries else top_left)(queries, keys)),
+        ),
+        Mistake(
             "expanded cache: all heads' keys and values are cached, not the latent",
             "mla",
             "What must a layer cache?",
             also_holds(keys_and_values),
+        ),
+        Mistake(
+            "expanded cache: all heads' keys and values are cached, only the rope key once",
+            "mla",
+            "What must a layer cache?",
+            also_holds(keys_and_values_with_one_rope_key),
         ),
         Mistake("the rope key is cached once per head", "mla", "How many bytes?", also_holds(rope_key_of_each_head)),
         Mistake(

@@ -14,6 +14,9 @@ from dsv2_ref.grading.part import Case, Mistake, Part, Plant
 from dsv2_ref.grading.parts.gate import DEVICES, WEIGHS, sets
 from dsv2_ref.grading.parts.mla import SMALL
 
+FACTOR = 2.5
+"""What the gates of all cases scale the weights by."""
+
 
 def mix(module: Any, inputs: dict[str, Any]) -> Answers:
     """The output of a mixture, or what it costs."""
@@ -39,11 +42,15 @@ def reroutes(weigh: Callable[[Values], Values]) -> Plant:
 
 def exchange(moe: Any) -> None:
     """Gates and ups of all experts exchanged."""
+    exchange_routed(moe)
     shared = moe.shared_experts
-    for stacked in (moe.experts.gate_up_proj,):
-        gate, up = stacked.detach().chunk(2, dim=1)
-        stacked.copy_(torch.cat((up, gate), dim=1))
     shared.gate_proj, shared.up_proj = shared.up_proj, shared.gate_proj
+
+
+def exchange_routed(moe: Any) -> None:
+    """Ups read as gates in what is stacked alone, where the order is nobody's but one's own."""
+    gate, up = moe.experts.gate_up_proj.detach().chunk(2, dim=1)
+    moe.experts.gate_up_proj.copy_(torch.cat((up, gate), dim=1))
 
 
 def activates(function: Callable[[Values], Values]) -> Callable[[Any], Any]:
@@ -58,8 +65,7 @@ def drop_shared(moe: Any) -> None:
 
 def shared_scaled(moe: Any) -> None:
     """The shared experts' output multiplied by the factor of the routed ones."""
-    factor = moe.gate.routed_scaling_factor
-    moe.shared_experts.down_proj.weight.mul_(factor)
+    moe.shared_experts.down_proj.weight.mul_(FACTOR)
 
 
 def residual_inside(moe: Any) -> None:
@@ -102,6 +108,30 @@ def last_of_all(experts: Any, x: Values, topk_idx: Values, topk_weight: Values) 
     return out
 
 
+def misplaced(
+    experts: Any, place: Callable[[Values, Values], Values], x: Values, topk_idx: Values, topk_weight: Values
+) -> Values:
+    """Results of choices sorted by expert, placed by something else than the inverse of that order."""
+    choices = topk_idx.flatten()
+    order = choices.argsort(stable=True)
+    made = x.new_zeros(len(choices), x.shape[1])
+    for number in range(len(experts.gate_up_proj)):
+        own = torch.where(choices == number)[0]
+        made[own] = of_expert(experts, number, x[own // topk_idx.shape[1]])
+    of_choices = place(made[order], order).view(*topk_idx.shape, -1)
+    return (of_choices * topk_weight[..., None]).sum(1)
+
+
+def places(place: Callable[[Values, Values], Values]) -> Plant:
+    """Sorted results, and their order, not brought back as they were."""
+    return lambda moe: setattr(moe.experts, "forward", partial(misplaced, moe.experts, place))
+
+
+def first_alone(weights: Values) -> Values:
+    """Nothing for all choices but the best one."""
+    return weights * (torch.arange(weights.shape[-1]) == 0)
+
+
 def replaces(moe: Any) -> None:
     """What an expert makes replaces what earlier ones made."""
     moe.experts.forward = partial(last_of_all, moe.experts)
@@ -109,7 +139,7 @@ def replaces(moe: Any) -> None:
 
 def scaled_twice(moe: Any) -> None:
     """The factor of the routed experts applied once more."""
-    moe.gate.routed_scaling_factor **= 2
+    moe.gate.routed_scaling_factor *= FACTOR
 
 
 def computes_all(moe: Any) -> None:
@@ -128,7 +158,7 @@ MIXED = replace(
     moe_intermediate_size=20,
     n_routed_experts=8,
     num_experts_per_tok=2,
-    routed_scaling_factor=2.5,
+    routed_scaling_factor=FACTOR,
 )
 GROUPED_MIX = replace(MIXED, topk_method="group_limited_greedy", n_group=4, topk_group=1)
 DISPATCH = "Getting there: dispatch"
@@ -159,6 +189,12 @@ EXPERTS = Part(
     mistakes=(
         Mistake("shared experts left out", "experts", "Symptoms", drop_shared),
         Mistake("gate_proj and up_proj exchanged", "symptoms", "Experts' storage", exchange),
+        Mistake(
+            "gate_proj and up_proj exchanged in the stacked experts alone",
+            "symptoms",
+            "Experts' storage",
+            exchange_routed,
+        ),
         Mistake("expert weights not applied", "experts", WEIGHS, reroutes(torch.ones_like)),
         Mistake(
             "the chosen experts averaged, not weighted",
@@ -167,10 +203,21 @@ EXPERTS = Part(
             reroutes(lambda w: torch.full_like(w, 1 / w.shape[-1])),
         ),
         Mistake("weights in another order than the choices", "experts", "Symptoms", reroutes(lambda w: w.flip(-1))),
+        Mistake(
+            "a softmax over the weights: the gate has scored", "experts", WEIGHS, reroutes(lambda w: w.softmax(-1))
+        ),
+        Mistake("the best expert alone, not all that were chosen", "experts", WEIGHS, reroutes(first_alone)),
         Mistake("weights normalised to sum to 1", "experts", WEIGHS, sets(norm_topk_prob=True)),
         Mistake("routed_scaling_factor left out", "experts", WEIGHS, sets(routed_scaling_factor=1.0)),
         Mistake("routed_scaling_factor applied again: the gate has done so", "experts", WEIGHS, scaled_twice),
         Mistake("each expert's result replaces the earlier ones, not added to them", "experts", DISPATCH, replaces),
+        Mistake("sorted by expert and left in that order", "experts", DISPATCH, places(lambda made, order: made)),
+        Mistake(
+            "sorted by expert, and the order applied again where its inverse was wanted",
+            "experts",
+            DISPATCH,
+            places(lambda made, order: made[order]),
+        ),
         Mistake("shared experts scaled by routed_scaling_factor", "experts", "Symptoms", shared_scaled),
         Mistake("the weight multiplies an expert's input, not its output", "experts", WEIGHS, weighs_inputs),
         Mistake(
@@ -178,6 +225,7 @@ EXPERTS = Part(
         ),
         Mistake("sigmoid, not SiLU", "experts", "Why experts?", activates(torch.sigmoid)),
         Mistake("GELU, not SiLU", "experts", "Why experts?", activates(F.gelu)),
+        Mistake("ReLU, not SiLU", "experts", "Why experts?", activates(F.relu)),
         Mistake(
             "the input added to the output: the layer does that",
             "prenorm",

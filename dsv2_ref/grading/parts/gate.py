@@ -71,19 +71,50 @@ def weighed(gate: Any, chosen: Values) -> Values:
     return chosen * gate.routed_scaling_factor
 
 
-def weighs(weigh: Callable[[Any, Values, Values, Values], Values]) -> Plant:
-    """The right choices with weights made of logits, scores and the choices."""
+def in_steps(**wrong: Callable[..., Any]) -> Plant:
+    """The step ``score``, ``choose`` or ``weigh`` another one, the others as they are, right or wrong."""
+    right = {"score": scores_of, "choose": choose_as_published, "weigh": of_scores}
 
     def change(gate: Any) -> None:
-        forward = gate.forward
+        def forward(x: Values) -> tuple[Values, Values, None]:
+            logits, scores = gate.score(gate, x)
+            topk_idx = gate.choose(gate, scores)
+            return topk_idx, gate.weigh(gate, logits, scores, topk_idx), None
 
-        def wrong(x: Values) -> tuple[Values, Values, None]:
-            topk_idx = forward(x)[0]
-            return topk_idx, weigh(gate, *scores_of(gate, x), topk_idx), None
-
-        gate.forward = wrong
+        vars(gate).update(right | vars(gate) | wrong)
+        gate.forward = forward
 
     return change
+
+
+def weighs(weigh: Callable[[Any, Values, Values, Values], Values]) -> Plant:
+    """Weights made otherwise of logits, scores and the choices."""
+    return in_steps(weigh=weigh)
+
+
+def of_scores(gate: Any, _: Values, scores: Values, topk_idx: Values) -> Values:
+    """The scores of the chosen experts, which is right."""
+    return weighed(gate, scores.gather(-1, topk_idx))
+
+
+def over_tokens(gate: Any, x: Values) -> tuple[Values, Values]:
+    """Scores that sum to 1 for each expert, not for each token; sigmoid scores stay."""
+    logits, scores = scores_of(gate, x)
+    return logits, scores if gate.scoring_func == "sigmoid" else logits.softmax(0)
+
+
+def bias_before_the_sigmoid(gate: Any) -> None:
+    """The bias added to the logits, so that it is in every score."""
+    if gate.e_score_correction_bias is None:
+        return
+    bias = gate.e_score_correction_bias.clone()
+    without_bias(gate)
+
+    def score(gate: Any, x: Values) -> tuple[Values, Values]:
+        logits = scores_of(gate, x)[0] + bias
+        return logits, logits.sigmoid()
+
+    in_steps(score=score)(gate)
 
 
 def late_softmax(gate: Any, logits: Values, _: Values, topk_idx: Values) -> Values:
@@ -122,27 +153,26 @@ def scaled_before(gate: Any, _: Values, scores: Values, topk_idx: Values) -> Val
     return chosen / total if gate.norm_topk_prob else chosen
 
 
-def chooses(judge: Callable[[Values, bool], Values], fill: float = -torch.inf) -> Plant:
-    """Groups judged in another way, from what chooses (T, groups, experts of a group) and
-    whether there is a bias; closed experts get ``fill``."""
+Judge = Callable[[Values, bool], Values]
+"""Values of groups, from what chooses (T, groups, experts of a group) and whether there is a bias."""
 
-    def change(gate: Any) -> None:
-        def wrong(x: Values) -> tuple[Values, Values, None]:
-            _, scores = scores_of(gate, x)
-            bias = gate.e_score_correction_bias
-            by = scores if bias is None else scores + bias
-            if gate.topk_group < gate.n_group:
-                grouped = by.unflatten(-1, (gate.n_group, -1))
-                of_group = judge(grouped, bias is not None)
-                best = of_group.topk(gate.topk_group, dim=-1).indices
-                closed = torch.ones_like(of_group).bool().scatter(-1, best, False)
-                by = grouped.masked_fill(closed[..., None], fill).flatten(-2)
-            topk_idx = by.topk(gate.top_k, dim=-1).indices
-            return topk_idx, weighed(gate, scores.gather(-1, topk_idx)), None
 
-        gate.forward = wrong
+def choose(gate: Any, scores: Values, judge: Judge, fill: float = -torch.inf) -> Values:
+    """The chosen experts, where experts of closed groups get ``fill``."""
+    bias = gate.e_score_correction_bias
+    by = scores if bias is None else scores + bias
+    if gate.topk_group < gate.n_group:
+        grouped = by.unflatten(-1, (gate.n_group, -1))
+        of_group = judge(grouped, bias is not None)
+        best = of_group.topk(gate.topk_group, dim=-1).indices
+        closed = torch.ones_like(of_group).bool().scatter(-1, best, False)
+        by = grouped.masked_fill(closed[..., None], fill).flatten(-2)
+    return by.topk(gate.top_k, dim=-1).indices
 
-    return change
+
+def chooses(judge: Judge, fill: float = -torch.inf) -> Plant:
+    """Groups judged in another way, or closed experts filled with something else."""
+    return in_steps(choose=partial(choose, judge=judge, fill=fill))
 
 
 def as_published(grouped: Values, biased: bool) -> Values:
@@ -150,15 +180,25 @@ def as_published(grouped: Values, biased: bool) -> Values:
     return grouped.topk(2 if biased else 1, dim=-1).values.sum(-1)
 
 
+def choose_as_published(gate: Any, scores: Values) -> Values:
+    """The right choices."""
+    return choose(gate, scores, as_published)
+
+
+def unlimited(biased: bool) -> Plant:
+    """All groups open in gates with a bias, or in those without one."""
+
+    def change(gate: Any) -> None:
+        if biased == (gate.e_score_correction_bias is not None):
+            gate.topk_group = gate.n_group
+
+    return change
+
+
 def without_bias(gate: Any) -> None:
     """A gate whose bias is 0, if it has one."""
     if gate.e_score_correction_bias is not None:
         gate.e_score_correction_bias.zero_()
-
-
-def softmax_for_sigmoid(gate: Any) -> None:
-    """V2's scores, whatever the configuration says."""
-    gate.scoring_func = "softmax"
 
 
 WEIGHS, GATE_SYMPTOMS = "How much does a chosen expert weigh?", "Symptoms"
@@ -180,6 +220,7 @@ GATE = Part(
     mistakes=(
         Mistake("softmax after top-k", "experts", WEIGHS, weighs(late_softmax)),
         Mistake("softmax after top-k, in place of sigmoid scores too", "experts", WEIGHS, weighs(always_late)),
+        Mistake("the softmax over the tokens, not over the experts", "experts", WEIGHS, in_steps(score=over_tokens)),
         Mistake("routed_scaling_factor left out", "experts", WEIGHS, sets(routed_scaling_factor=1.0)),
         Mistake("weights made of the logits, not of the scores", "experts", WEIGHS, weighs(of_logits)),
         Mistake(
@@ -189,6 +230,8 @@ GATE = Part(
         Mistake("weights normalised though norm_topk_prob is off", "experts", WEIGHS, sets(norm_topk_prob=True)),
         Mistake("norm_topk_prob ignored", "experts", WEIGHS, sets(norm_topk_prob=False)),
         Mistake("group limit left out", "experts", DEVICES, lambda gate: setattr(gate, "topk_group", gate.n_group)),
+        Mistake("group limit left out where topk_method is group_limited_greedy", "experts", DEVICES, unlimited(False)),
+        Mistake("group limit left out where topk_method is noaux_tc", "experts", FAMILY, unlimited(True)),
         Mistake(
             "groups judged by the sum of all their experts",
             "experts",
@@ -214,7 +257,9 @@ GATE = Part(
             chooses(as_published, 0.0),
         ),
         Mistake("the bias weighs: it may only choose", "balance", WITHOUT_LOSS, weighs(with_bias)),
+        Mistake("the bias added to the logits, before the sigmoid", "balance", WITHOUT_LOSS, bias_before_the_sigmoid),
         Mistake("the bias left out", "balance", WITHOUT_LOSS, without_bias),
-        Mistake("softmax scores where scoring_func is sigmoid", "experts", FAMILY, softmax_for_sigmoid),
+        Mistake("sigmoid scores where scoring_func is softmax", "experts", FAMILY, sets(scoring_func="sigmoid")),
+        Mistake("softmax scores where scoring_func is sigmoid", "experts", FAMILY, sets(scoring_func="softmax")),
     ),
 )

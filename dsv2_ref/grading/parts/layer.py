@@ -8,14 +8,34 @@ from dsv2_ref.grading.answers import Values, output, tokens
 from dsv2_ref.grading.part import Case, Mistake, Part, Plant
 from dsv2_ref.grading.parts.experts import MIXED
 
+Line = Callable[[Any, Values], Values]
+"""What one of the layer's two lines, or both, make of a layer and its stream."""
 
-def order(compute: Callable[[Any, Values], Values]) -> Plant:
-    """Another order of the layer's parts."""
+
+def first_line(layer: Any, x: Values) -> Values:
+    """x + attention(norm(x)), which is right."""
+    return x + layer.att(layer.n1(x))
+
+
+def second_line(layer: Any, h: Values) -> Values:
+    """h + mlp(other_norm(h)), which is right."""
+    return h + layer.mlp(layer.n2(h))
+
+
+def in_two_lines(layer: Any, x: Values) -> Values:
+    """One line after the other."""
+    return layer.fed(layer, layer.attended(layer, x))
+
+
+def order(whole: Line = in_two_lines, **lines: Line) -> Plant:
+    """Another order of the layer's parts; or the line ``attended`` or ``fed`` another one, while the other line stays as
+    it is, right or wrong."""
 
     def change(layer: Any) -> None:
-        layer.n1, layer.n2 = layer.input_layernorm, layer.post_attention_layernorm
+        layer.n1, layer.n2 = lambda x: layer.input_layernorm(x), lambda x: layer.post_attention_layernorm(x)
         layer.att = lambda x: layer.self_attn(x)[0]
-        layer.forward = lambda x: (compute(layer, x),)
+        vars(layer).update({"attended": first_line, "fed": second_line} | vars(layer) | lines)
+        layer.forward = lambda x: (whole(layer, x),)
 
     return change
 
@@ -37,19 +57,6 @@ def after_norm(layer: Any, x: Values) -> Values:
     u = layer.n1(x)
     v = layer.n2(u + layer.att(u))
     return v + layer.mlp(v)
-
-
-def second(
-    attended: Callable[[Any, Values], Values],
-    fed: Callable[[Any, Values], Values] = lambda layer, h: h + layer.mlp(layer.n2(h)),
-) -> Plant:
-    """The layer in two lines, one of them wrong."""
-    return order(lambda layer, x: fed(layer, attended(layer, x)))
-
-
-def first_line(layer: Any, x: Values) -> Values:
-    """x + attention(norm(x)), which is right."""
-    return x + layer.att(layer.n1(x))
 
 
 def parallel(layer: Any, x: Values) -> Values:
@@ -91,31 +98,34 @@ LAYER = Part(
             "the first residual taken after its norm",
             "prenorm",
             LAYER_SYMPTOMS,
-            second(lambda layer, x: layer.n1(x) + layer.att(layer.n1(x))),
+            order(attended=lambda layer, x: layer.n1(x) + layer.att(layer.n1(x))),
         ),
         Mistake(
             "the second residual taken after its norm",
             "prenorm",
             LAYER_SYMPTOMS,
-            second(first_line, lambda layer, h: layer.n2(h) + layer.mlp(layer.n2(h))),
+            order(fed=lambda layer, h: layer.n2(h) + layer.mlp(layer.n2(h))),
         ),
-        Mistake("the first norm left out", "prenorm", LINES, second(lambda layer, x: x + layer.att(x))),
-        Mistake("the second norm left out", "prenorm", LINES, second(first_line, lambda layer, h: h + layer.mlp(h))),
+        Mistake("the first norm left out", "prenorm", LINES, order(attended=lambda layer, x: x + layer.att(x))),
+        Mistake("the second norm left out", "prenorm", LINES, order(fed=lambda layer, h: h + layer.mlp(h))),
         Mistake(
             "one norm for both parts",
             "prenorm",
             LAYER_SYMPTOMS,
-            second(first_line, lambda layer, h: h + layer.mlp(layer.n1(h))),
+            order(fed=lambda layer, h: h + layer.mlp(layer.n1(h))),
         ),
         Mistake("the two norms exchanged", "prenorm", LAYER_SYMPTOMS, exchanged_norms),
         Mistake(
-            "nothing added to what attention returns", "prenorm", LINES, second(lambda layer, x: layer.att(layer.n1(x)))
+            "nothing added to what attention returns",
+            "prenorm",
+            LINES,
+            order(attended=lambda layer, x: layer.att(layer.n1(x))),
         ),
         Mistake(
             "nothing added to what the feed-forward part returns",
             "prenorm",
             LINES,
-            second(first_line, lambda layer, h: layer.mlp(layer.n2(h))),
+            order(fed=lambda layer, h: layer.mlp(layer.n2(h))),
         ),
         Mistake("both parts read the layer's input, as in parallel layers", "prenorm", LAYER_SYMPTOMS, order(parallel)),
         Mistake(

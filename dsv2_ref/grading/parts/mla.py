@@ -17,9 +17,10 @@ from dsv2_ref.grading.parts.rope import ANGLES, LONGER, MSCALES, PAIRS, YARN, wi
 from dsv2_ref.masks import Visibility
 
 SMALL = replace(
-    DeepseekV2Config.tiny(), hidden_size=96, q_lora_rank=None, aux_loss_alpha=0.0, _attn_implementation="eager"
+    DeepseekV2Config.tiny(), hidden_size=88, q_lora_rank=None, aux_loss_alpha=0.0, _attn_implementation="eager"
 )
-"""Heads with N = V, so that matrices that were exchanged fit however it was done."""
+"""Heads with N = V, so that matrices that were exchanged fit however it was done; and wider than D / H, as the family's
+are, so that nobody's scale is right by chance."""
 ODD = replace(SMALL, q_lora_rank=40, v_head_dim=12, rms_norm_eps=0.1, rope_theta=50000.0)
 """N, R and V differ, theta is not the usual one, and the layer's epsilon is large enough to be seen."""
 LONG = replace(SMALL, v_head_dim=12, rope_scaling=YARN, max_position_embeddings=512)
@@ -30,15 +31,19 @@ def inside(name: str, value: Any, module: Any = mla) -> Plant:
     return lambda _: patch.object(module, name, value)
 
 
-def scaled(scale: Callable[[Any], float], temperature: bool = True) -> Plant:
-    """Scores multiplied by something else."""
+def scaled(scale: Callable[[Any], float]) -> Plant:
+    """Scores multiplied by something else than one over the root of N + R; YaRN's temperature stays as it is, right or
+    wrong."""
 
     def change(module: Any) -> None:
-        module.softmax_scale = scale(module)
-        if temperature:
-            module.softmax_scale *= rope.softmax_temperature(module.config.rope_scaling)
+        module.softmax_scale *= scale(module) * module.qk_head_dim**0.5
 
     return change
+
+
+def without_temperature(module: Any) -> None:
+    """Scores not multiplied by YaRN's temperature."""
+    module.softmax_scale /= rope.softmax_temperature(module.config.rope_scaling)
 
 
 def identity(name: str) -> Plant:
@@ -59,13 +64,15 @@ def layers_epsilon(module: Any) -> None:
 
 
 def seen(mask: Callable[[int, int], Values]) -> Plant:
-    """Another mask, made from the numbers of queries and keys."""
+    """Another mask, made from the numbers of queries and keys. What sees nothing is NaN: each submission makes something
+    else of it."""
     attend = attention.attend
 
     def wrong(q: Any, k: Any, v: Any, visible: Visibility, *rest: Any, **how: Any) -> Any:
         keep = mask(visible.seq, visible.kv_seq)[None, None]
         own = replace(visible, attention_mask=keep)
-        return attend(q, k, v, own, *rest, **how)
+        out, weights = attend(q, k, v, own, *rest, **how)
+        return out.masked_fill(~keep.any(-1, keepdim=True), torch.nan), weights
 
     return inside("attend", wrong)
 
@@ -126,17 +133,21 @@ def without_position(part: str) -> Plant:
 
 def placed(place: Callable[[Values, int], Values]) -> Plant:
     """Other positions, made from those of a call and its number of keys."""
-    made = rope.rotary_tables
 
-    def wrong(position_ids: Values, *args: Any, kv_length: int, **kwargs: Any) -> Any:
-        return made(place(position_ids, kv_length), *args, kv_length=kv_length, **kwargs)
+    def change(_: Any) -> AbstractContextManager[Any]:
+        made = mla.rotary_tables
 
-    return inside("rotary_tables", wrong)
+        def wrong(position_ids: Values, *args: Any, kv_length: int, **kwargs: Any) -> Any:
+            return made(place(position_ids, kv_length), *args, kv_length=kv_length, **kwargs)
+
+        return patch.object(mla, "rotary_tables", wrong)
+
+    return change
 
 
 def unstretched(module: Any) -> AbstractContextManager[Any]:
     """YaRN's angles and magnitude left out; its temperature stays."""
-    made = rope.rotary_tables
+    made = mla.rotary_tables
 
     def wrong(ids: Any, dim: Any, theta: Any, scaling: Any, **kwargs: Any) -> Any:
         return made(ids, dim, theta, None, **kwargs)
@@ -146,7 +157,7 @@ def unstretched(module: Any) -> AbstractContextManager[Any]:
 
 def usual_theta(module: Any) -> AbstractContextManager[Any]:
     """Frequencies of 10000, whatever the configuration says."""
-    made = rope.rotary_tables
+    made = mla.rotary_tables
 
     def wrong(ids: Any, dim: Any, theta: Any, scaling: Any, **kwargs: Any) -> Any:
         return made(ids, dim, 10000.0, scaling, **kwargs)
@@ -156,7 +167,7 @@ def usual_theta(module: Any) -> AbstractContextManager[Any]:
 
 def without_yarn(module: Any) -> AbstractContextManager[Any]:
     """Neither angles nor temperature."""
-    module.softmax_scale = module.qk_head_dim**-0.5
+    without_temperature(module)
     return unstretched(module)
 
 
@@ -195,12 +206,11 @@ def width(*names: str) -> Callable[[Any], float]:
 
 
 NOPE, ROPE_WIDTH, LATENT = "qk_nope_head_dim", "rotary_dim", "kv_lora_rank"
-_RIGHT_SCALE = width(NOPE, ROPE_WIDTH)
 CODE, NORM = "The code", "The norm on the latent"
 
 BOTH = (
     Mistake("pairs half-split", "rope", PAIRS, inside("rotate_interleaved", rope.rotate_half_split, rope)),
-    Mistake("temperature left out", "rope", MSCALES, scaled(_RIGHT_SCALE, False)),
+    Mistake("temperature left out", "rope", MSCALES, without_temperature),
     Mistake("the norm on the latent left out", "mla", NORM, identity("kv_a_layernorm")),
     Mistake("no causal mask", "overview", "Symptoms", seen(everything)),
     Mistake("a mask of ones and zeros added to the scores", "overview", "Symptoms", seen(ones)),
@@ -213,6 +223,13 @@ BOTH = (
         scaled(width(LATENT, ROPE_WIDTH)),
     ),
     Mistake("scores divided by the root of N, without the rope features", "mla", CODE, scaled(width(NOPE))),
+    Mistake("scores divided by the root of V, the width of a value", "mla", CODE, scaled(width("v_head_dim"))),
+    Mistake(
+        "scores divided by the root of D / H, which is no width of MLA's heads",
+        "mla",
+        CODE,
+        scaled(lambda module: (module.config.hidden_size // module.num_heads) ** -0.5),
+    ),
     Mistake("the rope key not rotated", "mla", "Symptoms", without_position("key")),
     Mistake("the query not rotated", "rope", "Only the distance counts", without_position("query")),
     Mistake("no position at all", "rope", "Symptoms", without_position("both")),
@@ -251,9 +268,9 @@ MLA = Part(
     answer=output,
     yours=("attention.attend", "attention.attend_sdpa"),
     cases=(
-        Case("direct queries", 6, tokens(2, 7, 96, seed=7), (SMALL, 0)),
-        Case("compressed queries", 6, tokens(1, 9, 96, seed=8, size=0.3), (ODD, 0)),
-        Case("YaRN", 6, tokens(2, 6, 96, seed=9), (LONG, 0)),
+        Case("direct queries", 6, tokens(2, 7, 88, seed=7), (SMALL, 0)),
+        Case("compressed queries", 6, tokens(1, 9, 88, seed=8, size=0.3), (ODD, 0)),
+        Case("YaRN", 6, tokens(2, 6, 88, seed=9), (LONG, 0)),
     ),
     mistakes=BOTH,
 )
