@@ -12,7 +12,7 @@ from dsv2_ref.rope import inverse_frequencies, rotary_tables, rotate_interleaved
 WIDTH, TRAINED, BASE, CALL = 8, 128, 10_000, 1025
 """The model's rope width, the positions and the base it was trained with, and the tokens of the figure's call."""
 
-STATES = [("none", BASE, 1, 127), ("none", BASE, 1, 320), ("linear", BASE, 4, 320), ("dynamic", BASE, 1, 320)]
+STATES = [("none", BASE, 1, 127), ("none", BASE, 1, 320), ("linear", BASE, 4, 320), ("dynamic", BASE, 4, 320)]
 STATES += [("YaRN", BASE, 4, 320)]
 
 
@@ -62,6 +62,7 @@ def table() -> str:
     for kind, base, stretch, distance in STATES:
         shown = clocks(kind, base, stretch, distance)
         name = "not stretched" if kind == "none" else f"{kind} ×{stretch}"
+        name += f" in a call of {CALL:,} tokens" if kind == "dynamic" else ""
         steps = ", ".join(f"{step:.6f}" for step in shown.steps)
         new = ", ".join(f"pair {pair}" for pair, seen in enumerate(shown.seen) if not seen) or "none"
         cells = f"<td>{steps}</td><td>{new}</td><td>{shown.score:.4f}</td>".replace(">-", ">−")
