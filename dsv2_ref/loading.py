@@ -195,13 +195,25 @@ def is_tied(module: nn.Module) -> bool:
     return bool(config.tie_word_embeddings) if hasattr(module, "lm_head") and config is not None else False
 
 
-def _configuration(place: files.Place) -> tuple[Mapping[str, Any], DeepseekV2Config]:
+@dataclass(frozen=True)
+class Told:
     """What a checkpoint's ``config.json`` says of the decoder."""
+
+    decoder: Mapping[str, Any]
+    config: DeepseekV2Config
+    block: tuple[int, int] | None  #: rows and columns that share a scale in float8
+    own: dict[str, Any] | None  #: how its codes of ours are quantised
+    further: range  #: the layers after the last, which predict further tokens
+
+
+def _configuration(place: files.Place) -> Told:
+    """Read ``config.json``; ValueError, naming the file, for what cannot be read or is rejected."""
     file = place.open("config.json")
     text = files.read(file)
     try:
         content = published.decode(text)
-        return published.decoder_of(content), DeepseekV2Config.from_published(content)
+        decoder, config = published.decoder_of(content), DeepseekV2Config.from_published(content)
+        return Told(decoder, config, _block_of(decoder), _own_codes(decoder), _further_layers(decoder, config))
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from error
 
@@ -219,9 +231,9 @@ def load(build: Callable[[DeepseekV2Config], Any], source: str | Path, part: str
 
 
 def _load(build: Callable[[DeepseekV2Config], Any], place: files.Place, source: str | Path, part: str, how: How) -> Any:
-    told, config = _configuration(place)
-    block, own = _block_of(told), _own_codes(told)
-    config = replace(config, _attn_implementation=how.attn_implementation, mla_form=how.mla_form)
+    told = _configuration(place)
+    block, own = told.block, told.own
+    config = replace(told.config, _attn_implementation=how.attn_implementation, mla_form=how.mla_form)
     with torch.device("meta"):
         module = build(config)
     if own is not None:
@@ -246,10 +258,9 @@ def _load(build: Callable[[DeepseekV2Config], Any], place: files.Place, source: 
     matched = _match(targets, entries, root + part, block, source)
     inside = tuple(root + each for each in ([part] if part else PARTS_OF_A_MODEL))
     names, wanted = {root + part + name for name in whole}, f"weights of a {type(module).__name__} of this config.json"
-    further = _further_layers(told, config)
-    own_entries = {name: entry for name, entry in entries.items() if _layer_of(name) not in further}
+    own_entries = {name: entry for name, entry in entries.items() if _layer_of(name) not in told.further}
     _require_no_others(names, own_entries, inside, wanted)
-    dtype = _dtype_of(told, matched[0][1].dtype) if how.dtype is None else how.dtype
+    dtype = _dtype_of(told.decoder, matched[0][1].dtype) if how.dtype is None else how.dtype
     module = module.to(dtype)
     if how.weights is not None:
         module = quantize(module, how.weights, how.group)
