@@ -325,6 +325,10 @@ def test_the_command_tells_what_each_rank_holds_and_sends(capsys: pytest.Capture
 def test_communication_wants_ranks_that_can_share() -> None:
     with pytest.raises(ValueError, match="ranks is 3; wanted a divisor of the 160 experts"):
         ranks_reached(DeepseekV2Config.deepseek_v2(), 3)
+    with pytest.raises(
+        ValueError, match="n_routed_experts is None; wanted a number of experts, which ranks could share"
+    ):
+        most_ranks_reached(replace(DeepseekV2Config.card(), n_routed_experts=None), 1)
     with pytest.raises(ValueError, match="ranks is 16; wanted a divisor of n_group=8"):
         rank_weight_bytes(DeepseekV2Config.deepseek_v2(), Call(), 16)
     with pytest.raises(ValueError, match="topk_method is 'noaux_tc'; wanted one that judges a group by its best"):

@@ -26,7 +26,8 @@ NUMBERS = 2 * 4
 
 def _require_ranks(config: DeepseekV2Config, ranks: int) -> None:
     s, groups = Sizes.of(config), 1 if config.topk_method == "greedy" else config.n_group
-    divides = is_int(ranks, 1) and s.E > 0 and s.E % ranks == 0
+    require(s.E > 0, "n_routed_experts", None, "a number of experts, which ranks could share")
+    divides = is_int(ranks, 1) and s.E % ranks == 0
     require(divides, "ranks", ranks, "a divisor of the {} experts", s.E)
     require(groups == 1 or groups % ranks == 0, "ranks", ranks, "a divisor of n_group={}", groups)
 
