@@ -262,6 +262,12 @@
     return Object.fromEntries(Object.entries(counts).map(([name, count]) => [name, 2n * count]));
   }
 
+  // The nearest whole number; halves go to the even one, as in Python.
+  function rounded(x) {
+    const up = Math.round(x);
+    return x % 1 === 0.5 && up % 2 === 1 ? up - 1 : up;
+  }
+
   // Bytes of weights that a call reads, each once; of the routed experts, as many as tokens choose on average by chance.
   function weightsRead(config, call) {
     const tokens = call.batch * call.seq;
@@ -272,7 +278,7 @@
     if (withExperts) {
       const [all, chosen] = [Number(config.n_routed_experts), Number(config.num_experts_per_tok)];
       const used = all * (1 - (1 - chosen / all) ** Number(tokens));
-      read += withExperts * (BigInt(Math.round(used * Number(expert))) - config.n_routed_experts * expert);
+      read += withExperts * (BigInt(rounded(used * Number(expert))) - config.n_routed_experts * expert);
     }
     return read;
   }

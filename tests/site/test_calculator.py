@@ -322,6 +322,17 @@ def test_models_are_accepted_and_refused_as_by_the_package_and_cost_the_same(
         assert math.isclose(int(answer["bytes"]["weights_read"]), read, rel_tol=1e-12), (config, call)
 
 
+def test_halves_of_bytes_are_rounded_as_by_the_package(page: Page) -> None:
+    """Two tokens choose one of two experts of three bytes: on average one and a half are read, 4.5 bytes."""
+    config = replace(
+        DeepseekV2Config.tiny(), hidden_size=1, moe_intermediate_size=1, n_routed_experts=2, num_experts_per_tok=1
+    )
+    call = acc.Call(seq=2, kv=2, dtype="int8")
+    sent = [(given(config), {name: getattr(call, name) for name in CALL})]
+    read = int(page.evaluate(ACCOUNT, json.loads(json.dumps(sent)))[0]["bytes"]["weights_read"])
+    assert read == acc.report(config, call)["bytes"]["weights_read"]
+
+
 @pytest.mark.parametrize("preset", ["deepseek_v2", "deepseek_ocr"])
 def test_a_field_takes_what_the_package_takes(page: Page, preset: str) -> None:
     page.get_by_label("start from").select_option(preset)
