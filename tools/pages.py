@@ -3,7 +3,7 @@
 A page is described by the line in italics below its title (a chapter's question), else by its first sentence. Two
 directives keep the first page current: ``stored-figure`` shows a figure as a notebook stores it, ``chapters`` lists the
 chapters of a part of the table of contents with their questions. The calculator gets a script with all that the package
-knows of published configurations, so that both read the same files.
+knows of published configurations, so that both read the same files. A number stays in one line with its sign or unit.
 """
 
 import base64
@@ -156,6 +156,18 @@ def _above(node: nodes.Node) -> Iterator[nodes.Node]:
         yield node
 
 
+TORN = re.compile(r"(?<=\d) (?=[%×]|(?:[kMGTP]i?B|[kMGTP]|ms|µs)\b)|(?<=×) (?=\d)")
+"""A space at which a number would lose its sign or its unit to the next line."""
+
+
+def keep_numbers_whole(app: Sphinx, doctree: nodes.document) -> None:
+    """Let no line end between a number and its sign or unit; code stays as it is."""
+    code = nodes.literal | nodes.math | nodes.FixedTextElement
+    for text in list(doctree.findall(nodes.Text)):
+        if TORN.search(text) and not any(isinstance(node, code) for node in _above(text)):
+            text.parent.replace(text, nodes.Text(TORN.sub("\u00a0", text)))
+
+
 def known_configurations() -> str:
     """A script that gives published-reader.js what `dsv2_ref.published` and `dsv2_ref.checks` know, as the text of JSON:
     read there as any file, it keeps 1 and 1.0 apart."""
@@ -191,6 +203,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("chapters", Chapters)
     app.add_role("reading", ReadingTime())
     app.connect("doctree-read", size_symbols)
+    app.connect("doctree-read", keep_numbers_whole)
     app.connect("html-page-context", describe, priority=400)
     app.connect("html-page-context", withdraw, priority=600)
     app.connect("build-finished", write_known_configurations)

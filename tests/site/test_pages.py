@@ -141,9 +141,17 @@ def test_the_first_page_shows_the_figure_and_the_questions_as_the_chapters_have_
     for number, (item, page) in enumerate(zip(items, numbered, strict=True), start=1):
         html = parsed(page)
         assert html.find("span", class_="section-number").get_text().strip() == f"{number}."
-        assert html.find("meta", attrs={"name": "description"})["content"] in item.get_text()
+        assert html.find("meta", attrs={"name": "description"})["content"] in " ".join(item.get_text().split())
     cards = [card.get_text().strip() for card in first.find_all(class_="sd-card-title")]
     assert cards == [part["caption"] for part in toc if part.get("numbered")]
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_a_number_stays_with_its_sign_and_its_unit(page: str) -> None:
+    # Titles of solutions and the tables of interactive figures are made apart from the text.
+    paragraphs = parsed(page).find("article").select("p:not(.admonition-title)")
+    words = [text for each in paragraphs for text in each.find_all(string=True) if not text.find_parent("code")]
+    assert [found for text in words for found in re.findall(r"\d+ (?:%|×|[kMG]B\b)|× \d+", text)] == []
 
 
 def test_the_folder_says_what_the_book_is() -> None:
