@@ -72,6 +72,10 @@ CUT_FORMULAS = """() => [...document.querySelectorAll("article mjx-container")].
 CUT_TABLES = """() => [...document.querySelectorAll("article .pst-scrollable-table-container")].filter(box =>
     box.checkVisibility() && box.scrollWidth > box.clientWidth
 ).map(box => box.textContent.slice(0, 60))"""
+# Code that a reader on a desk sees without unfolding anything.
+CUT_CODE = """() => [...document.querySelectorAll("article pre")].filter(code =>
+    code.checkVisibility() && code.scrollWidth > code.clientWidth
+).map(code => code.textContent.slice(0, 60))"""
 # Words other than code; letters in formulas and in drawings have sizes of their own.
 SMALL_PRINT = """() => [...document.querySelectorAll(
     "article :is(p, li, th, td, dt, dd, label, legend, figcaption, caption)"
@@ -238,6 +242,7 @@ def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
     show(page, f"{origin}/{name}")
     if name in CHAPTERS:
         found |= too_heavy({path.removeprefix(f"{origin}/") for path in record.fetched})
+        found["code cut on a desk"] = page.evaluate(CUT_CODE)
     found["images that cannot be read"] = page.evaluate(UNREAD)
     formulas = page.locator("article mjx-container").count(), page.locator("article .math").count()
     found["formulas drawn, and formulas"] = [formulas] if formulas[0] != formulas[1] else []
@@ -419,6 +424,26 @@ def test_dark_pages_are_printed_in_light(browser: Browser, origin: str) -> None:
     page.emulate_media(media="screen")
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")
     page.close()
+
+
+def test_a_reader_chooses_which_claims_are_shown(page: Page, origin: str) -> None:
+    """At first the misses. Rows in sight keep their stripes, and on paper are all rows and no choice."""
+    show(page, f"{origin}/book/card.html")
+    rows, choice = page.locator(".claims tbody tr"), page.locator(".claims-filter")
+    shown = rows.filter(visible=True)
+    assert 0 < shown.count() < rows.count()
+    assert all(verdict.startswith("off") for verdict in shown.locator("td:nth-child(4)").all_inner_texts())
+    stripes = """() => [...document.querySelectorAll(".claims tbody")].every(body => [...body.rows].filter(row => !row.hidden)
+        .map(row => getComputedStyle(row).backgroundColor).every((colour, at, all) => at === 0 || colour !== all[at - 1]))"""
+    assert page.evaluate(stripes)
+    for box in choice.locator("input").all():
+        box.check()
+    assert shown.count() == rows.count()
+    page.reload()
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    expect(choice).to_be_hidden()
+    assert shown.count() == rows.count()
 
 
 def test_the_folder_opens_from_files(page: Page) -> None:
