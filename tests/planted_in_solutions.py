@@ -269,6 +269,13 @@ GATE: dict[str, list[Edit]] = {
         ("best = 1 if bias is None else 2", "best = 2")
     ],
     "experts of closed groups get 0, which beats a negative biased score": [("-torch.inf", "0.0")],
+    "experts of closed groups get 0, which beats a negative biased score; sorted, not by topk": [
+        ("-torch.inf", "0.0"),
+        (
+            "choose_by.topk(config.num_experts_per_tok, dim=-1).indices",
+            "choose_by.argsort(dim=-1, descending=True)[:, : config.num_experts_per_tok]",
+        ),
+    ],
     "the bias weighs: it may only choose": [
         (GATHER, "topk_weight = (scores if bias is None else scores + bias).gather(-1, topk_idx)")
     ],

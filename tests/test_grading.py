@@ -18,7 +18,7 @@ from dsv2_ref import __main__ as command_line
 from dsv2_ref.grading import PARTS, Report, grade, runner
 from dsv2_ref.grading.formats import as_csv, as_gradescope, as_json, as_junit, as_text
 from dsv2_ref.grading.report import CHAPTERS, ROUNDING, ROUNDING_OF_FLOAT32, cost_of, distance, expected
-from tests.planted_in_solutions import BOTH_AT_ONCE, CAUSAL, PLANTED, planted
+from tests.planted_in_solutions import BOTH_AT_ONCE, CAUSAL, LOOP, PLANTED, SORTED, planted
 
 pytestmark = pytest.mark.slow
 
@@ -198,12 +198,54 @@ def test_parts_of_later_chapters(part: str, submit: Submit) -> None:
     assert [named.name for named in report.mistakes] == [mistake]
 
 
-def test_two_mistakes_at_once_are_both_named(submit: Submit) -> None:
-    source = (SOLUTIONS / "mla.py").read_text()
-    two = ("temperature left out", "the norm on the query's latent left out")
-    for mistake in two:
-        source = planted(source, PLANTED["mla"][mistake])
-    assert {named.name for named in submit("mla", source).mistakes} == set(two)
+TWO = [
+    ("mla", "temperature left out", "the norm on the query's latent left out"),
+    ("decoding", "scores divided by the root of C + R, the absorbed width", "temperature left out"),
+    ("decoding", "positions restart in each call", "theta is 10000, whatever rope_theta is"),
+    ("gate", "softmax after top-k", "groups judged by the sum of all their experts"),
+    ("gate", "group limit left out where topk_method is noaux_tc", "norm_topk_prob ignored"),
+    (
+        "experts",
+        "routed_scaling_factor applied again: the gate has done so",
+        "shared experts scaled by routed_scaling_factor",
+    ),
+    ("balance", "counts over T, not over k T", "P over the chosen experts alone"),
+    ("balance", "summed over the sequences, not averaged", "alpha left out"),
+    ("layer", "the first norm left out", "the second norm left out"),
+    ("layer", "nothing added to what attention returns", "nothing added to what the feed-forward part returns"),
+]
+
+
+@pytest.mark.parametrize(("part", "one", "other"), TWO, ids=name_of)
+def test_two_mistakes_at_once_are_both_named(part: str, one: str, other: str, submit: Submit) -> None:
+    source = (SOLUTIONS / f"{part}.py").read_text()
+    for mistake in (one, other):
+        source = planted(source, PLANTED[part][mistake])
+    assert {named.name for named in submit(part, source).mistakes} == {one, other}
+
+
+def test_of_mistakes_that_look_alike_where_they_show_the_one_that_claims_least_is_named(submit: Submit) -> None:
+    """The limit is left out in one of two ways to choose; what is wrong with the other is unknown."""
+    mistake = "group limit left out where topk_method is group_limited_greedy"
+    source = planted((SOLUTIONS / "gate.py").read_text(), PLANTED["gate"][mistake])
+    report = submit(
+        "gate", source.replace("scores if bias is None else scores + bias", "scores - (0 if bias is None else bias)")
+    )
+    assert [named.name for named in report.mistakes] == [mistake]
+
+
+def test_a_cache_of_about_the_size_of_a_known_one_is_not_taken_for_it(submit: Submit) -> None:
+    """The latent twice, 72 elements per token; a rope key for each head would make 64."""
+    edits = [
+        (
+            "past = 0 if",
+            "C, R = config.kv_lora_rank, self.rope\n        past_key_value = None if past_key_value is None else past_key_value[..., : C + R]\n        past = 0 if",
+        ),
+        (LAST, "return out, None, torch.cat((cache, cache[..., :C]), dim=-1)"),
+    ]
+    report = submit("decoding", planted((SOLUTIONS / "decoding.py").read_text(), edits))
+    assert report.checks[2].message.startswith("72 elements per token; wanted at most")
+    assert report.mistakes == []
 
 
 ATTENTION = "def __init__(self, config, layer_idx):"
@@ -285,6 +327,57 @@ FORMS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             ("past_key_value.shape", "past_key_value['rows'].shape"),
             ("(past_key_value, cache)", "(past_key_value['rows'], cache)"),
             (LAST, "return out, {'rows': cache}"),
+        ],
+    ),
+    "a cache of single rows": (
+        "decoding",
+        [
+            ("past_key_value.shape[1]", "len(past_key_value)"),
+            (
+                "torch.cat((past_key_value, cache), dim=1)",
+                "torch.cat((torch.stack(past_key_value, dim=1), cache), dim=1)",
+            ),
+            (LAST, "return out, None, list(cache.unbind(1))"),
+        ],
+    ),
+    "room for all tokens made at once": (
+        "decoding",
+        [
+            ("past_key_value.shape[1]", "past_key_value[1]"),
+            (
+                "cache = torch.cat((past_key_value, cache), dim=1)",
+                "cache = torch.cat((past_key_value[0][:, :past], cache), dim=1)",
+            ),
+            (
+                LAST,
+                "room = cache.new_zeros(B, config.max_position_embeddings, C + R)\n"
+                "        room[:, : past + S] = cache\n"
+                "        return out, None, (room, past + S)",
+            ),
+        ],
+    ),
+    "features brought into half-split order before they turn": (
+        "decoding",
+        [
+            (
+                "class DeepseekV2Attention",
+                "def turn(x, cos, sin):\n"
+                "    x, half = x.unflatten(-1, (-1, 2)).mT.flatten(-2), x.shape[-1] // 2\n"
+                "    other = torch.cat((-x[..., half:], x[..., :half]), dim=-1)\n"
+                "    return x * torch.cat((cos, cos), dim=-1) + other * torch.cat((sin, sin), dim=-1)\n\n\n"
+                "class DeepseekV2Attention",
+            ),
+            ("apply_rotary(q_pe, k_pe, cos, sin)", "turn(q_pe, cos[:, None], sin[:, None]), turn(k_pe, cos, sin)"),
+        ],
+    ),
+    "choices sorted by expert": ("experts", [(LOOP, SORTED.format("made[order.argsort()]"))]),
+    "a bias that is a parameter": (
+        "gate",
+        [
+            (
+                'self.register_buffer("e_score_correction_bias", bias)',
+                "self.e_score_correction_bias = None if bias is None else nn.Parameter(bias)",
+            )
         ],
     ),
     "a cache in the module": (
@@ -386,9 +479,13 @@ def test_a_row_that_sees_nothing_is_named_though_it_is_nan(submit: Submit) -> No
     mistake = "a token does not see itself"
     for part in ("mla", "decoding"):
         source = planted((SOLUTIONS / f"{part}.py").read_text(), PLANTED[part][mistake])
-        report = submit(part, source.replace(".nan_to_num()", ""))
-        assert [named.name for named in report.mistakes] == [mistake]
-        assert 0 < report.mistakes[0].effect < 10
+        for hidden in (
+            source.replace(".nan_to_num()", ""),
+            source.replace("-torch.inf", "torch.finfo(scores.dtype).min"),
+        ):
+            report = submit(part, hidden)
+            assert [named.name for named in report.mistakes] == [mistake]
+            assert 0 < report.mistakes[0].effect < 10
 
 
 def test_a_mistake_that_fails_on_some_sizes_is_named(submit: Submit) -> None:
@@ -731,6 +828,23 @@ def test_an_error_is_shown_where_the_student_made_it(submit: Submit) -> None:
     assert report.checks[0].where == "line 13, in forward: self.nothing"
 
 
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("topk_weight, topk_idx", "topk_idx holds torch.float64 values; wanted whole numbers from 0 to 15"),
+        ("topk_idx * 0 - 1, topk_weight", "topk_idx holds -1 to -1; wanted 0 to 15"),
+        ("topk_idx, topk_weight + 0j", "topk_weight holds torch.complex128 values; wanted torch.float64, as the input"),
+        ("topk_idx, topk_weight.int()", "topk_weight holds torch.int32 values; wanted torch.float64, as the input"),
+    ],
+)
+def test_choices_and_weights_of_other_kinds(returned: str, said: str, submit: Submit) -> None:
+    source = (SOLUTIONS / "gate.py").read_text()
+    report = submit("gate", source.replace("return topk_idx, topk_weight, None", f"return {returned}, None"))
+    assert report.checks[0].message == said
+    assert report.printed == ""
+    assert report.points == 0
+
+
 def test_a_class_that_is_no_module(submit: Submit) -> None:
     report = submit("rmsnorm", "class DeepseekV2RMSNorm:\n    def __init__(self, n, eps): pass")
     assert report.checks[0].message == "DeepseekV2RMSNorm makes no torch.nn.Module; wanted a subclass of that"
@@ -914,6 +1028,7 @@ def test_exit_status_and_files(reports: list[Report], capsys: pytest.CaptureFixt
         (["rmsnorm", "no_such.py"], "file is 'no_such.py'; wanted a Python file"),
         (["rmsnorm", "book/rmsnorm.ipynb"], "file is 'book/rmsnorm.ipynb'; wanted a Python file"),
         (["--all", "no_such"], "--all is 'no_such'; wanted a folder"),
+        (["--all", ""], "--all is ''; wanted a folder"),
         (["rmsnorm", "x.py", "--csv"], "--csv is True; wanted --all FOLDER beside it"),
         (["--all", "book", "--gradescope", "x"], "--gradescope is 'x'; wanted one FILE"),
         (["rmsnorm", "README.md", "--seconds", "0"], "seconds is 0; wanted 1 or more"),
@@ -971,6 +1086,10 @@ def test_every_submission_has_its_line_whatever_lies_beside_it(
     (folder / "dan").mkdir()
     (folder / "dan" / "rmsnorm.py").symlink_to("nowhere")
     (folder / "rmsnorm.py").mkdir()
+    (folder / "ivy_rmsnorm.py").symlink_to("eve")
+    (folder / "jim").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "rmsnorm.py").write_text(right)
     for name in (".git/layer.py", "__MACOSX/._rmsnorm.py", "venv/lib/python3.11/site-packages/torch/layer.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(right)
@@ -991,7 +1110,7 @@ def test_every_submission_has_its_line_whatever_lies_beside_it(
     assert {name for name, row in rows.items() if row["passed"] == "yes"} == rows.keys() - {"dan"}
     assert "wanted a Python file" in rows["dan"]["problem"]
     told = re.findall(r"not graded, as it is no Python file named after a part: (.+)", error)
-    assert [Path(path).name for path in told] == ["helper.py", "rmsnorm.ipynb", "hal_rope.zip"]
+    assert [Path(path).name for path in told] == ["helper.py", "rmsnorm.ipynb", "hal_rope.zip", "ivy_rmsnorm.py", "jim"]
 
 
 def test_an_array_for_a_folder_and_an_object_for_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

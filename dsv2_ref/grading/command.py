@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
         rows = [("", args.part, Path(args.file))]
     else:
         require(args.file is None, "FILE", args.file, "none with --all FOLDER")
+        require(bool(args.all), "--all", args.all, "a folder")  # Path("") would be the one where this runs
         require(args.gradescope is None, "--gradescope", args.gradescope, "one FILE")
         rows = list(submissions(Path(args.all), args.part))
         wanted = "a folder with files such as NAME/rmsnorm.py or NAME_rmsnorm.py"
@@ -86,7 +87,7 @@ def submissions(folder: Path, part: str | None) -> Iterator[tuple[str, str, Path
     what they download, with a number where a file was handed in again. With a part given, all Python files are of it.
     """
     for path in files_below(folder):
-        if path.suffix.lower() != ".py":
+        if path.suffix.lower() != ".py" or path.is_dir():
             continue
         ending = re.search(rf"(?:^|[_\W])({'|'.join(PARTS)})(?:[-_ ]*\(?\d+\)?)?$", path.stem, re.IGNORECASE)
         found = part or (ending[1].lower() if ending else None)
@@ -100,20 +101,22 @@ def submissions(folder: Path, part: str | None) -> Iterator[tuple[str, str, Path
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Files below a folder, but for hidden ones and those that Python made or that belong to installed packages."""
+    """Files below a folder, and links to folders, but for hidden ones and those that Python made or that belong to
+    installed packages."""
     require(folder.is_dir(), "--all", str(folder), "a folder")
     for path in sorted(folder.rglob("*")):
         names = path.relative_to(folder).parts
-        if not path.is_dir() and not any(
+        if (path.is_symlink() or not path.is_dir()) and not any(
             name.startswith(".") or name in ("site-packages", "__pycache__") for name in names
         ):
             yield path
 
 
 def left_out(folder: Path, taken: set[Path]) -> Iterator[Path]:
-    """Files that may be meant as submissions: Python's, and others that are named after a part."""
+    """Files that may be meant as submissions: Python's, others that are named after a part, and links to folders, which
+    may lead anywhere and are not followed."""
     for path in files_below(folder):
         named = any(part in path.stem.lower() for part in PARTS)
         kind = path.suffix.lower()  # pages of the assignments, which some hand in too, are no submissions
-        if path not in taken and (kind == ".py" or (named and kind != ".md")):
+        if path not in taken and (path.is_dir() or kind == ".py" or (named and kind != ".md")):
             yield path

@@ -30,8 +30,12 @@ def routes(module: Any, inputs: dict[str, Any]) -> Answers:
     if tuple(index.shape) != wanted or tuple(weight.shape) != wanted:
         said = f"topk_idx is {tuple(index.shape)} and topk_weight {tuple(weight.shape)}"
         raise WrongError(f"{said}; wanted {wanted}: tokens, experts per token")
-    if index.is_floating_point() or not ((index >= 0) & (index < experts)).all():
-        raise WrongError(f"topk_idx holds {index.dtype} values; wanted 0 to {experts - 1}")
+    if index.is_floating_point() or index.is_complex():
+        raise WrongError(f"topk_idx holds {index.dtype} values; wanted whole numbers from 0 to {experts - 1}")
+    if not ((index >= 0) & (index < experts)).all():
+        raise WrongError(f"topk_idx holds {int(index.min())} to {int(index.max())}; wanted 0 to {experts - 1}")
+    if not weight.is_floating_point():
+        raise WrongError(f"topk_weight holds {weight.dtype} values; wanted {x.dtype}, as the input")
     weights = x.new_zeros(count, experts)
     choices = x.new_zeros(count, experts)
     ones = torch.ones_like(index, dtype=x.dtype)
@@ -153,26 +157,38 @@ def scaled_before(gate: Any, _: Values, scores: Values, topk_idx: Values) -> Val
     return chosen / total if gate.norm_topk_prob else chosen
 
 
+def by_topk(values: Values, k: int) -> Values:
+    """The best k of each row, of equal ones those that topk takes."""
+    return values.topk(k, dim=-1).indices
+
+
+def by_sorting(values: Values, k: int) -> Values:
+    """The best k of each row, of equal ones those that stand first, as in a sort or a loop."""
+    return values.argsort(dim=-1, descending=True, stable=True)[:, :k]
+
+
 Judge = Callable[[Values, bool], Values]
 """Values of groups, from what chooses (T, groups, experts of a group) and whether there is a bias."""
 
 
-def choose(gate: Any, scores: Values, judge: Judge, fill: float = -torch.inf) -> Values:
+def choose(
+    gate: Any, scores: Values, judge: Judge, fill: float = -torch.inf, best: Callable[[Values, int], Values] = by_topk
+) -> Values:
     """The chosen experts, where experts of closed groups get ``fill``."""
     bias = gate.e_score_correction_bias
     by = scores if bias is None else scores + bias
     if gate.topk_group < gate.n_group:
         grouped = by.unflatten(-1, (gate.n_group, -1))
         of_group = judge(grouped, bias is not None)
-        best = of_group.topk(gate.topk_group, dim=-1).indices
-        closed = torch.ones_like(of_group).bool().scatter(-1, best, False)
+        open_groups = of_group.topk(gate.topk_group, dim=-1).indices
+        closed = torch.ones_like(of_group).bool().scatter(-1, open_groups, False)
         by = grouped.masked_fill(closed[..., None], fill).flatten(-2)
-    return by.topk(gate.top_k, dim=-1).indices
+    return best(by, gate.top_k)
 
 
-def chooses(judge: Judge, fill: float = -torch.inf) -> Plant:
+def chooses(judge: Judge, fill: float = -torch.inf, **how: Any) -> Plant:
     """Groups judged in another way, or closed experts filled with something else."""
-    return in_steps(choose=partial(choose, judge=judge, fill=fill))
+    return in_steps(choose=partial(choose, judge=judge, fill=fill, **how))
 
 
 def as_published(grouped: Values, biased: bool) -> Values:
@@ -229,9 +245,9 @@ GATE = Part(
         Mistake("normalised by the sum of all scores, not of the chosen ones", "experts", WEIGHS, weighs(of_all)),
         Mistake("weights normalised though norm_topk_prob is off", "experts", WEIGHS, sets(norm_topk_prob=True)),
         Mistake("norm_topk_prob ignored", "experts", WEIGHS, sets(norm_topk_prob=False)),
-        Mistake("group limit left out", "experts", DEVICES, lambda gate: setattr(gate, "topk_group", gate.n_group)),
         Mistake("group limit left out where topk_method is group_limited_greedy", "experts", DEVICES, unlimited(False)),
         Mistake("group limit left out where topk_method is noaux_tc", "experts", FAMILY, unlimited(True)),
+        Mistake("group limit left out", "experts", DEVICES, lambda gate: setattr(gate, "topk_group", gate.n_group)),
         Mistake(
             "groups judged by the sum of all their experts",
             "experts",
@@ -255,6 +271,12 @@ GATE = Part(
             "experts",
             GATE_SYMPTOMS,
             chooses(as_published, 0.0),
+        ),
+        Mistake(
+            "experts of closed groups get 0, which beats a negative biased score; sorted, not by topk",
+            "experts",
+            GATE_SYMPTOMS,
+            chooses(as_published, 0.0, best=by_sorting),
         ),
         Mistake("the bias weighs: it may only choose", "balance", WITHOUT_LOSS, weighs(with_bias)),
         Mistake("the bias added to the logits, before the sigmoid", "balance", WITHOUT_LOSS, bias_before_the_sigmoid),
