@@ -131,11 +131,16 @@ def without_position(part: str) -> Plant:
     return inside("apply_rotary", wrong)
 
 
+def tables_now() -> Any:
+    """What makes the attention's tables, perhaps with another mistake already."""
+    return vars(mla)["rotary_tables"]
+
+
 def placed(place: Callable[[Values, int], Values]) -> Plant:
     """Other positions, made from those of a call and its number of keys."""
 
     def change(_: Any) -> AbstractContextManager[Any]:
-        made = mla.rotary_tables
+        made = tables_now()
 
         def wrong(position_ids: Values, *args: Any, kv_length: int, **kwargs: Any) -> Any:
             return made(place(position_ids, kv_length), *args, kv_length=kv_length, **kwargs)
@@ -147,7 +152,7 @@ def placed(place: Callable[[Values, int], Values]) -> Plant:
 
 def unstretched(module: Any) -> AbstractContextManager[Any]:
     """YaRN's angles and magnitude left out; its temperature stays."""
-    made = mla.rotary_tables
+    made = tables_now()
 
     def wrong(ids: Any, dim: Any, theta: Any, scaling: Any, **kwargs: Any) -> Any:
         return made(ids, dim, theta, None, **kwargs)
@@ -157,7 +162,7 @@ def unstretched(module: Any) -> AbstractContextManager[Any]:
 
 def usual_theta(module: Any) -> AbstractContextManager[Any]:
     """Frequencies of 10000, whatever the configuration says."""
-    made = mla.rotary_tables
+    made = tables_now()
 
     def wrong(ids: Any, dim: Any, theta: Any, scaling: Any, **kwargs: Any) -> Any:
         return made(ids, dim, 10000.0, scaling, **kwargs)
