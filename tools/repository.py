@@ -140,7 +140,7 @@ def commands(address: str | None, branch: str) -> dict[str, str]:
         return {
             "repository": "",
             "fetch": f"{by_hand}.",
-            "fetch_in_colab": f"{by_hand}, and upload it to Colab beside the notebook.",
+            "fetch_in_colab": "Get the repository's folder as above, and upload it to Colab beside the notebook.",
             "launch": "Download a chapter with the arrow at the top of its page, and upload it to Colab or to another Jupyter.",
         }
     name = address.rsplit("/", 1)[1]
