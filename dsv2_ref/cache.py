@@ -74,8 +74,8 @@ class LayerCache:
         ``features`` is (C + R,) for MLA and (2, heads, head_dim) for MHA.
 
         Raises:
-            ValueError: for a batch below 1, a capacity below 0, and features that are no
-                tuple.
+            ValueError: for a batch below 1, a capacity below 0, and for features that
+                are no tuple.
         """
         checks.cache_sizes(batch, capacity, features)
         buffer = torch.zeros(batch, capacity, *features, dtype=dtype, device=device)
