@@ -216,13 +216,13 @@ def by_head(
     x: Float[Tensor, "batch heads seq inputs"],
     weight: Float[Tensor, "heads inputs outputs"],
 ) -> Float[Tensor, "batch heads seq outputs"]:
-    """Multiply the tokens of each head by that head's own matrix."""
+    """Multiply the tokens of each head by that head's own matrix, in its dtype."""
     B, H, S, inputs = x.shape
-    rows = x.transpose(0, 1).reshape(H, B * S, inputs)
+    rows = x.transpose(0, 1).reshape(H, B * S, inputs).to(weight.dtype)
     # The same product either way; CPU kernels are slow where they must transpose.
     row_major = weight.stride(-1) == 1
     out = torch.bmm(rows, weight) if row_major else torch.bmm(weight.mT, rows.mT).mT
-    return out.unflatten(1, (B, S)).transpose(0, 1)
+    return out.unflatten(1, (B, S)).transpose(0, 1).to(x.dtype)
 
 
 def offers_matrices(kv_b_proj: nn.Module) -> bool:

@@ -166,7 +166,8 @@ def pack_weights(module: Module) -> Module:
     hooks, a parametrization, a map that others quantised) is left as it is and keeps its effect.
 
     Weights that `dsv2_ref.quantize.quantize` made are packed, too, where torch has a kernel for their codes; then
-    ``kv_b_proj`` keeps a copy in the module's dtype for the absorbed form.
+    ``kv_b_proj`` keeps a copy for the absorbed form: in the module's dtype, or in float32 where it is bfloat16 and the
+    processor has no instructions for it.
 
     Args:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
@@ -191,6 +192,8 @@ def pack_weights(module: Module) -> Module:
     for held in quantised:
         if isinstance(held, QuantizedUpProjection):
             w_uk, w_uv = held.matrices
+            if w_uk.dtype == torch.bfloat16 and not has_bfloat16():  # else torch multiplies one number at a time
+                w_uk, w_uv = w_uk.float(), w_uv.float()
             held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
         if can_lay_out(held):
             lay_out_codes(held)
