@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,3 +369,20 @@ def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) ->
     assert caches == {"bfloat16": 144, "fp8": 64 + 4 + 16, "int8": 64 + 4 + 16, "int4": 32 + 4 + 16}
     whole = bits.whole_model("int8", 3, 1, replace(CONFIG, vocab_size=64))
     assert 0 < whole["active_bytes"] < whole["bytes"] < whole["peak"]
+
+
+@pytest.mark.slow
+def test_llama_cpp_is_given_the_same_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    from bench import llama
+
+    config = replace(CONFIG, qk_nope_head_dim=32)  # llama.cpp's blocks of a row
+    for name, value in {"CONFIG": config, "LAYERS": 2, "PREFILL": 8, "SHORT": 4}.items():
+        monkeypatch.setattr(llama, name, value)
+    layer = DeepseekV2DecoderLayer(config, 1)
+    weights = 2 * sum(weight.numel() for weight in layer.parameters()) + (llama.VOCABULARY + 1) * config.hidden_size
+    for kind in llama.FORMATS:
+        llama.write_model(tmp_path / kind, kind)
+        assert sum(tensor.n_elements for tensor in gguf.GGUFReader(tmp_path / kind).tensors) == weights
+        assert min(llama.measure(tmp_path / kind, 2, 1)) > 0
