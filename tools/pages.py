@@ -131,9 +131,27 @@ class ReadingTime(SphinxRole):
         return [nodes.Text(f"{minutes} minutes")], []
 
 
+def open_with_a_picture(app: Sphinx, doctree: nodes.document) -> None:
+    """Show a chapter's first figure below its question; the code stays where the notebook has it."""
+    if not is_chapter(app):
+        return
+    figure = next(doctree.findall(nodes.figure))
+    output = figure.parent
+    output.remove(figure)
+    if not output.children:
+        output.parent.remove(output)
+    title = next(doctree.findall(nodes.title))
+    title.parent.insert(2, figure)  # after title and question
+
+
+def is_chapter(app: Sphinx) -> bool:
+    """Whether the page that is being read is a chapter."""
+    return app.env.docname.removeprefix("book/") in {path.stem for path in chapters()}
+
+
 def size_symbols(app: Sphinx, doctree: nodes.document) -> None:
     """Let the first mention of a letter in each section show its sizes, on hover and on focus."""
-    if app.env.docname.removeprefix("book/") not in {path.stem for path in chapters()}:
+    if not is_chapter(app):
         return
     for section in doctree.findall(nodes.section):
         met: set[str] = set()
@@ -202,6 +220,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("stored-figure", StoredFigure)
     app.add_directive("chapters", Chapters)
     app.add_role("reading", ReadingTime())
+    app.connect("doctree-read", open_with_a_picture)
     app.connect("doctree-read", size_symbols)
     app.connect("doctree-read", keep_numbers_whole)
     app.connect("html-page-context", describe, priority=400)

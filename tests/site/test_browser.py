@@ -72,6 +72,15 @@ CUT_FORMULAS = """() => [...document.querySelectorAll("article mjx-container")].
 CUT_TABLES = """() => [...document.querySelectorAll("article .pst-scrollable-table-container")].filter(box =>
     box.checkVisibility() && box.scrollWidth > box.clientWidth
 ).map(box => box.textContent.slice(0, 60))"""
+# The first screen of a chapter shows its question and its picture, before any list and any code.
+NO_PICTURE_FIRST = """() => {
+    if (!document.querySelector("article h1 .section-number")) return [];
+    const picture = document.querySelector("article figure img").getBoundingClientRect();
+    const shown = Math.min(innerHeight, picture.bottom) - picture.top;
+    const later = [...document.querySelectorAll("article :is(ul, ol, pre, details, .admonition)")]
+        .every(each => !each.checkVisibility() || each.getBoundingClientRect().top > picture.bottom);
+    return shown > 0.6 * picture.height && later ? [] : [[picture.top, picture.bottom, innerHeight]];
+}"""
 # Code that a reader on a desk sees without unfolding anything.
 CUT_CODE = """() => [...document.querySelectorAll("article pre")].filter(code =>
     code.checkVisibility() && code.scrollWidth > code.clientWidth
@@ -252,6 +261,8 @@ def test_a_page_is_in_order(page: Page, origin: str, name: str) -> None:
         colour(page, theme)
         page.set_viewport_size(screen)
         found[f"wider than {screen['width']} px in {theme}"] = page.evaluate(f"{TOO_WIDE} ? [document.title] : []")
+        if screen != NARROW:
+            found[f"no picture first on {screen['width']} px"] = page.evaluate(NO_PICTURE_FIRST)
     exercises, solutions = page.locator("div.exercise").count(), page.locator("div.solution.dropdown").count()
     found["exercises, and solutions"] = [(exercises, solutions)] if exercises != solutions else []
     found["solutions that do not unfold"] = shut_solutions(page)
