@@ -82,14 +82,14 @@ def compress_entries(
     gates: Float[Tensor, "batch seq width"],
     position_bias: Float[Tensor, "window width"],
 ) -> Float[Tensor, "batch windows width"]:
-    """One entry for each full window of m tokens: their mean, in which every feature
-    has its own weights, a softmax over the window.
+    """One entry for every m tokens in a row: their mean, in which every feature
+    has its own weights, a softmax over the m tokens.
 
     Source: ``DeepseekV4HCACompressor`` of transformers 5.23.0, before norm and
     rotation.
     """
     m = len(position_bias)
-    full = entries.shape[1] // m * m  # the rest waits for its window to close
+    full = entries.shape[1] // m * m  # the rest waits for its m tokens
     entries = entries[:, :full].unflatten(1, (-1, m))  # (B, S / m, m, width)
     gates = gates[:, :full].unflatten(1, (-1, m)) + position_bias
     return (gates.softmax(dim=2) * entries).sum(dim=2)  # (B, S / m, width)

@@ -158,6 +158,13 @@ def grouped_experts(
         dtype = torch.get_autocast_dtype(device)
         hidden_states = hidden_states.to(dtype)
         gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
+    readable = device == "cpu" and type(topk_idx) is Tensor and not torch.compiler.is_compiling()
+    if readable and len(hidden_states) == 1:  # nothing to sort
+        out = []
+        for expert in topk_idx[0].tolist():
+            gate, up = F.linear(hidden_states, gate_up_proj[expert]).chunk(2, dim=-1)
+            out.append(F.linear(F.silu(gate) * up, down_proj[expert]))
+        return (torch.cat(out) * topk_weight.T).sum(dim=0, keepdim=True).to(hidden_states.dtype)
     order, group_ends, places = sort_by_expert(topk_idx, len(down_proj))
     rows = hidden_states[order // topk_idx.shape[1]]
     gate, up = _grouped_product(rows, gate_up_proj, group_ends).chunk(2, dim=-1)
