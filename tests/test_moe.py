@@ -1,5 +1,6 @@
 """Gate, experts and their combination: what is chosen, what it counts, and that nothing waits for the device."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +147,25 @@ def test_outputs_are_summed_in_float32() -> None:
     with ops.watch() as choices:
         assert torch.equal(routed(hidden, experts, weights), expected)
     assert [choice.way for choice in choices] == ["grouped"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_token_alone_is_what_it_is_among_others(autocast: bool, dtype: torch.dtype) -> None:
+    experts = randomised(DeepseekV2MoE(SMALL), dtype).experts
+    x, topk_idx = tokens(1, 1, dtype)[0], torch.tensor([[3, 0, 2]])
+    topk_weight = torch.rand(1, 3, dtype=torch.promote_types(dtype, torch.float32))
+    with torch.autocast("cpu", enabled=autocast):
+        with_gradients = experts(x, topk_idx, topk_weight)
+        with torch.no_grad():
+            alone = experts(x, topk_idx, topk_weight)
+    with ops.plain():
+        exact = copy.deepcopy(experts).double()(x.double(), topk_idx, topk_weight.double())
+    # Rounding of one product after another, in the dtype of the products.
+    eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    for out in (alone, with_gradients):
+        assert (out - exact).norm() < 4 * eps * exact.norm()
+    assert alone.dtype == with_gradients.dtype
 
 
 def test_the_mlp_is_swiglu() -> None:

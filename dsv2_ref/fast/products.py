@@ -158,9 +158,9 @@ def grouped_experts(
         dtype = torch.get_autocast_dtype(device)
         hidden_states = hidden_states.to(dtype)
         gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
-    readable = device == "cpu" and type(topk_idx) is Tensor and not torch.compiler.is_compiling()
-    if readable and len(hidden_states) == 1:  # nothing to sort
-        out = []
+    plain = device == "cpu" and type(topk_idx) is Tensor and not torch.compiler.is_compiling()
+    if plain and len(hidden_states) == 1 and not torch.is_grad_enabled():
+        out = []  # nothing to sort
         for expert in topk_idx[0].tolist():
             gate, up = F.linear(hidden_states, gate_up_proj[expert]).chunk(2, dim=-1)
             out.append(F.linear(F.silu(gate) * up, down_proj[expert]))
