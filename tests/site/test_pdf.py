@@ -246,3 +246,28 @@ def test_a_chapter_prints_well(browser: Browser, origin: str, tmp_path: Path) ->
     assert all(text.startswith(str(number)) for number, text in enumerate(sheets, 1))
     whole = "".join(text.removeprefix(str(number)) for number, text in enumerate(sheets, 1))
     assert [line for line in lines_of_code("rope") if squeezed(line) not in whole] == []
+
+
+BROKEN = """() => [...document.querySelectorAll("article th")].flatMap(cell => {
+    const nodes = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    const broken = [];
+    while (nodes.nextNode())
+        for (const word of nodes.currentNode.data.matchAll(/[a-z]+/gi)) {
+            const range = document.createRange();
+            range.setStart(nodes.currentNode, word.index);
+            range.setEnd(nodes.currentNode, word.index + word[0].length);
+            if (range.getClientRects().length > 1) broken.push(word[0]);
+        }
+    return broken;
+})"""
+"""Words in the headings of tables that go on in a second line."""
+
+
+@pytest.mark.parametrize("name", ["instructors", "mla", "sparse", "training"])
+def test_no_word_in_the_heading_of_a_table_is_cut(name: str, browser: Browser, origin: str) -> None:
+    page = browser.new_page(viewport={"width": 658, "height": 971})
+    page.emulate_media(media="print")
+    show(page, f"{origin}/book/{name}.html")
+    broken, wide = page.evaluate(BROKEN), page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    page.close()
+    assert (broken, wide) == ([], False)
