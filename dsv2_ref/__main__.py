@@ -195,7 +195,12 @@ def _grade(arguments: Sequence[str]) -> tuple[str, int]:
 
     parser = _Parser(prog="python -m dsv2_ref grade", description="Grade what a student wrote.")
     command.add_options(parser)
-    return command.run(parser.parse_args(arguments))
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        dashed = next((name for name in unknown if name.startswith("-") and os.path.isfile(name)), None)
+        advice = f"; the file is ./{dashed}" if dashed else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    return command.run(args)
 
 
 def _refuse(error: Exception) -> int:

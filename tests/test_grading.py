@@ -1048,6 +1048,17 @@ def test_bad_usage_is_said_in_a_line(
     assert said in error
 
 
+def test_a_file_whose_name_begins_with_a_dash_is_told_apart_from_an_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-x.py").write_text((SOLUTIONS / "rmsnorm.py").read_text())
+    said = "unrecognized arguments: -x.py; the file is ./-x.py\n"
+    assert run("rmsnorm", "-x.py", capsys=capsys) == (2, "", said)
+    assert run("rmsnorm", "./-x.py", capsys=capsys)[0] == 0
+    assert run("rmsnorm", "-y.py", capsys=capsys) == (2, "", "unrecognized arguments: -y.py\n")
+
+
 def test_a_folder_of_submissions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """In folders of students, or with their names in front, as course systems pack them."""
     right = (SOLUTIONS / "rmsnorm.py").read_text()
