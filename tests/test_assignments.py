@@ -1,17 +1,21 @@
 """The assignments: their pages, what students are to complete, and the archives for a course."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from dsv2_ref import __version__
 from dsv2_ref.grading import PARTS, grade
 from dsv2_ref.grading.formats import as_text
 from tests.planted_in_solutions import PLANTED
-from tools import assignments
+from tools import assignments, release
 from tools.budget import chapters
 
 pytestmark = pytest.mark.slow
@@ -113,6 +117,27 @@ def test_the_students_archive_holds_no_solution(archives: list[zipfile.ZipFile])
         solution = (FOLDER / "solutions" / f"{name}.py").read_bytes()
         assert solution not in content
         assert instructors.read(f"assignments-instructors/solutions/{name}.py") == solution
+
+
+def test_a_chapter_of_the_archive_runs_where_its_page_says(archives: list[zipfile.ZipFile], tmp_path: Path) -> None:
+    """In a copy of the repository: `pip install .` does not bring all that chapters import."""
+    students = archives[0]
+    assert "unpack the archive in a copy of the repository" in students.read("assignments-students/README.md").decode()
+    for name in ("dsv2_ref", "experiments", "tools", "book"):
+        (tmp_path / name).symlink_to(assignments.ROOT / name)
+    students.extractall(tmp_path)
+    folder = tmp_path / "assignments-students" / "chapters"
+    cells = nbformat.read(folder / "rmsnorm.ipynb", as_version=4).cells
+    imports = next(cell.source for cell in cells if cell.cell_type == "code")
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", imports], cwd=folder, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_instructors_page_names_the_archives(archives: list[zipfile.ZipFile]) -> None:
+    text = (assignments.BOOK / "instructors.md").read_text()
+    assert all(f"`{Path(str(archive.filename)).name}`" in text for archive in archives)
+    assert f"`{release.NAME.replace(__version__, 'VERSION')}-assignments.zip`" in text
 
 
 def test_the_instructors_archive_holds_all(archives: list[zipfile.ZipFile]) -> None:
