@@ -39,8 +39,8 @@ LONGEST = 500
 """Characters of an error message that are kept."""
 LARGEST_FILE = 2**26
 """Bytes that a submission may print, or write in one file."""
-START = 60
-"""Seconds more until a process is ended from outside, which has not ended itself."""
+GRACE = 60
+"""Seconds beyond its limit after which a process that has not ended itself is ended from outside."""
 
 
 def limit(seconds: int, megabytes: int) -> None:
@@ -208,7 +208,7 @@ def in_a_fork(job: dict[str, Any]) -> int:
             alone(job)
         finally:
             os._exit(70)
-    deadline = time.monotonic() + job["seconds"] + START
+    deadline = time.monotonic() + job["seconds"] + GRACE
     while (ended := os.waitpid(process, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
             os.killpg(process, signal.SIGKILL)

@@ -11,7 +11,7 @@ import torch
 from dsv2_ref.checks import require
 from dsv2_ref.grading import PARTS, Report, grade
 from dsv2_ref.grading.formats import as_csv, as_gradescope, as_json, as_junit, as_text, plain
-from dsv2_ref.grading.runner import check_limits
+from dsv2_ref.grading.runner import MEGABYTES, SECONDS, check_limits
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--json", action="store_true", help="print JSON")
     option("--junit", metavar="FILE", help="also write JUnit's XML")
     option("--gradescope", metavar="FILE", help="also write Gradescope's results.json")
-    option("--seconds", type=int, default=60, help="for each submission (60)")
-    option("--megabytes", type=int, default=2048, help="of memory for each (2048)")
+    option("--seconds", type=int, default=SECONDS, help=f"for each submission ({SECONDS})")
+    option("--megabytes", type=int, default=MEGABYTES, help=f"of memory for each ({MEGABYTES})")
 
 
 def run(args: argparse.Namespace) -> tuple[str, int]:

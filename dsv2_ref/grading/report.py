@@ -224,10 +224,11 @@ def tells(part: Part, number: int, found: dict[str, Any]) -> bool:
 
 
 def recognise(part: Part, ran: Ran, checks: Sequence[Check]) -> Iterator[tuple[int, ...]]:
-    """The known mistake, or two of them, that return in every case what the submission did; where there are none, those
-    that do in a case that failed and in all that passed; of those that do in the same cases, the first, which claims
-    least. A case says nothing that ended with an error, whose answers
-    have no finite element, or whose values are right and have another dtype.
+    """The known mistake, or two of them, that return in every case what the submission did.
+
+    Where there are none, those that do in a case that failed and in all that passed; of those that do in the same cases,
+    the first, which claims least. A case says nothing that ended with an error, whose answers have no finite element, or
+    whose values are right and have another dtype.
     """
     passed = [n for n, check in enumerate(checks) if check.passed]
     failed = [n for n, check in enumerate(checks) if not check.passed and tells(part, n, ran.cases[n])]

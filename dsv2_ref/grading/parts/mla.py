@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -131,46 +132,34 @@ def without_position(part: str) -> Plant:
     return inside("apply_rotary", wrong)
 
 
-def tables_now() -> Any:
-    """What makes the attention's tables, perhaps with another mistake already."""
-    return vars(mla)["rotary_tables"]
+def remade(change: Callable[..., Any]) -> Plant:
+    """Tables that ``change`` makes with what makes them now, perhaps with another mistake already."""
+    return lambda _: patch.object(mla, "rotary_tables", partial(change, vars(mla)["rotary_tables"]))
 
 
 def placed(place: Callable[[Values, int], Values]) -> Plant:
     """Other positions, made from those of a call and its number of keys."""
 
-    def change(_: Any) -> AbstractContextManager[Any]:
-        made = tables_now()
+    def change(made: Any, ids: Values, *args: Any, kv_length: int, **kwargs: Any) -> Any:
+        return made(place(ids, kv_length), *args, kv_length=kv_length, **kwargs)
 
-        def wrong(position_ids: Values, *args: Any, kv_length: int, **kwargs: Any) -> Any:
-            return made(place(position_ids, kv_length), *args, kv_length=kv_length, **kwargs)
-
-        return patch.object(mla, "rotary_tables", wrong)
-
-    return change
+    return remade(change)
 
 
-def unstretched(module: Any) -> AbstractContextManager[Any]:
-    """YaRN's angles and magnitude left out; its temperature stays."""
-    made = tables_now()
+def tabled(of: Callable[[float, Any], tuple[float, Any]]) -> Plant:
+    """Tables of another theta and another scaling."""
 
-    def wrong(ids: Any, dim: Any, theta: Any, scaling: Any, **kwargs: Any) -> Any:
-        return made(ids, dim, theta, None, **kwargs)
+    def change(made: Any, ids: Values, dim: int, theta: float, scaling: Any, **kwargs: Any) -> Any:
+        return made(ids, dim, *of(theta, scaling), **kwargs)
 
-    return patch.object(mla, "rotary_tables", wrong)
-
-
-def usual_theta(module: Any) -> AbstractContextManager[Any]:
-    """Frequencies of 10000, whatever the configuration says."""
-    made = tables_now()
-
-    def wrong(ids: Any, dim: Any, theta: Any, scaling: Any, **kwargs: Any) -> Any:
-        return made(ids, dim, 10000.0, scaling, **kwargs)
-
-    return patch.object(mla, "rotary_tables", wrong)
+    return remade(change)
 
 
-def without_yarn(module: Any) -> AbstractContextManager[Any]:
+unstretched = tabled(lambda theta, _: (theta, None))
+"""YaRN's angles and magnitude left out; its temperature stays."""
+
+
+def without_yarn(module: Any) -> AbstractContextManager[Any] | None:
     """Neither angles nor temperature."""
     without_temperature(module)
     return unstretched(module)
@@ -245,7 +234,7 @@ BOTH = (
     Mistake("the layer's epsilon in the norms of the latents", "rmsnorm", "Symptoms", layers_epsilon),
     Mistake("a token does not see itself", "overview", "Symptoms", seen(shifted(-1))),
     Mistake("a token sees the next one", "overview", "Symptoms", seen(shifted(1))),
-    Mistake("theta is 10000, whatever rope_theta is", "rope", ANGLES, usual_theta),
+    Mistake("theta is 10000, whatever rope_theta is", "rope", ANGLES, tabled(lambda _, scaling: (10000.0, scaling))),
     Mistake("YaRN left out", "rope", LONGER, without_yarn),
     Mistake("YaRN's angles left out", "rope", LONGER, unstretched),
     Mistake(

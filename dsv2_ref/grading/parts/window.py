@@ -61,13 +61,7 @@ WINDOW = Part(
             "queries counted from the first key, not from the end of the cache",
             "sparse",
             A_WINDOW,
-            lambda functions: setattr(functions, "window_mask", top_left_window),
+            sees(lambda k, own, s, n: (k <= own - own[0]) & ((k < s) | (k > own - own[0] - n))),
         ),
     ),
 )
-
-
-def top_left_window(seq: int, kv_seq: int, sinks: int, last: int) -> Any:
-    """A window whose first query stands at the first key."""
-    own, keys = torch.arange(seq)[:, None], torch.arange(kv_seq)
-    return ((keys <= own) & ((keys < sinks) | (keys > own - last)))[None, None]
