@@ -90,6 +90,30 @@ def test_the_instructors_page_agrees_with_the_assignments() -> None:
         assert f"`{extra}`" in text
 
 
+def needed(path: Path) -> list[str]:
+    """The chapters that the box at the top of a chapter links to."""
+    cells = nbformat.read(path, as_version=4).cells[:3]
+    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    (box,) = re.findall(r"You need, in five lines.*?^:::", text, flags=re.DOTALL | re.MULTILINE)
+    linked = set(re.findall(r"\]\((\w+)\.ipynb\)", box))
+    return [chapter.stem for chapter in chapters() if chapter.stem in linked]
+
+
+def test_the_instructors_page_says_which_chapter_needs_which() -> None:
+    """And what a syllabus of six weeks reads, it reads after what that needs, or in the same week."""
+    text = (assignments.BOOK / "instructors.md").read_text()
+    table = text.split("| chapter | builds on |\n", 1)[1].split("\n\n", 1)[0].splitlines()[1:]
+    told = [re.findall(r"\]\((\w+)\.ipynb\)", row) for row in table]
+    needs = {path.stem: needed(path) for path in chapters()}
+    assert {chapter: builds_on for chapter, *builds_on in told} == needs
+    weeks = text.split("## Six weeks", 1)[1].split("## Two weeks", 1)[0]
+    read: set[str] = set()
+    for week in re.findall(r"^\| \d \| (.+?) \|", weeks, flags=re.MULTILINE):
+        now = re.findall(r"\]\((\w+)\.ipynb\)", week)
+        read |= set(now)
+        assert [name for chapter in now for name in needs.get(chapter, []) if name not in read] == []
+
+
 def test_the_list_of_assignments_is_complete() -> None:
     listed = re.findall(r"\((\w+)\.md\) \| `(\w+)\.py`", (FOLDER / "README.md").read_text())
     assert listed == [(name, name) for name in NAMES]
