@@ -460,6 +460,21 @@ def test_a_cache_is_counted_whatever_holds_it(holder: str, submit: Submit) -> No
     assert [check.name for check in wrong.checks if not check.passed] == ["elements per token in the cache"]
 
 
+def test_a_cache_of_numpys_arrays_is_counted(submit: Submit) -> None:
+    edits = [
+        ("import torch\n", "import numpy\nimport torch\n"),
+        ("(past_key_value, cache)", "(torch.from_numpy(past_key_value[0]), cache)"),
+    ]
+    edits += [
+        ("past_key_value.shape", "past_key_value[0].shape"),
+        (LAST, "return out, None, [cache.numpy(), numpy.int64(past)]"),
+    ]
+    source = planted((SOLUTIONS / "decoding.py").read_text(), edits)
+    assert submit("decoding", source).passed
+    wrong = submit("decoding", source.replace("numpy.int64(past)", "cache.repeat(1, 1, 4).numpy()"))
+    assert [check.name for check in wrong.checks if not check.passed] == ["elements per token in the cache"]
+
+
 def test_the_median_is_not_the_mean(submit: Submit) -> None:
     source = (SOLUTIONS / "balance.py").read_text()
     report = submit("balance", source.replace("load.double().mean()", "load.double().median()"))

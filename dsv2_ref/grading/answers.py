@@ -117,8 +117,8 @@ def operations(run: Callable[[], Any]) -> Float[Tensor, ""]:
 
 
 def elements(*things: Any) -> int:
-    """Elements of all tensors that can be reached from these objects. What shares memory
-    counts at most as often as there is room."""
+    """Elements of all tensors and arrays that can be reached from these objects. What shares
+    memory counts at most as often as there is room."""
     held: dict[int, dict[Any, int]] = {}
     room: dict[int, int] = {}
     seen: dict[int, Any] = {}  # holds what it has seen, so that no id is used twice
@@ -139,6 +139,8 @@ def elements(*things: Any) -> int:
             waiting += thing.values()
         elif isinstance(thing, list | tuple | set | frozenset | deque):
             waiting += thing
+        elif hasattr(type(thing), "__array_interface__"):  # an array or a number of NumPy
+            waiting.append(torch.as_tensor(thing))
         elif not isinstance(thing, type):
             waiting += [*getattr(thing, "__dict__", {}).values(), *_slots(thing)]
     return sum(min(sum(each.values()), room[at]) for at, each in held.items())
