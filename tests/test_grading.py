@@ -925,6 +925,20 @@ def test_a_faster_way_to_compute_the_experts_is_not_accepted(way: str, submit: S
     assert report.checks[0].message == f"it calls dsv2_ref.fast.products.{way}; {BORROWED}"
 
 
+@pytest.mark.parametrize("part", ["mla", "decoding"])
+@pytest.mark.parametrize("way", ["products.attend_products", "cpu.attend_blocks", "cpu.attend_in_float32"])
+def test_a_faster_way_to_compute_attention_is_not_accepted(part: str, way: str, submit: Submit) -> None:
+    source = (
+        (SOLUTIONS / f"{part}.py")
+        .read_text()
+        .replace("import torch\n", "import torch\nfrom dsv2_ref.fast import cpu, products\n", 1)
+    )
+    report = submit(
+        part, source.replace("out = weights @", f"{way}(query, key, None, None, self.scale)\n        out = weights @")
+    )
+    assert report.checks[0].message == f"it calls dsv2_ref.fast.{way}; {BORROWED}"
+
+
 @pytest.mark.parametrize("part", PLANTED)
 def test_the_solution_is_not_accepted(part: str, submit: Submit) -> None:
     report = submit(part, f"from assignments.solutions.{part} import *")

@@ -10,7 +10,7 @@ import torch
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.grading.answers import Answers, Values, WrongError, elements, first, normal, operations
 from dsv2_ref.grading.part import Case, Mistake, Part, Plant
-from dsv2_ref.grading.parts.mla import BOTH, ODD, SMALL, everything, placed, seen, top_left
+from dsv2_ref.grading.parts.mla import ATTENTION, BOTH, ODD, SMALL, everything, placed, seen, top_left
 from dsv2_ref.grading.parts.rope import YARN
 
 CONTEXT = 255
@@ -97,7 +97,7 @@ DECODING = Part(
     defines=("DeepseekV2Attention",),
     takes=("config", "layer_idx"),
     answer=decode,
-    yours=("attention.attend", "attention.attend_sdpa"),
+    yours=ATTENTION,
     cases=(
         Case("a prompt, then tokens", 5, calls(5, 1, 1, seed=10), (ABSORB, 0)),
         Case("several tokens after a prompt", 5, calls(4, 3, 1, seed=11), (ABSORB_ODD, 0)),

@@ -253,6 +253,15 @@ BOTH = (
 )
 """Mistakes of latent attention with and without a cache."""
 
+ATTENTION = (
+    "attention.attend",
+    "attention.attend_sdpa",
+    "fast.products.attend_products",
+    "fast.cpu.attend_blocks",
+    "fast.cpu.attend_rounded_up",
+    "fast.cpu.attend_in_float32",
+)
+"""What weighs values by scores in the package."""
 
 MLA = Part(
     name="mla",
@@ -260,7 +269,7 @@ MLA = Part(
     defines=("DeepseekV2Attention",),
     takes=("config", "layer_idx"),
     answer=output,
-    yours=("attention.attend", "attention.attend_sdpa"),
+    yours=ATTENTION,
     cases=(
         Case("direct queries", 6, tokens(2, 7, 88, seed=7), (SMALL, 0)),
         Case("compressed queries", 6, tokens(1, 9, 88, seed=8, size=0.3), (ODD, 0)),
