@@ -167,8 +167,11 @@ def test_without_a_name_the_keys_must_leave_no_doubt() -> None:
     [
         ({"metadata": {"total_size": 1}, "weight_map": {}}, "the index of a checkpoint"),
         ({"added_tokens_decoder": {}, "tokenizer_class": "LlamaTokenizerFast"}, "a tokenizer's"),
+        ({"version": "1.0", "truncation": None, "added_tokens": [], "model": {"type": "BPE"}}, "a tokenizer's"),
+        ({"bos_token": "<s>", "eos_token": {"content": "</s>"}}, "a tokenizer's"),
         ({"_from_model_config": True, "bos_token_id": 0, "temperature": 0.3}, "of generation"),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.95}, "of generation"),
+        ({"eos_token_id": 1, "max_new_tokens": 100}, "of generation"),
         ({"peft_type": "LORA", "r": 8}, "an adapter's"),
         ({"dim": 2048, "inter_dim": 10944, "n_layers": 27}, "of DeepSeek's inference code"),
     ],
