@@ -265,6 +265,8 @@ def place_of(source: str | Path, revision: str | None, token: str | None, whole:
             host = None
         if not host:
             raise ValueError(f"source is {describe(source)}; wanted an address with a host, as http://host/folder")
+        if not re.fullmatch(r"[!-~]+", source):
+            raise ValueError(f"source is {describe(source)}; wanted spaces and what is not ASCII percent-encoded")
         return Address(source, _bearer(token))
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         shown = describe(str(source) if isinstance(source, Path) else source)

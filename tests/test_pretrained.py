@@ -1238,6 +1238,11 @@ def test_addresses_without_a_host(address: str) -> None:
     assert_rejected(address, r"^source is '\S+'; wanted an address with a host, as http://host/folder$")
 
 
+@pytest.mark.parametrize("name", ["an é", "two words", "a\nline"])
+def test_addresses_that_no_request_can_carry(name: str) -> None:
+    assert_rejected(f"http://127.0.0.1:9/{name}", r"^source is '.*'; wanted spaces and what is not ASCII percent-enc")
+
+
 def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     assert_rejected("http://127.0.0.1:9", "http://127.0.0.1:9/config.json cannot be read: .*refused", OSError)
