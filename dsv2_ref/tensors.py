@@ -6,10 +6,8 @@ place after it.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -59,20 +57,12 @@ def read_header(file: files.File) -> dict[str, Entry]:
     check(file.size >= 8, f"it has {file.size} bytes")
     length = int.from_bytes(files.read(file, 0, 8), "little")
     check(2 <= length <= min(LONGEST_HEADER, file.size - 8), f"its header would have {length} bytes of {file.size}")
-    twice: list[str] = []
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        return found
-
+    header, found = None, "is not a JSON object"
     try:
-        header = published.decode(files.read(file, 8, length), once)
-    except ValueError:
-        header = None
-    check(isinstance(header, dict), "its header is not a JSON object")
-    check(not twice, f"its header says {describe(', '.join(twice))} twice")
+        header = published.decode(files.read(file, 8, length))
+    except ValueError as error:
+        found = str(error)
+    check(isinstance(header, dict), f"its header {found}")
     entries = {}
     for name, told in header.items():
         if name == "__metadata__":

@@ -155,6 +155,11 @@ def test_the_newer_rope_parameters(parameters: dict[str, Any], theta: float, sca
         ('{"model_type": "deepseek_v2", "hidden_size": NaN}', "is not JSON: NaN is no number"),
         ("{", "is not JSON: "),
         ("[" * 200_000, "is not JSON that can be read: nested too deeply"),
+        ('{"model_type": "deepseek_v2", "hidden_size": 64, "hidden_\\u0073ize": 64}', "says 'hidden_size' twice"),
+        (
+            '{"model_type": "kimi_vl", "text_config": {"a": 1, "a": 1}, "text_config": {}}',
+            "says 'a, text_config' twice",
+        ),
         ("\xe9", "is not text in UTF-8: "),
     ],
 )

@@ -8,6 +8,7 @@ const publishedReader = (() => {
 
   // ---- JSON
 
+  const KEY_OR_BRACE = /"[^"\\]*(?:\\.[^"\\]*)*"(\s*:)?|[{}]/g;
   const STRING_OR_NUMBER = /"[^"\\]*(?:\\.[^"\\]*)*"|-?\d+(\.\d+)?([eE][+-]?\d+)?/g;
 
   // Each string and number gets a letter in front for what it is: JSON.parse alone would make 2048.0 of 2048.
@@ -26,11 +27,28 @@ const publishedReader = (() => {
     });
     const of = { s: String, f: Number, i: BigInt };
     const plain = (value) => of[value[0]](value.slice(1));
-    return JSON.parse(lettered, (_, value) => {
+    const content = JSON.parse(lettered, (_, value) => {
       if (typeof value === "string") return plain(value);
       if (value === null || typeof value !== "object" || Array.isArray(value)) return value;
       return new Map(Object.entries(value).map(([key, each]) => [plain(key), each]));
     });
+    const twice = saidTwice(text);
+    if (twice.length) throw new Rejection(`the text says ${described(twice.join(", "))} twice`);
+    return content;
+  }
+
+  // The keys that an object has twice, object by object as they end.
+  function saidTwice(text) {
+    const [open, twice] = [[], []];
+    for (const [found, colon] of text.matchAll(KEY_OR_BRACE)) {
+      if (found === "{") open.push(new Map());
+      else if (found === "}") twice.push(...[...open.pop()].filter(([, times]) => times > 1).map(([key]) => key));
+      else if (colon) {
+        const [keys, key] = [open.at(-1), JSON.parse(found.slice(0, -colon.length))];
+        keys.set(key, (keys.get(key) ?? 0) + 1);
+      }
+    }
+    return twice;
   }
 
   // ---- Values, compared and written as in Python

@@ -840,6 +840,8 @@ def test_a_pasted_file_fills_the_fields_that_its_model_has(page: Page, name: str
         (f'{{"model_type": "deepseek_v2", "x": {"9" * 4301}}}', "the text is not JSON that can be read: an integer of more"),
         ("[" * 10**5 + "]" * 10**5, "the text is not JSON that can be read: nested too deeply"),
         ('{"x":' * 10**5 + "1" + "}" * 10**5, "the text is not JSON that can be read: nested too deeply"),
+        ('{"model_type": "deepseek_v2", "hidden_size": 64, "hidden_\\u0073ize": 64}', "the text says 'hidden_size' twice"),
+        ('{"x": {"b": [{"a": "{", "a" \n: 1}], "b": "\\"a\\": "}, "x": "a"}', "the text says 'a, b, x' twice"),
         ("[]", "the configuration is a list of 0; wanted a JSON object"),
         ("12", "the configuration is 12; wanted a JSON object"),
         ("null", "the configuration is None; wanted a JSON object"),
@@ -873,7 +875,7 @@ def test_a_text_that_is_rejected_is_told_why(page: Page, tmp_path: Path, text: s
 @pytest.mark.parametrize(
     "text",
     [
-        '{"model_type": "deepseek_v2", "hidden_size": 1, "hidden_size": 4096, "x": [1e400, "\\ud800\\"\\\\"]}',
+        '{"model_type": "deepseek_v2", "hidden_size": 4096, "x": [1e400, "\\ud800\\"\\\\", {"x": 1}]}',
         ' \n{"model_type":\t"deepseek_v2" , "7": 1, "rope_theta": 1E+4, "__proto__": {"vocab_size": 5}}\r\n',
         f'{{"model_type": "deepseek_v2", "x": {"9" * 4300}, "y": {"[" * 900}{"]" * 900}}}',
     ],
