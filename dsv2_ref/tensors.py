@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -57,7 +58,8 @@ def read_header(file: files.File) -> dict[str, Entry]:
     check(file.size >= 8, f"it has {file.size} bytes")
     length = int.from_bytes(files.read(file, 0, 8), "little")
     check(2 <= length <= min(LONGEST_HEADER, file.size - 8), f"its header would have {length} bytes of {file.size}")
-    header, found = None, "is not a JSON object"
+    header: Any = None
+    found = "is not a JSON object"
     try:
         header = published.decode(files.read(file, 8, length))
     except ValueError as error:
