@@ -101,7 +101,7 @@ def _said(log: Mapping[str, Sequence[float]], every: int = router.EVERY) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run by torchrun, which tells each process its number."""
     parser = argparse.ArgumentParser(prog="torchrun -m experiments.parallel", description="Train on several processes.")
-    parser.add_argument("--run", choices=router.RUNS, default="all", help="what balances the experts")
+    parser.add_argument("--balance", choices=router.RUNS, default="all", help="what balances the experts")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--groups", type=int, default=1, help="groups of processes that hold all experts each")
     parser.add_argument(
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if on_gpus:
             torch.cuda.set_device(local)
         dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
-        log = train(args.run, args.steps, args.groups, args.dropping, device, corpus(), args.timeout)
+        log = train(args.balance, args.steps, args.groups, args.dropping, device, corpus(), args.timeout)
         if rank == 0:
             print(f"{size} processes through {backend}", _said(log), sep="\n", flush=True)
         if rank == 0 and args.out is not None:

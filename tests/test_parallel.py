@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
+from torch.distributed.run import parse_args
 from torch.multiprocessing.spawn import ProcessException
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, MoEGate, loading, ops
@@ -519,6 +520,13 @@ def test_processes_in_one_group_or_two_train_as_one_does(ranks: int, run: str, g
     assert log["bits"] == pytest.approx(
         log["alone"], abs=1e-11
     )  # three steps of Adam, which divides by small gradients
+
+
+def test_torchrun_leaves_the_options_of_the_experiment_alone() -> None:
+    """It rejects what could be the beginning of two of its own, also after the module."""
+    options = ["--balance", "bias", "--steps", "3", "--groups", "2", "--dropping", "--timeout", "9", "--out", "folder"]
+    told = parse_args(["--nproc-per-node", "2", "-m", "experiments.parallel", *options])
+    assert told.training_script_args == options
 
 
 @pytest.mark.slow
