@@ -96,7 +96,7 @@ def _tokens(call: dict[str, Any]) -> str:
 def _account(args: argparse.Namespace, config: DeepseekV2Config, call: Call) -> str:
     found = report(config, call, args.layer, args.training, args.checkpointing, args.optimizer)
     if args.ranks is not None:
-        named = [found["training"]["optimizer"]] if args.training else []
+        named = [found["training"]["optimizer"], args.checkpointing] if args.training else []
         found["bytes"]["on_each_rank"] = on_ranks(config, call, args.ranks, args.layer, args.training, *named)
     return json.dumps(found, indent=2) if args.json else _table(found)
 

@@ -290,7 +290,7 @@ def refusals() -> dict[str, str]:
 
 
 def counted(seed: int) -> list[dict[str, Any]]:
-    """Random calls of the experts, forward and backward: what went to each rank, and what was chosen."""
+    """Random calls of the experts, forward, again where checkpointed, and backward: what went to each rank, and what was chosen."""
     rank, ranks, found = dist.get_rank(), dist.get_world_size(), []
     alike = torch.Generator().manual_seed(seed)
     own = torch.Generator().manual_seed(1000 * seed + rank)
@@ -308,9 +308,10 @@ def counted(seed: int) -> list[dict[str, Any]]:
         idx = torch.rand(tokens, experts, generator=own).topk(k).indices
         weight = torch.rand(tokens, k, generator=own).to(torch.promote_types(dtype, torch.float32))
         weight = weight * (torch.rand(tokens, k, generator=own) < 0.8)  # some are dropped
-        told: dict[str, Any] = {"config": config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+        mode = (None, "full", "selective")[draw(0, 2)]
+        told: dict[str, Any] = {"config": config.to_dict(), "dtype": str(dtype).removeprefix("torch."), "mode": mode}
         with Sent() as forward:
-            out = module(x, idx, weight.requires_grad_())
+            out = (checkpointed(module, mode) if mode else module)(x, idx, weight.requires_grad_())
         with Sent() as backward:
             out.sum().backward()
         told |= {"forward": forward.to, "backward": backward.to, "idx": idx, "weight": weight.detach()}

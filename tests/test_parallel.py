@@ -233,7 +233,9 @@ def test_nothing_listens_but_on_localhost() -> None:
 
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 0), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_every_byte_is_counted(ranks: int, seed: int) -> None:
-    for calls in zip(*together(ranks, cases.counted, seed, timeout=60), strict=True):
+    found = together(ranks, cases.counted, seed, timeout=60)
+    assert {call["mode"] for call in found[0]} == {None, "full", "selective"}
+    for calls in zip(*found, strict=True):
         config = DeepseekV2Config(**calls[0]["config"])
         held = config.n_routed_experts // ranks
         rows, choices = ([[0] * ranks for _ in range(ranks)] for _ in range(2))
@@ -249,7 +251,8 @@ def test_every_byte_is_counted(ranks: int, seed: int) -> None:
             measured = [[sum(bytes) for bytes in zip(*_all(call, training), strict=True)] for call in calls]
             for rank in range(ranks):
                 measured[rank][rank] = 0  # what stays at home does not travel
-            assert measured == exchange_bytes(config, dtype, rows, choices, training)
+            mode = calls[0]["mode"] if training else None
+            assert measured == exchange_bytes(config, dtype, rows, choices, training, mode)
 
 
 def _all(call: dict[str, Any], training: bool) -> list[list[int]]:
@@ -314,6 +317,9 @@ def test_the_command_tells_what_each_rank_holds_and_sends(capsys: pytest.Capture
     sent = bytes_per_token(config, call, 8)
     assert told["sent per token, most"] == 59 * sent["most"]
     assert told["sent per token, expected"] == pytest.approx(59 * sent["expected"])
+    assert main([*command, "--json", "--training", "--checkpointing"]) == 0
+    told = json.loads(capsys.readouterr().out)["bytes"]["on_each_rank"]
+    assert told["sent per token, most"] == 59 * bytes_per_token(config, call, 8, True, "full")["most"]
     assert main([*command, "--layer", "0"]) == 0
     assert re.search(
         r"bytes on each rank, which receives as many as it sends\n  weights +\d.*\n  sent per token, most +0  0 B",
@@ -363,6 +369,8 @@ def test_no_training_step_sends_for_a_cache() -> None:
     ):
         with pytest.raises(ValueError, match="kv is 5; wanted the 1 new tokens: training has no cache"):
             sent()
+    with pytest.raises(ValueError, match="checkpointing is 'full'; wanted None where nothing is trained"):
+        bytes_per_token(v2, Call(), 8, checkpointing="full")
 
 
 # Checkpoints

@@ -3,7 +3,8 @@
 P ranks hold E/P experts each, and whole groups where experts have groups. A token travels once to every other rank that
 holds some of its experts, whatever number of them, and comes back as one row. With it go, for each of these experts, two
 int32 numbers and its weight; and between each two ranks two int64 counts. In training the gradients of rows and weights
-travel the same ways. What a rank holds itself does not travel.
+travel the same ways; where layers run twice (``full``), all that the forward pass sends travels once more. What a rank
+holds itself does not travel.
 """
 
 from collections.abc import Sequence
@@ -73,20 +74,34 @@ def most_ranks_reached(config: DeepseekV2Config, ranks: int) -> int:
     return min(Sizes.of(config).k, limit, ranks)
 
 
+def _passes(call: Call, training: bool, checkpointing: str | None) -> int:
+    """How often a step sends what a forward pass does; ``selective`` keeps what came."""
+    require(training or checkpointing is None, "checkpointing", checkpointing, "None where nothing is trained")
+    if training:
+        require_training(call, checkpointing)
+    return 1 + (checkpointing == "full")
+
+
 def _weight_size(call: Call) -> int:
     return max(call.itemsize, 4)
 
 
 def bytes_of_travel(
-    config: DeepseekV2Config, call: Call, rows: float, choices: float, training: bool = False
+    config: DeepseekV2Config,
+    call: Call,
+    rows: float,
+    choices: float,
+    training: bool = False,
+    checkpointing: str | None = None,
 ) -> tuple[float, float]:
     """Bytes there and back of so many rows with so many choices, in one layer, without the counts.
 
     The dtype of the call is that of the rows. Weights are float32, or float64 with float64.
     """
     require_call(call)
+    passes = _passes(call, training, checkpointing)
     row, weight = rows * Sizes.of(config).D * call.itemsize, choices * _weight_size(call)
-    there, back = row + weight + choices * NUMBERS, row
+    there, back = passes * (row + weight + choices * NUMBERS), passes * row
     return (there + row, back + row + weight) if training else (there, back)
 
 
@@ -96,6 +111,7 @@ def exchange_bytes(
     rows: Sequence[Sequence[int]],
     choices: Sequence[Sequence[int]],
     training: bool = False,
+    checkpointing: str | None = None,
 ) -> list[list[int]]:
     """What each rank sends to each other in one layer, exactly, for counted rows and choices: bytes from rank i to
     rank j. Sums of rows are sent, sums of columns received.
@@ -104,27 +120,30 @@ def exchange_bytes(
         rows: ``rows[i][j]``, tokens of rank i that have experts on rank j.
         choices: ``choices[i][j]``, their experts there.
         training: count the backward pass as well.
+        checkpointing: None, ``full`` or ``selective``.
 
     Raises:
         ValueError: unless both are squares of integers in which each token has 1 to k experts, for a number of ranks
-            that cannot share the experts, and in training for a call that is no training step.
+            that cannot share the experts, in training for a call that is no training step or an unknown mode, and for a
+            mode without training.
     """
     exchanged(rows, choices, Sizes.of(config).k)
     _require_ranks(config, len(rows))
-    if training:
-        require_training(call)
+    passes = _passes(call, training, checkpointing)
     ranks = range(len(rows))
     sent = [[0] * len(rows) for _ in ranks]
     for i in ranks:
         for j in ranks:
             if i != j:
-                there, back = bytes_of_travel(config, call, rows[i][j], choices[i][j], training)
-                sent[i][j] += COUNTS + int(there)
+                there, back = bytes_of_travel(config, call, rows[i][j], choices[i][j], training, checkpointing)
+                sent[i][j] += passes * COUNTS + int(there)
                 sent[j][i] += int(back)
     return sent
 
 
-def bytes_per_token(config: DeepseekV2Config, call: Call, ranks: int, training: bool = False) -> dict[str, float]:
+def bytes_per_token(
+    config: DeepseekV2Config, call: Call, ranks: int, training: bool = False, checkpointing: str | None = None
+) -> dict[str, float]:
     """Bytes that travel for a token in one layer, there and back. Where all ranks bring as many tokens and hold experts
     that are as popular, each rank sends so many for each of its tokens, and receives as many.
 
@@ -134,22 +153,31 @@ def bytes_per_token(config: DeepseekV2Config, call: Call, ranks: int, training: 
 
     Both without the counts, which are `COUNTS` bytes for each other rank and call.
 
+    Args:
+        training: count the backward pass as well.
+        checkpointing: None, ``full`` or ``selective``.
+
     Raises:
-        ValueError: for ranks that cannot share the experts, and in training for a call that is no training step.
+        ValueError: for ranks that cannot share the experts, in training for a call that is no training step or an unknown
+            mode, and for a mode without training.
     """
-    if training:
-        require_training(call)
     most = min(most_ranks_reached(config, ranks), ranks - 1)
     k, elsewhere = Sizes.of(config).k, (ranks - 1) / ranks
-    found = {"most": float(sum(bytes_of_travel(config, call, most, k if most else 0, training)))}
+    found = {"most": float(sum(bytes_of_travel(config, call, most, k if most else 0, training, checkpointing)))}
     if config.topk_method != "noaux_tc" or config.topk_group >= config.n_group:
         rows = ranks_reached(config, ranks) * elsewhere
-        found["expected"] = sum(bytes_of_travel(config, call, rows, k * elsewhere, training))
+        found["expected"] = sum(bytes_of_travel(config, call, rows, k * elsewhere, training, checkpointing))
     return found
 
 
 def on_ranks(
-    config: DeepseekV2Config, call: Call, ranks: int, layer_idx: int | None, training: bool, optimizer: str = "adamw"
+    config: DeepseekV2Config,
+    call: Call,
+    ranks: int,
+    layer_idx: int | None,
+    training: bool,
+    optimizer: str = "adamw",
+    checkpointing: str | None = None,
 ) -> dict[str, float]:
     """Bytes of the weights that each of so many ranks holds, in training also of what `state_bytes` counts beside them,
     and of `bytes_per_token` of all layers with experts, of a layer or of the model, by what they are."""
@@ -159,7 +187,7 @@ def on_ranks(
         states = state_bytes(config, call, layer_idx, optimizer)
         held = {name.replace("_", " "): size // states["weights"] * weights for name, size in states.items()}
     layers = moe_layers(config, config.num_hidden_layers) if layer_idx is None else config.is_moe_layer(layer_idx)
-    sent = bytes_per_token(config, call, ranks, training)
+    sent = bytes_per_token(config, call, ranks, training, checkpointing)
     named = {f"sent per token, {what}": size * layers for what, size in sent.items()}
     return held | named
 
