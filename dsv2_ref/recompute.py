@@ -26,6 +26,8 @@ SAVED = frozenset(
         # The router's choice. Its scores may come out differently the second time, and
         # then a token's gradients would belong to experts that it never met.
         "aten::topk",
+        # The order of all choices, by which token dropping decides.
+        "aten::sort",
         # Fused attention: T · K products for an output of T rows.
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",

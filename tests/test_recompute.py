@@ -288,11 +288,15 @@ def noisy(gate: MoEGate) -> None:
     gate.register_forward_pre_hook(add)
 
 
-def of_noisy_layer(mode: str | None, around: Around, variant: dict[str, Any]) -> Gradients:
-    """The gradients of the experts of a layer whose router is noisy."""
+def of_noisy_layer(
+    mode: str | None, around: Around, variant: dict[str, Any], capacity: float | None = None
+) -> Gradients:
+    """The gradients of the experts of a layer whose router is noisy, and may drop tokens."""
     torch.manual_seed(0)
     layer = DeepseekV2DecoderLayer(replace(TINY, aux_loss_alpha=0.0, **variant), 1).train().double()
     noisy(layer.mlp.gate)
+    if capacity is not None:
+        TokenDropping(layer, capacity)
     x = torch.randn(2, 64, TINY.hidden_size, dtype=torch.float64)
     with around():
         out = (layer if mode is None else checkpointed(layer, mode))(x)[0]
@@ -300,9 +304,9 @@ def of_noisy_layer(mode: str | None, around: Around, variant: dict[str, Any]) ->
     return {name: weight.grad for name, weight in layer.mlp.experts.named_parameters()}
 
 
-def error(mode: str, around: Around = nullcontext, **variant: Any) -> float:
+def error(mode: str, around: Around = nullcontext, capacity: float | None = None, **variant: Any) -> float:
     """The relative error of the experts' gradients, against those of the choices that were made."""
-    wanted, found = (of_noisy_layer(each, around, variant) for each in (None, mode))
+    wanted, found = (of_noisy_layer(each, around, variant, capacity) for each in (None, mode))
     return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
 
 
@@ -331,6 +335,14 @@ def test_without_the_choice_on_the_list_selective_falls_into_the_trap(monkeypatc
     assert error("selective", **V3) > 5 * NOISE
     with pytest.raises(RuntimeError):
         error("selective", ops.plain, **V3)
+
+
+@pytest.mark.parametrize("around", [nullcontext, ops.plain], ids=["sorted", "plain"])
+def test_selective_drops_what_it_dropped(around: Around, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choices beyond a device's budget are those of the lowest weight, which has noise too."""
+    assert 0 < error("selective", around, 0.7, **LIMITED) < NOISE
+    monkeypatch.setattr(recompute, "SAVED", recompute.SAVED - {"aten::sort"})
+    assert error("selective", around, 0.7, **LIMITED) > 5 * NOISE
 
 
 # What counts in a forward pass counts once

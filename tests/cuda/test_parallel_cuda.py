@@ -13,7 +13,9 @@ from tests.cuda.place import GPU_FOUND
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("options", [["--balance", "all"], ["--balance", "pooled", "--dropping"], ["--balance", "bias"]])
+@pytest.mark.parametrize(
+    "options", [["--balance", "all"], ["--balance", "pooled", "--dropping"], ["--balance", "bias"]]
+)
 def test_torchrun_trains_the_router_as_one_process_does(options: list[str], tmp_path: Path) -> None:
     """In float64, where three steps of Adam, which divides by small gradients, enlarge differences of some 1e-16."""
     if not GPU_FOUND or torch.cuda.device_count() < 2:
