@@ -155,8 +155,9 @@ def tabled(of: Callable[[float, Any], tuple[float, Any]]) -> Plant:
     return remade(change)
 
 
-unstretched = tabled(lambda theta, _: (theta, None))
-"""YaRN's angles and magnitude left out; its temperature stays."""
+def unstretched(module: Any) -> AbstractContextManager[Any] | None:
+    """YaRN's angles and magnitude left out; its temperature stays."""
+    return tabled(lambda theta, _: (theta, None))(module)
 
 
 def without_yarn(module: Any) -> AbstractContextManager[Any] | None:
