@@ -209,6 +209,22 @@ def test_grouped_product(dtype: torch.dtype, inputs: int, outputs: int, ends: li
         assert_close(a, e, f"gradient of {name}", roundings=2)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("instructions", [True, False])
+def test_bfloat16_is_multiplied_with_or_without_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, instructions: bool
+) -> None:
+    monkeypatch.setattr("dsv2_ref.fast.cpu.has_bfloat16", lambda: instructions)
+    rows, weights, ends = operands(torch.bfloat16, 96, 300, [7, 7, 15, 40])  # 7, 0, 8 and 25 rows
+    exact = products.grouped_product(rows.double(), weights.double(), ends)
+    out = products.grouped_product(rows, weights, ends)
+    # Summed in float32, and rounded once to 8 bits.
+    assert ((out - exact).abs() <= 2**-8 * exact.abs() + 96 * 2**-24 * exact.abs().max()).all()
+    transposed = products.grouped_product(out, weights.mT, ends)
+    back = products.grouped_product(out.double(), weights.double().mT, ends)
+    assert ((transposed - back).abs() <= 2**-8 * back.abs() + 300 * 2**-24 * back.abs().max()).all()
+
+
 def test_grouped_product_has_second_derivatives() -> None:
     rows, weights, group_ends = operands(torch.float64, 3, 2, ENDS["empty ones"])
     assert torch.autograd.gradgradcheck(lambda r, w: grouped_product(r, w, group_ends), (rows, weights))

@@ -176,6 +176,8 @@ def grouped_experts(
 # The grouped product
 
 MOST_GROUPS = 1023  # that ``F.grouped_mm`` takes on a GPU
+MANY_ROWS = 8  # from which CPUs without bfloat16 instructions multiply bfloat16 faster in float32: 192 rows 5 times
+ROWS_AT_ONCE = 256  # of a matrix, widened together to stay in the processor's cache (2 MB of 2,048 inputs in float32)
 FEW_ROWS = 16  # up to which CPUs multiply float32 faster with the matrix on the left, reading it once: 1.7 times
 
 
@@ -192,6 +194,15 @@ def torch_can_group(*matrices: Float[Tensor, "..."], groups: int) -> bool:
     return True
 
 
+def in_float32(
+    rows: Float[Tensor, "*batch inputs"], outputs: int, matrix: Callable[[slice], Float[Tensor, "some inputs"]]
+) -> Float[Tensor, "*batch outputs"]:
+    """``rows`` times a transposed matrix, of which some rows at a time are asked for and widened; rounded once."""
+    wide, starts = rows.float(), range(0, outputs, ROWS_AT_ONCE)
+    pieces = [F.linear(wide, matrix(slice(start, start + ROWS_AT_ONCE)).float()) for start in starts]
+    return torch.cat(pieces, dim=-1).to(rows.dtype)
+
+
 def grouped_product(
     rows: Float[Tensor, "rows inputs"],
     weights: Float[Tensor, "groups outputs inputs"],
@@ -202,12 +213,17 @@ def grouped_product(
 
     The last group ends with the rows. A group may be empty; its weight is then not read.
     """
+    from dsv2_ref.fast.cpu import has_bfloat16  # which imports this module
+
     ends = group_ends.tolist()
     out = rows.new_empty(rows.shape[0], weights.shape[1])
+    widen = rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and not has_bfloat16()
     for group, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         few = rows.dtype == torch.float32 and end - start <= FEW_ROWS
         if few and end > start:
             out[start:end] = (weights[group] @ rows[start:end].T).T
+        elif widen and end - start >= MANY_ROWS:
+            out[start:end] = in_float32(rows[start:end], weights.shape[1], weights[group].__getitem__)
         elif end > start:
             torch.mm(rows[start:end], weights[group].T, out=out[start:end])
     return out

@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv2_ref import ops
 from dsv2_ref.codes import pack_nibbles
 from dsv2_ref.fast.cpu import HALF_ON_CPU, has_bfloat16
-from dsv2_ref.fast.products import all_experts, combine, needs_vmap, sort_by_expert
+from dsv2_ref.fast.products import all_experts, combine, in_float32, needs_vmap, sort_by_expert
 from dsv2_ref.masks import Visibility
 from dsv2_ref.quantized import QuantizedWeight, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
@@ -85,11 +85,6 @@ def _autocast() -> str:
     return "torch.autocast chooses the dtype" if torch.is_autocast_enabled("cpu") else ""
 
 
-ROWS_AT_ONCE = 256
-"""Rows of a matrix whose codes are widened together, so that they stay in the processor's cache (2 MB of 2,048 inputs in
-float32). A whole matrix would go through memory several times."""
-
-
 def _not_in_float32(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
     if rows.dtype == torch.bfloat16 and has_bfloat16():
         return "this processor has bfloat16 products"
@@ -98,9 +93,7 @@ def _not_in_float32(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> 
 
 @ops.faster(quantized_product, "cpu float32", why_not=_not_in_float32, **ALSO_FLOAT32)
 def _some_rows_at_once(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
-    wide, starts = rows.float(), range(0, weight.shape[-2], ROWS_AT_ONCE)
-    pieces = (weight.dense((place, slice(start, start + ROWS_AT_ONCE))).float() for start in starts)
-    return torch.cat([F.linear(wide, piece) for piece in pieces], dim=-1).to(rows.dtype)
+    return in_float32(rows, weight.shape[-2], lambda some: weight.dense((place, some)))
 
 
 def _not_few(rows: Tensor, weight: QuantizedWeight, kind: str) -> str:
