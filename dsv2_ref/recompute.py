@@ -26,7 +26,7 @@ SAVED = frozenset(
         # The router's choice. Its scores may come out differently the second time, and
         # then a token's gradients would belong to experts that it never met.
         "aten::topk",
-        # The order of all choices, by which token dropping decides.
+        # The order of affinities, by which token dropping decides.
         "aten::sort",
         # Fused attention: T · K products for an output of T rows.
         "aten::_scaled_dot_product_flash_attention",
@@ -44,6 +44,8 @@ SAVED = frozenset(
 def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Whether the result of an operation is kept, as torch asks for each."""
     saved = operation.name().split(".")[0] in SAVED
+    if saved and operation.name().startswith("aten::sort"):
+        saved = args[0].is_floating_point()  # whole numbers come out the same
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 

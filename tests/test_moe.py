@@ -210,14 +210,16 @@ def test_grouped_product(dtype: torch.dtype, inputs: int, outputs: int, ends: li
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("instructions", [True, False])
 def test_bfloat16_is_multiplied_with_or_without_instructions_for_it(
-    monkeypatch: pytest.MonkeyPatch, instructions: bool
+    monkeypatch: pytest.MonkeyPatch, instructions: bool, autocast: bool
 ) -> None:
     monkeypatch.setattr("dsv2_ref.fast.cpu.has_bfloat16", lambda: instructions)
     rows, weights, ends = operands(torch.bfloat16, 96, 300, [7, 7, 15, 40])  # 7, 0, 8 and 25 rows
     exact = products.grouped_product(rows.double(), weights.double(), ends)
-    out = products.grouped_product(rows, weights, ends)
+    with torch.autocast("cpu", enabled=autocast):
+        out = products.grouped_product(rows, weights, ends)
     # Summed in float32, and rounded once to 8 bits.
     assert ((out - exact).abs() <= 2**-8 * exact.abs() + 96 * 2**-24 * exact.abs().max()).all()
     transposed = products.grouped_product(out, weights.mT, ends)

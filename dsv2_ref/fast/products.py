@@ -199,7 +199,8 @@ def in_float32(
 ) -> Float[Tensor, "*batch outputs"]:
     """``rows`` times a transposed matrix, of which some rows at a time are asked for and widened; rounded once."""
     wide, starts = rows.float(), range(0, outputs, ROWS_AT_ONCE)
-    pieces = [F.linear(wide, matrix(slice(start, start + ROWS_AT_ONCE)).float()) for start in starts]
+    with torch.autocast("cpu", enabled=False):  # which would round the products to bfloat16
+        pieces = [F.linear(wide, matrix(slice(start, start + ROWS_AT_ONCE)).float()) for start in starts]
     return torch.cat(pieces, dim=-1).to(rows.dtype)
 
 
