@@ -35,7 +35,7 @@ def known() -> Mapping[str, Any]:
 
 
 def load(path: str | Path) -> Any:
-    """The JSON in a file; ValueError, naming the file, for what `decode` rejects."""
+    """The JSON in a file; ValueError, naming the file, for what is none, or has a key twice."""
     try:
         return decode(Path(path).read_bytes())
     except ValueError as error:
