@@ -133,9 +133,9 @@ class ReadingTime(SphinxRole):
 
 def open_with_a_picture(app: Sphinx, doctree: nodes.document) -> None:
     """Show a chapter's first figure below its question; the code stays where the notebook has it."""
-    if not is_chapter(app):
+    figure = next(doctree.findall(nodes.figure), None)
+    if figure is None or not is_chapter(app):  # a notebook may have been stored without outputs
         return
-    figure = next(doctree.findall(nodes.figure))
     output = figure.parent
     output.remove(figure)
     if not output.children:
