@@ -67,11 +67,16 @@ def require_tensor(value: object, name: str) -> None:
         reject(name, value, "a dense tensor, neither sparse nor nested", WrongTypeError)
 
 
+LONGEST_ON_CUDA = 254
+"""Bytes of a message that torch takes for an assertion on the device."""
+
+
 def require_values(condition: "Tensor", name: str, value: str, wanted: str) -> None:
     """`require` for a condition on a tensor's values (a 0-d bool tensor).
 
     On the CPU it raises ValueError at once. On an accelerator, or while compiling, reading the condition would make the
-    host wait for the device, so a device-side assertion with the same message is queued instead.
+    host wait for the device, so a device-side assertion with the same message is queued instead, or with its first half
+    where that is too long there.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensor
@@ -85,7 +90,8 @@ def require_values(condition: "Tensor", name: str, value: str, wanted: str) -> N
         if not isinstance(condition, FakeTensor) and not condition.all():  # fake tensors have no values
             raise ValueError(message)
     else:
-        torch._assert_async(condition, message)
+        whole = len(message.encode()) <= LONGEST_ON_CUDA
+        torch._assert_async(condition, message if whole else f"{name} is {value}")
 
 
 # The configuration

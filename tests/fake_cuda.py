@@ -97,6 +97,8 @@ class Watch(TorchDispatchMode):
         away = [x for x in given if x.device.type != self.device]
         if away:
             self._fault(name, f"a tensor {tuple(away[0].shape)} on {away[0].device.type} is used")
+        if name == "aten::_assert_async.msg" and len(args[1].encode()) >= 255:
+            self._fault(name, f"CUDA takes no message of {len(args[1].encode())} bytes")
         out = func(*args, **kwargs)
         away = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.device.type != self.device]
         if away:

@@ -66,6 +66,8 @@ class PretendCuda(TorchFunctionMode):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
             if func in (Tensor.__repr__, Tensor.__format__) and first.ndim:
                 return str(func(*args, **kwargs)).removesuffix(")") + ", device='cuda:0')"
+            if name == "_assert_async" and len(args[1].encode()) >= 255:
+                raise RuntimeError("Message length must be smaller than 255")
             if name == "_assert_async" and not bool(first):
                 raise RuntimeError(f"CUDA error: device-side assert triggered; the context is lost: {args[1:]}")
         if name == "_has_compatible_shallow_copy_type":  # a module moves: its parameters are replaced, not filled
