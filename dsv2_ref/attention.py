@@ -93,13 +93,14 @@ def attend_sdpa(
     visible: Visibility,
     scale: float,
     dropout: float = 0.0,
-    *,
-    implementation: str = "sdpa",
+    widen: bool = True,
+    **ignored: Any,
 ) -> tuple[Float[Tensor, "batch heads seq value_width"], None]:
-    """`attend` through torch's fused kernels, which want values as wide as keys."""
+    """`attend` through torch's fused kernels; most want values as wide as keys."""
     batch, heads, seq, _ = query.shape
     value_width, grouped = value.shape[-1], key.shape[1] != heads
-    query, key, value = equally_wide(query, key, value)
+    if widen:
+        query, key, value = equally_wide(query, key, value)
     options: Any = {"dropout_p": dropout, "scale": scale, "enable_gqa": grouped}
     fused: Any = partial(F.scaled_dot_product_attention, **options)
     parts = []

@@ -1,5 +1,4 @@
-"""Plain multi-head attention (MHA), with grouped key-value heads, for models without a
-latent."""
+"""Multi-head attention (MHA), with grouped key-value heads, for models without MLA."""
 
 import torch
 from jaxtyping import Float, Int, Shaped

@@ -66,7 +66,7 @@ DTYPES = ("fp16", "bf16", "fp32")
 """What the kernels know, as Triton calls it."""
 
 _DECODED = {"query": "*x", "ropes": "*x", "padding": "*u8", "sums": "*fp32", "log_sums": "*fp32", "scale": "fp32"}
-_DECODING = {"HAS_PADDING": True, "ONE_SHARE": False, "ROWS": plan.BLOCK_ROWS, "LATENT": 512, "ROPE": 64, "p_token": 1}
+_DECODING = {"HAS_PADDING": True, "ONE_SHARE": False, "LATENT": 512, "ROPE": 64, "p_token": 1}
 
 _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, Any]]] = {
     # name: module, function, types of its arguments ("x" stands for the dtype), constants, options
@@ -85,21 +85,14 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, An
         {"x": "*x", "out": "*x", "cos": "*fp32", "sin": "*fp32", "sign": "fp32"},
         {"BLOCK": 16, "PAIRS": 32}, {"num_warps": 4, "enable_fp_fusion": False},
     ),
-    "mla_partial": (
-        "decode", "mla_partial_kernel",
-        _DECODED | {"latents": "*x", "scales": "*x"},
-        _DECODING | {"FORMAT": "", "TILE": 1}, {"num_warps": 4, "num_stages": plan.STAGES},
-    ),
-    "mla_partial, fp8": (
-        "decode", "mla_partial_kernel",
-        _DECODED | {"latents": "*u8", "scales": "*fp32"},
-        _DECODING | {"FORMAT": "fp8", "TILE": 128}, {"num_warps": plan.RECORD_WARPS, "num_stages": plan.STAGES},
-    ),
-    "mla_partial, int8": (
-        "decode", "mla_partial_kernel",
-        _DECODED | {"latents": "*i8", "scales": "*fp32"},
-        _DECODING | {"FORMAT": "int8", "TILE": 128}, {"num_warps": plan.RECORD_WARPS, "num_stages": plan.STAGES},
-    ),
+    **{
+        f"mla_partial{name}": ("decode", "mla_partial_kernel", _DECODED | types, _DECODING | constants, {})
+        for name, types, constants in (
+            ("", {"latents": "*x", "scales": "*x"}, {"FORMAT": "", "TILE": 1}),
+            (", fp8", {"latents": "*u8", "scales": "*fp32"}, {"FORMAT": "fp8", "TILE": 128}),
+            (", int8", {"latents": "*i8", "scales": "*fp32"}, {"FORMAT": "int8", "TILE": 128}),
+        )
+    },
     "mla_combine": (
         "decode", "mla_combine_kernel",
         {"sums": "*fp32", "log_sums": "*fp32", "out": "*x"},
@@ -107,14 +100,27 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, An
     ),
     "grouped_product": (
         "experts", "grouped_product_kernel",
-        {"rows": "*x", "weights": "*x", "group_ends": "*i32", "out": "*x"},
-        {"GROUPS": 256, "weight_input": 1}, {"num_warps": 4, "num_stages": 3},
+        {"rows": "*x", "weights": "*x", "group_ends": "*i32", "order": "*i32", "out": "*x"},
+        {"GROUPS": 256, "weight_input": 1, "TOP_K": 0}, {"num_stages": 3},
+    ),
+    "sort": (
+        "moe", "sort_kernel",
+        {"choices": "*i64", "order": "*i32", "group_ends": "*i32", "places": "*i32"}, {"BLOCK": 64}, {"num_warps": 4},
+    ),
+    "swiglu": (
+        "moe", "swiglu_kernel", {"both": "*x", "out": "*x"}, {"APART": False, "COLUMNS": 1024}, {"num_warps": 4}
+    ),
+    "combine": (
+        "moe", "combine_kernel",
+        {"sorted_out": "*x", "places": "*i32", "weights": "*fp32", "out": "*x"},
+        {"TOP_K": 6, "COLUMNS": 1024}, {"num_warps": 4},
     ),
     **{
         f"quantized_product, {kind}": (
             "quantized", "quantized_product_kernel",
-            {"rows": "*x", "codes": codes, "scales": scales, "group_ends": "*i32", "out": "*x"},
-            {"KIND": kind, "GROUPED": True, "SCALE_OUTPUTS": 128 if kind == "fp8" else 1, "GROUPS": 256}, {},
+            {"rows": "*x", "codes": codes, "scales": scales, "group_ends": "*i32", "order": "*i32", "out": "*x"},
+            {"KIND": kind, "GROUPED": True, "SCALE_OUTPUTS": 128 if kind == "fp8" else 1, "GROUPS": 256}
+            | {"TOP_K": 0}, {},
         )
         for kind, codes, scales in (("int8", "*i8", "*x"), ("int4", "*u8", "*x"), ("fp8", "*u8", "*fp32"))
     },
@@ -127,16 +133,22 @@ KERNELS = tuple(_KERNELS)
 """Names that `resources` knows; sizes are those of DeepSeek-V2 (D up to 8192, C = 512, R = 64, up to 256 experts)."""
 
 
-def launched_with(kernel: str, itemsize: int, capability: int = 90) -> tuple[dict[str, Any], dict[str, Any]]:
+def launched_with(
+    kernel: str, itemsize: int, capability: int = 90, heads: int = 128
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants and options of a kernel as it is launched at the sizes of DeepSeek-V2, for elements of ``itemsize``
-    bytes on a GPU of that generation."""
+    bytes on a GPU of that generation; the decoding kernel for one query of so many heads."""
     place, _, _, fixed, options = _KERNELS[kernel]
     module = importlib.import_module(f"dsv2_ref.fast.triton.{place}")
     fixed, options = dict(fixed), dict(options)
     if kernel.startswith("mla_partial"):
-        fixed["KEYS"] = plan.keys_at_once(itemsize, SHARED_BYTES[capability] + RESERVED)
+        gpu = plan.Gpu(1, SHARED_BYTES[capability] + RESERVED, capability // 10)
+        tile = plan.decode_tile(heads, 576, itemsize, gpu, bool(fixed["FORMAT"]))
+        fixed |= {"ROWS": tile.rows, "KEYS": tile.keys}
+        options |= {"num_warps": tile.warps, "num_stages": tile.stages}
     if kernel == "grouped_product":
         fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize), strict=True)
+        options["num_warps"] = module.warps(fixed["ROWS"])
     if kernel.startswith("quantized_product"):
         shared = {"int8": 5120, "int4": 64, "fp8": 128}[fixed["KIND"]]
         fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize, shared), strict=True)
@@ -144,13 +156,14 @@ def launched_with(kernel: str, itemsize: int, capability: int = 90) -> tuple[dic
     return fixed, options
 
 
-def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: int) -> Resources:
+def resources(kernel: str, capability: int, dtype: str = "bf16", heads: int = 128, **constants: int) -> Resources:
     """Compile a kernel to machine code and read what the compiler says of it.
 
     Args:
         kernel: one of `KERNELS`.
         capability: 80, 89, 90 or 100.
         dtype: fp16, bf16 or fp32.
+        heads: of the decoding kernel, by which its tile is chosen.
         **constants: block sizes, ``num_warps`` and ``num_stages`` in place of the shipped ones.
 
     Raises:
@@ -166,7 +179,7 @@ def resources(kernel: str, capability: int, dtype: str = "bf16", **constants: in
 
     place, function, types, *_ = _KERNELS[kernel]
     module = importlib.import_module(f"dsv2_ref.fast.triton.{place}")
-    fixed, options = launched_with(kernel, 4 if dtype == "fp32" else 2, capability)
+    fixed, options = launched_with(kernel, 4 if dtype == "fp32" else 2, capability, heads)
     options |= {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     jitted = getattr(module, function)
     for name in constants:
@@ -214,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", type=_constant, action="append", default=[], metavar="NAME=SIZE", help="a block size, or num_warps"
     )
+    parser.add_argument("--heads", type=int, default=128, help="of the decoding kernel, by which its tile is chosen")
     chosen = parser.parse_args(arguments)
     if chosen.set and chosen.kernel is None:
         parser.error("--set is for one kernel: say which with --kernel")
@@ -222,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     some = [kernel for kernel in KERNELS if chosen.dtype != "fp32" or kernel not in HALF_ONLY]
     for kernel in some if chosen.kernel is None else (chosen.kernel,):
         for capability in SHARED_BYTES:
-            found = resources(kernel, capability, chosen.dtype, **dict(chosen.set))
+            found = resources(kernel, capability, chosen.dtype, chosen.heads, **dict(chosen.set))
             good = good and found.fits and not found.stack
             at_once = found.at_once if found.fits else "none"
             place = f"sm_{capability}"

@@ -12,17 +12,16 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
-from dsv2_ref.fast.products import combine, sort_by_expert
 from dsv2_ref.fast.triton import operators, plan
 from dsv2_ref.fast.triton.plan import INTERPRETED
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
+from dsv2_ref.moe import RoutedExperts
 from dsv2_ref.quantized import QuantizedWeight, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import QuantizedLatentCache, attend_records
@@ -118,8 +117,8 @@ def _rotate(q_pe: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 
 @ops.once_when_compiling
-def _processors(device: torch.device) -> int:
-    return plan.gpu_of(device).processors
+def _pays(rows: int, itemsize: int, device: torch.device) -> bool:
+    return plan.decoding_pays(rows, itemsize, plan.gpu_of(device))
 
 
 def _not_a_step(query: Tensor, latent: int, visible: Visibility, dropout: float) -> str:
@@ -137,11 +136,11 @@ def _not_a_step(query: Tensor, latent: int, visible: Visibility, dropout: float)
 def _not_decoding(
     query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float, dropout: float = 0.0, **_: Any
 ) -> str:
-    (batch, heads, seq, width), latent = query.shape, value.shape[-1]
-    if reason := _not_a_step(query, latent, visible, dropout) or alike(query, key):
+    heads, seq = query.shape[1:3]
+    if reason := _not_a_step(query, value.shape[-1], visible, dropout) or alike(query, key):
         return reason
-    if not plan.decoding_pays(batch, heads, seq, width, latent, _processors(query.device)):
-        return f"{batch} · {heads} · {seq} queries suit plain products better, by count"
+    if not _pays(heads * seq, query.element_size(), query.device):
+        return f"{heads} · {seq} queries of a sequence suit plain products better"
     return ""
 
 
@@ -157,8 +156,7 @@ def _decode(
 def _not_the_records(
     query: Tensor, cache: QuantizedLatentCache, visible: Visibility, scale: float, dropout: float = 0.0, **_: Any
 ) -> str:
-    (batch, heads, seq, width), record = query.shape, cache.record
-    stored = cache.stored
+    record, stored = cache.record, cache.stored
     if record.format not in ("fp8", "int8") or record.dtype != query.dtype:
         return f"no records in {record.format} of {record.dtype} for queries in {query.dtype}"
     if record.latent % 4 or stored.shape[-1] % 4:
@@ -167,9 +165,6 @@ def _not_the_records(
         return reason
     if query.device != stored.device:
         return "not all on one GPU"
-    sizes = batch, heads, seq, width, record.latent
-    if not plan.records_pay(*sizes, stored.shape[-1], _processors(query.device)):
-        return f"{batch} · {heads} · {seq} queries suit plain products better, by count"
     return cannot_run(query.device)
 
 
@@ -201,7 +196,7 @@ def _not_the_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) ->
     if weight.codes[place].ndim != 2:
         return "for one matrix"
     if rows[..., 0].numel() > plan.MOST_ROWS:
-        return f"more than {plan.MOST_ROWS} rows suit a dense matrix better, by count"
+        return f"more than {plan.MOST_ROWS} rows suit a dense matrix better"
     return _not_by_codes(rows, weight)
 
 
@@ -210,6 +205,17 @@ def _quantized_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) 
     flat = rows.reshape(-1, rows.shape[-1])
     out = operators.quantized_product(flat, weight.codes[place], weight.scales[place], weight.group)
     return out.view(*rows.shape[:-1], -1)
+
+
+def _not_the_routed(experts: RoutedExperts, hidden_states: Tensor, *_: Tensor) -> str:
+    if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
+        return "torch.autocast chooses the dtype"
+    return alike(hidden_states, experts.gate_up_proj, experts.down_proj)
+
+
+@ops.faster(RoutedExperts.forward, "triton experts", gradients=False, why_not=_not_the_routed, **ON_GPU)
+def _routed_experts(experts: RoutedExperts, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
+    return operators.routed_experts(hidden_states, experts.gate_up_proj, experts.down_proj, topk_idx, topk_weight)
 
 
 def _not_the_experts(experts: QuantizedExperts, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> str:
@@ -222,14 +228,7 @@ def _not_the_experts(experts: QuantizedExperts, hidden_states: Tensor, topk_idx:
 def _quantized_experts(
     experts: QuantizedExperts, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor
 ) -> Tensor:
-    """`dsv2_ref.fast.products.grouped_experts` over codes: those of chosen experts alone are read."""
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    order, group_ends, places = sort_by_expert(topk_idx, len(down))
-    rows = hidden_states[order // topk_idx.shape[1]]
-    rows = operators.quantized_product(rows, gate_up.codes, gate_up.scales, gate_up.group, group_ends)
-    gate, up = rows.chunk(2, dim=-1)
-    sorted_out = operators.quantized_product(F.silu(gate) * up, down.codes, down.scales, down.group, group_ends)
-    return combine(sorted_out, places, topk_weight).to(hidden_states.dtype)
+    return operators.quantized_experts(hidden_states, experts.gate_up_proj, experts.down_proj, topk_idx, topk_weight)
 
 
 def _not_the_layer(layer: DeepseekV2DecoderLayer, hidden_states: Tensor, *_: Any, **__: Any) -> str:

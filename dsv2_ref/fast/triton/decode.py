@@ -202,7 +202,7 @@ def _launch(
     scale: float,
     padding: Tensor | None,
     splits: int | None,
-    tile: int = 1,
+    scaled: int = 1,  # codes of a record that share a scale
 ) -> Tensor:
     batch, heads, seq, _ = query.shape
     kv_seq, latent, rope, rows = latents.shape[1], latents.shape[2], ropes.shape[2], heads * seq
@@ -211,14 +211,14 @@ def _launch(
     if not out.numel():
         return out
     wide, narrow = max(16, power_of_two(latent)), max(16, power_of_two(rope))
-    gpu, itemsize, row_blocks = plan.gpu_of(query.device), query.element_size(), -(-rows // plan.BLOCK_ROWS)
-    keys = plan.keys_at_once(itemsize, gpu.shared)
+    gpu = plan.gpu_of(query.device)
+    tile = plan.decode_tile(rows, wide + narrow, query.element_size(), gpu, bool(format))
+    row_blocks = -(-rows // tile.rows)
     if splits is None:
-        at_once = 1 if format else plan.blocks_at_once(keys, wide + narrow, itemsize, gpu.shared)
-        slots = gpu.processors * at_once
-        splits, size = plan.split_keys(kv_seq, batch * row_blocks, slots, keys)
+        slots = gpu.processors * tile.at_once
+        splits, size = plan.split_keys(kv_seq, batch * row_blocks, slots, tile.keys)
     else:
-        size = max(1, -(-kv_seq // (splits * keys))) * keys
+        size = max(1, -(-kv_seq // (splits * tile.keys))) * tile.keys
     sums = log_sums = out
     if splits > 1:
         sums = torch.empty(batch, rows, splits, latent, dtype=torch.float32, device=query.device)
@@ -228,9 +228,10 @@ def _launch(
         mla_partial_kernel[(row_blocks, batch, splits)](
             query, latents, scales, ropes, mask, sums, log_sums, heads, seq, kv_seq, size, latent, rope, scale,
             *query.stride()[:3], *latents.stride()[:2], *scales.stride()[:2], *ropes.stride()[:2], *mask.stride()[:2],
-            FORMAT=format, TILE=wide if tile == latent else tile, HAS_PADDING=padding is not None, ONE_SHARE=splits == 1,
-            ROWS=plan.BLOCK_ROWS, KEYS=keys, LATENT=wide, ROPE=narrow,
-            num_warps=plan.RECORD_WARPS if format else 4, num_stages=plan.STAGES,
+            FORMAT=format, TILE=wide if scaled == latent else scaled,
+            HAS_PADDING=padding is not None, ONE_SHARE=splits == 1,
+            ROWS=tile.rows, KEYS=tile.keys, LATENT=wide, ROPE=narrow,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
             columns = min(128, wide)

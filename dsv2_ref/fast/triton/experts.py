@@ -14,6 +14,9 @@ from torch import Tensor
 from dsv2_ref.fast.products import torch_can_group
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
+FEW_ROWS = 32
+"""Rows of a group, on average, up to which the kernel was faster than torch's on an H100, by 7 to 20 %."""
+
 MOST_TILES = 2**16 - 1  # of a launch's second axis (CUDA C++ Programming Guide, technical specifications)
 
 
@@ -36,24 +39,23 @@ def rows_of_tile(tile, group_ends, groups, GROUPS: tl.constexpr, ROWS: tl.conste
 
 @jit
 def grouped_product_kernel(
-    rows, weights, group_ends, out, groups, outputs, inputs,
+    rows, weights, group_ends, order, out, groups, outputs, inputs,
     row_stride, weight_group, weight_output, weight_input,  # strides, in elements
+    TOP_K: tl.constexpr,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS rows of one group by COLUMNS outputs."""
+    """A program: ROWS rows of one group by COLUMNS outputs. With TOP_K > 0 row i is that of token ``order[i] // TOP_K``."""
     mine, first_row, end = rows_of_tile(tl.program_id(1), group_ends, groups, GROUPS, ROWS)
     if first_row < end:
         row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
+        source = tl.load(order + row, mask=row < end, other=0).to(tl.int64) // TOP_K if TOP_K else row
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         weight = weights + mine.to(tl.int64) * weight_group
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, inputs, INPUTS):
             k = first + tl.arange(0, INPUTS)
-            x = tl.load(
-                rows + row[:, None] * row_stride + k[None, :],
-                mask=(row < end)[:, None] & (k < inputs)[None, :],
-                other=0.0,
-            )
+            mask = (row < end)[:, None] & (k < inputs)[None, :]
+            x = tl.load(rows + source[:, None] * row_stride + k[None, :], mask=mask, other=0.0)
             w = tl.load(
                 weight + column[None, :].to(tl.int64) * weight_output + k[:, None].to(tl.int64) * weight_input,
                 mask=(column < outputs)[None, :] & (k < inputs)[:, None],
@@ -69,8 +71,15 @@ def grouped_product_kernel(
 
 def tile_sizes(rows: int, groups: int, itemsize: int) -> tuple[int, int, int]:
     """ROWS, COLUMNS and INPUTS of a tile: few rows where a group has few, so that decoding wastes little."""
-    tall = 64 if rows > 32 * groups else 16
-    return (tall, 128, 64) if itemsize == 2 else (tall, 64, 32)
+    tall = 16 if rows <= 8 * groups else 64 if rows <= 64 * groups or itemsize == 4 else 128
+    if itemsize == 4:
+        return tall, 64, 32
+    return (128, 128, 64) if tall == 128 else (tall, 64, 128)
+
+
+def warps(tall: int) -> int:
+    """Of a launch with ``tall`` rows to a tile: more for more sums, so that none is spilled."""
+    return 8 if tall == 128 else 4
 
 
 def most_tiles(rows: int, groups: int, itemsize: int) -> int:
@@ -81,7 +90,8 @@ def most_tiles(rows: int, groups: int, itemsize: int) -> int:
 
 def should_serve(rows: Float[Tensor, "rows inputs"], weights: Float[Tensor, "groups outputs inputs"]) -> bool:
     """Whether the kernel is to multiply these: on GPUs where torch would loop over the groups and wait for their sizes,
-    which are all but bfloat16 on sm_90 and sm_100; up to some four million rows, as one launch takes no more."""
+    which are all but bfloat16 on sm_90 and sm_100, and for few rows on sm_90; up to some four million rows, as one
+    launch takes no more."""
     from dsv2_ref.fast import triton
 
     known = rows.dtype in triton.HALF_AND_SINGLE and not triton.alike(rows, weights)
@@ -90,25 +100,39 @@ def should_serve(rows: Float[Tensor, "rows inputs"], weights: Float[Tensor, "gro
     if triton.DEVICE == "cpu" or rows.dtype != torch.bfloat16:  # interpreted, or looped over
         return True
     generation = torch.cuda.get_device_capability(rows.device)[0]
+    if generation == 9 and len(rows) <= FEW_ROWS * len(weights):
+        return True
     return generation not in (9, 10) or not torch_can_group(rows, weights, groups=len(weights))
+
+
+def takes_choices(
+    rows: Float[Tensor, "tokens inputs"], weights: Float[Tensor, "groups outputs inputs"], choices: int
+) -> bool:
+    """`should_serve` for so many choices of these tokens, before they are gathered."""
+    return should_serve(rows[:1].expand(choices, -1), weights)
 
 
 def grouped_product_launch(
     rows: Float[Tensor, "rows inputs"],
     weights: Float[Tensor, "groups outputs inputs"],
     group_ends: Int[Tensor, "groups"],
-) -> Float[Tensor, "rows outputs"]:
-    """`grouped_product` in the kernel: any strides of the weights, and no waiting for the device."""
+    order: Int[Tensor, "choices"] | None = None,
+    top_k: int = 0,
+) -> Float[Tensor, "choices outputs"]:
+    """`grouped_product` in the kernel: any strides of the weights, and no waiting for the device. With ``order`` the rows
+    are those of tokens, of which each has ``top_k`` choices, taken in that order."""
     groups, outputs, inputs = weights.shape
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    out = torch.empty(len(rows), outputs, dtype=rows.dtype, device=rows.device)
+    count = len(rows) if order is None else len(order)
+    out = torch.empty(count, outputs, dtype=rows.dtype, device=rows.device)
     if out.numel():
-        sizes = len(rows), groups, rows.element_size()
+        sizes = count, groups, rows.element_size()
         tall, wide, deep = tile_sizes(*sizes)
         with torch.cuda.device_of(rows):
             grouped_product_kernel[(-(-outputs // wide), most_tiles(*sizes))](
-                rows, weights, group_ends.contiguous(), out, groups, outputs, inputs,
-                rows.stride(0), *weights.stride(),
-                GROUPS=power_of_two(groups), ROWS=tall, COLUMNS=wide, INPUTS=deep, num_warps=4, num_stages=3,
+                rows, weights, group_ends.contiguous(), group_ends if order is None else order, out,
+                groups, outputs, inputs, rows.stride(0), *weights.stride(), TOP_K=top_k,
+                GROUPS=power_of_two(groups), ROWS=tall, COLUMNS=wide, INPUTS=deep,
+                num_warps=warps(tall), num_stages=3,
             )  # fmt: skip
     return out

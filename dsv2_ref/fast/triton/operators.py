@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from dsv2_ref.fast.products import as_operator
+from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.records import Record
 
 
@@ -111,9 +112,50 @@ def _no_gradients_of_products(ctx: Any, grad: Tensor) -> Any:
 
 @as_operator(lambda rows, codes, *_: rows.new_empty(rows.shape[0], codes.shape[-2]), _no_gradients_of_products)
 def _quantized_product(rows: Tensor, codes: Tensor, scales: Tensor, shared: int, group_ends: Tensor | None) -> Tensor:
-    from dsv2_ref.fast.triton.quantized import quantized_product_launch
+    from dsv2_ref.fast.triton.quantized import even_before_odd, quantized_product_launch
 
+    rows = even_before_odd(rows) if codes.dtype == torch.uint8 else rows
     return quantized_product_launch(rows, codes, scales, shared, group_ends)
+
+
+def _no_gradients_of_experts(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError("routed_experts gives no gradients; run under torch.no_grad, or within ops.plain()")
+
+
+@as_operator(lambda x, *_: x.new_empty(x.shape), _no_gradients_of_experts)
+def _routed_experts(x: Tensor, gate_up: Tensor, down: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
+    from dsv2_ref.fast.products import _grouped_product
+    from dsv2_ref.fast.triton import experts, moe
+
+    def first(rows: Tensor, group_ends: Tensor, order: Tensor, top_k: int) -> Tensor:
+        if experts.should_serve(rows[:1].expand(len(order), -1), gate_up):
+            return experts.grouped_product_launch(rows, gate_up, group_ends, order, top_k)
+        return _grouped_product(rows[order // top_k], gate_up, group_ends)
+
+    def second(rows: Tensor, group_ends: Tensor) -> Tensor:
+        return _grouped_product(rows, down, group_ends)
+
+    return moe.experts_launch(x, topk_idx, topk_weight, len(down), first, second)
+
+
+@as_operator(lambda x, *_: x.new_empty(x.shape), _no_gradients_of_experts)
+def _quantized_experts(
+    x: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor, down_scales: Tensor,
+    shared: list[int], topk_idx: Tensor, topk_weight: Tensor,
+) -> Tensor:  # fmt: skip
+    from dsv2_ref.fast.triton import moe
+    from dsv2_ref.fast.triton.quantized import even_before_odd, quantized_product_launch
+
+    apart = down.dtype == torch.uint8
+
+    def first(rows: Tensor, *choices: Any) -> Tensor:
+        rows = even_before_odd(rows) if apart else rows
+        return quantized_product_launch(rows, gate_up, gate_up_scales, shared[0], *choices)
+
+    def second(rows: Tensor, group_ends: Tensor) -> Tensor:
+        return quantized_product_launch(rows, down, down_scales, shared[1], group_ends)
+
+    return moe.experts_launch(x, topk_idx, topk_weight, len(down), first, second, apart)
 
 
 def rms_norm(
@@ -197,3 +239,34 @@ def quantized_product(
         RuntimeError: when a gradient is asked for.
     """
     return _quantized_product(rows, codes, scales, shared, group_ends)
+
+
+def routed_experts(
+    x: Float[Tensor, "tokens hidden"],
+    gate_up: Float[Tensor, "experts twice_wide hidden"],
+    down: Float[Tensor, "experts hidden wide"],
+    topk_idx: Int[Tensor, "tokens top_k"],
+    topk_weight: Float[Tensor, "tokens top_k"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Σ weight · expert(token) over a token's choices, as `RoutedExperts`; for few tokens in five launches.
+
+    Raises:
+        RuntimeError: when a gradient is asked for.
+    """
+    return _routed_experts(x, gate_up, down, topk_idx, topk_weight)
+
+
+def quantized_experts(
+    x: Float[Tensor, "tokens hidden"],
+    gate_up: QuantizedWeight,
+    down: QuantizedWeight,
+    topk_idx: Int[Tensor, "tokens top_k"],
+    topk_weight: Float[Tensor, "tokens top_k"],
+) -> Float[Tensor, "tokens hidden"]:
+    """`routed_experts` by codes and scales: those of chosen experts alone are read.
+
+    Raises:
+        RuntimeError: when a gradient is asked for.
+    """
+    weights = gate_up.codes, gate_up.scales, down.codes, down.scales
+    return _quantized_experts(x, *weights, [gate_up.group, down.group], topk_idx, topk_weight)
