@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import gpu, work
 from bench.gpu import Clock
-from dsv2_ref import DeepseekV2RMSNorm, ops
+from dsv2_ref import DeepseekV2ForCausalLM, DeepseekV2RMSNorm, accounting, ops
 from dsv2_ref.attention import attend, equally_wide
-from dsv2_ref.fast.triton import operators
+from dsv2_ref.fast.triton import operators, plan
 from dsv2_ref.masks import Visibility
 from dsv2_ref.moe import RoutedExperts
 from dsv2_ref.quantize import KINDS
@@ -97,10 +98,13 @@ def _rotation(dtype: torch.dtype, tokens: int = 4096) -> Contest:
     return Contest(f"rotation of queries, {tokens} tokens", {"ours": ours, "without kernels": plain}, 0, moved)
 
 
-def _attend_decode(dtype: torch.dtype, batch: int, kv_seq: int = 8192) -> Contest:
-    """The decoding kernel, whether or not the layer would choose it here, against plain products."""
+TILES = {"narrow blocks": plan.Tile(16, 32, 4, 2, 4), "wide blocks": plan.Tile(64, 64, 8, 2, 1)}
+
+
+def _attend_decode(dtype: torch.dtype, batch: int, kv_seq: int = 8192, heads: int | None = None) -> Contest:
+    """The decoding kernel, whether or not the layer would choose it here, against plain products, and with either tile."""
     config = work.CONFIG
-    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    heads, latent = heads or config.num_attention_heads, config.kv_lora_rank
     width = latent + config.qk_rope_head_dim
     query = torch.randn(batch, heads, 1, width, dtype=dtype)
     tokens = torch.randn(batch, kv_seq, width, dtype=dtype)
@@ -113,9 +117,18 @@ def _attend_decode(dtype: torch.dtype, batch: int, kv_seq: int = 8192) -> Contes
     def kernel() -> Tensor:
         return operators.mla_decode(query, tokens, latent, width**-0.5) if query.is_cuda else products()
 
-    contestants = {"ours": {"kernel": kernel}, "without kernels": {"products": _without_kernels(products)}}
+    def with_tile(tile: plan.Tile) -> Tensor:
+        with patch.object(plan, "decode_tile", lambda *_: tile):
+            return kernel()
+
+    contestants: dict[str, dict[str, Step]] = {
+        "ours": {"kernel": kernel},
+        "without kernels": {"products": _without_kernels(products)},
+        "tile": {name: functools.partial(with_tile, tile) for name, tile in TILES.items()},
+    }
     flops = 2 * batch * heads * kv_seq * (width + latent)
-    return Contest(f"attention to the cache, K = {kv_seq}, batch {batch}", contestants, flops, tokens.nbytes)
+    name = f"attention of {heads} heads to the cache, K = {kv_seq}, batch {batch}"
+    return Contest(name, contestants, flops, tokens.nbytes)
 
 
 def _experts_in_fewer_bits(dtype: torch.dtype, kind: str, tokens: int = 1) -> Contest:
@@ -208,6 +221,54 @@ def _sdpa_backends(dtype: torch.dtype, seq: int = 2048) -> Contest:
     return Contest(f"SDPA by backend, S = {seq}", {"ours": {"sdpa": chosen}, "backend": by_backend}, flops, nbytes)
 
 
+def _as_graph(step: Step) -> Step:
+    """The step recorded at its first call and replayed, by one launch for all its kernels; as it is without a GPU."""
+    recorded: dict[str, Any] = {}
+
+    def replay() -> Tensor:
+        if not torch.cuda.is_available():
+            return step()
+        if not recorded:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(beside)
+            recorded["graph"] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded["graph"]):
+                recorded["out"] = step()
+        recorded["graph"].replay()
+        out: Tensor = recorded["out"]
+        return out
+
+    return replay
+
+
+def _model_decode(dtype: torch.dtype, weights: str | None = None) -> Contest:
+    """One token of a whole model with random weights, after 256 others."""
+    config, device = work.MODEL, torch.get_default_device()
+    model = DeepseekV2ForCausalLM.random(config, weights, dtype=dtype, device=device)
+    tokens = torch.randint(0, config.vocab_size, (1, 257))
+    _, caches = model(tokens[:, :256], past_key_values=model.empty_caches(1, capacity=257), use_cache=True)
+
+    def step() -> Tensor:
+        return model(tokens[:, 256:], past_key_values=caches)[0]
+
+    ours = {"as a graph": _as_graph(step), "from Python": step}
+    plain = {"as a graph": _without_kernels(_as_graph(step))}
+    call = accounting.Call(kv=257, dtype=str(dtype).removeprefix("torch."), weights=weights)
+    layers = config.num_hidden_layers
+    nbytes = sum(accounting.weights_read(config, layer, call) for layer in range(layers))
+    nbytes += model.lm_head.weight.nbytes + sum(cache.nbytes for cache in caches)
+    return Contest(
+        f"{layers} layers of V2-Lite in {weights or call.dtype}, a token",
+        {"ours": ours, "without kernels": plain},
+        0,
+        nbytes,
+    )
+
+
 CONTESTS: dict[str, Callable[[torch.dtype], Contest]] = {
     "add-rmsnorm": _add_rmsnorm,
     "rotation": _rotation,
@@ -223,13 +284,16 @@ CONTESTS: dict[str, Callable[[torch.dtype], Contest]] = {
     "layer-decode": lambda dtype: _from_work(work.layer(dtype, 1, 8192)),
     "layer-prefill": lambda dtype: _from_work(work.layer(dtype, 2048, 2048)),
     "sdpa-backends": _sdpa_backends,
+    "model-decode": _model_decode,
 }
 for _kind in KINDS:
+    CONTESTS[f"model-decode-{_kind}"] = functools.partial(_model_decode, weights=_kind)
     CONTESTS[f"experts-decode-{_kind}"] = functools.partial(_experts_in_fewer_bits, kind=_kind)
 for _format in ("fp8", "int8"):
     CONTESTS[f"attend-decode-{_format}"] = functools.partial(_attend_records, format=_format)
 for _batch in (1, 8, 32, 64, 128):
     CONTESTS[f"attend-decode-{_batch}"] = functools.partial(_attend_decode, batch=_batch)
+    CONTESTS[f"attend-decode-16-heads-{_batch}"] = functools.partial(_attend_decode, batch=_batch, heads=16)
 
 
 def _first_line(error: Exception) -> str:
@@ -325,7 +389,7 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
         for name, error in row["wrong"].items():
             said.append(f"{row['work']}: {name} is WRONG, " + ("not finite" if error is None else f"by {error:.2g}"))
         for name, seconds in row["seconds"].items():
-            if name.startswith("backend"):
+            if name.startswith(("backend", "tile")):
                 said.append(f"{row['work']}: {name}: {1e3 * seconds:.3f} ms")
     return said
 
@@ -333,7 +397,7 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
 def failed(rows: list[dict[str, Any]]) -> bool:
     """Whether a result is wrong, or one of ours did not run for another reason than too little memory."""
     missing = [(name, why) for row in rows for name, why in row["not_measured"].items()]
-    ours = [why for name, why in missing if not name.startswith(("transformers", "flash-attn", "backend"))]
+    ours = [why for name, why in missing if not name.startswith(("transformers", "flash-attn", "backend", "tile"))]
     return any(row["wrong"] for row in rows) or not all(why.startswith("OutOfMemoryError") for why in ours)
 
 

@@ -28,6 +28,7 @@ from dsv2_ref.fast.cpu import has_bfloat16
 Call = Callable[[], Any]
 Module = TypeVar("Module", bound=nn.Module)
 CONFIG = replace(DeepseekV2Config.card(), num_experts_per_tok=6)
+MODEL = DeepseekV2Config.deepseek_v2_lite()
 GATHERED_BYTES_AT_MOST = 2**32
 
 

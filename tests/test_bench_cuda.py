@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import cuda, gpu, work
+from dsv2_ref import DeepseekV2ForCausalLM, accounting
 from dsv2_ref.quantize import KINDS
 from dsv2_ref.records import Record
 from tests.peers import SMALL
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("as_shipped")
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(work, "CONFIG", replace(SMALL, num_experts_per_tok=2))
+    monkeypatch.setattr(work, "MODEL", replace(SMALL, num_experts_per_tok=2))
     with torch.no_grad():
         yield
 
@@ -58,7 +60,10 @@ NAMES = [
 def test_the_kernel_is_timed_by_batch_whether_or_not_the_layer_would_choose_it(small: None) -> None:
     assert {f"attend-decode-{batch}" for batch in (1, 8, 32, 64, 128)} <= cuda.CONTESTS.keys()
     row = cuda.measure(sizes("attend-decode")(torch.float32), torch.float32, gpu.from_python, rounds=1)
-    assert list(row["seconds"]) == ["ours, kernel", "without kernels, products"]
+    names = ["ours, kernel", "without kernels, products", "tile, narrow blocks", "tile, wide blocks"]
+    assert list(row["seconds"]) == names
+    assert f"attend-decode-16-heads-{64}" in cuda.CONTESTS
+    assert len(cuda.notes([row])) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,6 +92,18 @@ def test_a_cache_in_fewer_bits_is_timed_against_its_tokens(format: str, small: N
     assert contest.nbytes == 3 * 20 * sum(
         Record(format, SMALL.kv_lora_rank, SMALL.qk_rope_head_dim, torch.float32).parts
     )
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_token_of_a_whole_model_is_timed(kind: str | None, small: None) -> None:
+    assert f"model-decode{'-' * bool(kind)}{kind or ''}" in cuda.CONTESTS
+    contest = cuda._model_decode(torch.float32, kind)
+    row = cuda.measure(contest, torch.float32, gpu.from_python, rounds=1)
+    assert row["wrong"] == {}
+    assert list(row["seconds"]) == ["ours, as a graph", "ours, from Python", "without kernels, as a graph"]
+    model = DeepseekV2ForCausalLM.random(work.MODEL, kind, dtype=torch.float32)
+    whole = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert 0 < contest.nbytes - accounting.cache_bytes(work.MODEL, 257, "float32") < whole
 
 
 def test_backends_are_timed_and_one_that_cannot_is_left_out(small: None) -> None:
