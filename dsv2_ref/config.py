@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from dsv2_ref import checks, published
+from dsv2_ref import checks, published, strict_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ class DeepseekV2Config:
         """
         if not isinstance(source, str | Path):
             return cls._from_object(source)
-        content = published.load(source)
+        content = strict_json.load(source)
         try:
             return cls._from_object(content)
         except ValueError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsv2_ref import checks, files, published, tensors
+from dsv2_ref import checks, files, published, strict_json, tensors
 from dsv2_ref.checks import reject, require, require_object, require_values
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.quantize import KINDS, PARTS, quantize, weights_of
@@ -211,7 +211,7 @@ def _configuration(place: files.Place) -> Told:
     file = place.open("config.json")
     text = files.read(file)
     try:
-        content = published.decode(text)
+        content = strict_json.loads(text)
         decoder, config = published.decoder_of(content), DeepseekV2Config.from_published(content)
         return Told(decoder, config, _block_of(decoder), _own_codes(decoder), _further_layers(decoder, config))
     except ValueError as error:

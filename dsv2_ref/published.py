@@ -8,7 +8,6 @@ defaults of their published code, the keys that may have only one value here, an
 import json
 import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -32,42 +31,6 @@ def known() -> Mapping[str, Any]:
         if "like" in kind:
             table["kinds"][name] = table["kinds"][kind["like"]] | kind
     return table
-
-
-def load(path: str | Path) -> Any:
-    """The JSON in a file; ValueError, naming the file, for what is none, or has a key twice."""
-    try:
-        return decode(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
-
-
-def decode(text: bytes) -> Any:
-    """The JSON in these bytes; ValueError, which begins with "is not" or "says", for what is none, and for an object
-    that has a key twice, of which programs take either."""
-    twice: list[str] = []
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        return found
-
-    try:
-        content = json.loads(text.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError("is not JSON that can be read: nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not text in UTF-8: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if twice:
-        raise ValueError(f"says {describe(', '.join(twice))} twice")
-    return content
-
-
-def _no_number(constant: str) -> None:
-    raise ValueError(f"{constant} is no number in JSON")
 
 
 def read(source: object, names: Collection[str]) -> tuple[Mapping[str, Any], dict[str, Any]]:

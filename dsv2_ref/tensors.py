@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from dsv2_ref import files, published
+from dsv2_ref import files, strict_json
 from dsv2_ref.checks import describe, is_int, reject, require_object
 
 WEIGHTS = {
@@ -61,7 +61,7 @@ def read_header(file: files.File) -> dict[str, Entry]:
     header: Any = None
     found = "is not a JSON object"
     try:
-        header = published.decode(files.read(file, 8, length))
+        header = strict_json.loads(files.read(file, 8, length))
     except ValueError as error:
         found = str(error)
     check(isinstance(header, dict), f"its header {found}")
@@ -94,7 +94,7 @@ def read_headers(place: files.Place, prefixes: tuple[str, ...]) -> dict[str, Ent
     except FileNotFoundError:
         return read_header(place.open(SINGLE))
     try:
-        names = require_object(require_object(published.decode(index), "it").get("weight_map"), "weight_map")
+        names = require_object(require_object(strict_json.loads(index), "it").get("weight_map"), "weight_map")
         for name, shard in names.items():
             if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+", shard):
                 reject(f"the file of {name}", shard, "the name of a file beside it")
