@@ -24,7 +24,7 @@ from dsv2_ref import (
     DeepseekV2ForCausalLM,
     pack_weights,
 )
-from dsv2_ref.fast.cpu import has_bfloat16
+from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.quantize import KINDS
 
 CONFIG = DeepseekV2Config.deepseek_v2_lite()

@@ -23,7 +23,7 @@ from dsv2_ref import (
     accounting,
     pack_weights,
 )
-from dsv2_ref.fast.cpu import has_bfloat16
+from dsv2_ref.fast.processor import has_bfloat16
 
 Call = Callable[[], Any]
 Module = TypeVar("Module", bound=nn.Module)

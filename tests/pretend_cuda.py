@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from dsv2_ref.fast.cpu import has_bfloat16
+from dsv2_ref.fast.processor import has_bfloat16
 
 CUDA = torch.device("cuda", 0)
 MAY_MIX = {"copy_", "__set__", "__setitem__", "__getitem__", "index_put_"}

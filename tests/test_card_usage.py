@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer
-from dsv2_ref.fast.cpu import has_bfloat16
+from dsv2_ref.fast.processor import has_bfloat16
 
 BUILD = """
 config = DeepseekV2Config(

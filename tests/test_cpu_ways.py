@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
-from dsv2_ref.fast.cpu import attend_blocks, attend_in_float32, attend_rounded_up, has_amx, has_bfloat16
+from dsv2_ref.fast.cpu import attend_blocks, attend_in_float32, attend_rounded_up
+from dsv2_ref.fast.processor import has_amx, has_bfloat16
 from dsv2_ref.masks import Visibility
 
 HEADS, WIDTH, VALUE_WIDTH, SCALE = 6, 24, 16, 0.2

@@ -215,7 +215,7 @@ def test_grouped_product(dtype: torch.dtype, inputs: int, outputs: int, ends: li
 def test_bfloat16_is_multiplied_with_or_without_instructions_for_it(
     monkeypatch: pytest.MonkeyPatch, instructions: bool, autocast: bool
 ) -> None:
-    monkeypatch.setattr("dsv2_ref.fast.cpu.has_bfloat16", lambda: instructions)
+    monkeypatch.setattr("dsv2_ref.fast.products.has_bfloat16", lambda: instructions)
     rows, weights, ends = operands(torch.bfloat16, 96, 300, [7, 7, 15, 40])  # 7, 0, 8 and 25 rows
     exact = products.grouped_product(rows.double(), weights.double(), ends)
     with torch.autocast("cpu", enabled=autocast):

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, pack_weights
-from dsv2_ref.fast.cpu import has_bfloat16
+from dsv2_ref.fast.processor import has_bfloat16
 
 HAS_BFLOAT16 = has_bfloat16()
 BFLOAT16 = pytest.param(

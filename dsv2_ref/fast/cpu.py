@@ -1,6 +1,5 @@
 """Ways for half precision on the CPU, where torch spends longer around its products than in them."""
 
-import functools
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
+from dsv2_ref.fast.processor import has_amx, has_bfloat16
 from dsv2_ref.fast.products import attend_products
 from dsv2_ref.masks import Visibility, additive
 
@@ -19,17 +19,6 @@ BLOCK_ROWS, BLOCK_SCORES = 256, 2**22  # queries of a block; scores of its heads
 KEYS_MULTIPLE = 64  # one query's keys are rounded up to it, as oneDNN compiles a product for every size it has not met
 # Not float16, whose scores could overflow.
 HALF_ON_CPU: dict[str, Any] = {"device": "cpu", "dtypes": (torch.bfloat16,), "gradients": False, "compiles": False}
-
-
-def has_amx() -> bool:
-    """Whether the processor multiplies tiles (AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
-@functools.cache
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 numbers, and torch's products do."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _not_for_blocks(query: Tensor, *_: Any, **__: Any) -> str:

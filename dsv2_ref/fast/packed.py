@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.checks import is_module, require
-from dsv2_ref.fast.cpu import has_bfloat16
+from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
 from dsv2_ref.moe import RoutedExperts

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend, blocks
+from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.masks import Visibility, additive
 from dsv2_ref.moe import RoutedExperts
 
@@ -214,8 +215,6 @@ def grouped_product(
 
     The last group ends with the rows. A group may be empty; its weight is then not read.
     """
-    from dsv2_ref.fast.cpu import has_bfloat16  # which imports this module
-
     ends = group_ends.tolist()
     out = rows.new_empty(rows.shape[0], weights.shape[1])
     widen = rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and not has_bfloat16()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.codes import pack_nibbles
-from dsv2_ref.fast.cpu import HALF_ON_CPU, has_bfloat16
+from dsv2_ref.fast.cpu import HALF_ON_CPU
+from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.products import all_experts, combine, in_float32, needs_vmap, sort_by_expert
 from dsv2_ref.masks import Visibility
 from dsv2_ref.quantized import QuantizedWeight, quantized_product
