@@ -152,7 +152,7 @@ def launched_with(
     if kernel.startswith("quantized_product"):
         shared = {"int8": 5120, "int4": 64, "fp8": 128}[fixed["KIND"]]
         fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize, shared), strict=True)
-        options |= module.options(fixed["ROWS"])
+        options |= module.options(fixed["ROWS"], itemsize)
     return fixed, options
 
 

@@ -19,21 +19,23 @@ from dsv2_ref.attention import FEW_QUERIES, attend, attend_sdpa
 from dsv2_ref.masks import Visibility
 
 
-@ops.once_when_compiling
 @cache
+def _takes(
+    device: torch.device, dtype: torch.dtype, width: int, value_width: int, grouped: bool, masked: bool, dropout: float
+) -> bool:
+    with unset_fake_temporarily():
+        query, key = (torch.empty(1, heads, 64, width, device=device, dtype=dtype) for heads in (2, 1 if grouped else 2))
+        value = key.new_empty(*key.shape[:3], value_width).requires_grad_()
+        mask = torch.ones(1, 1, 64, 64, device=device, dtype=torch.bool) if masked else None
+        return bool(can_use_cudnn_attention(SDPAParams(query, key, value, mask, dropout, not masked, grouped)))
+
+
+@ops.once_when_compiling
 def takes(
     device: torch.device, dtype: torch.dtype, width: int, value_width: int, grouped: bool, masked: bool, dropout: float
 ) -> bool:
     """Whether cuDNN multiplies by values of this width here, gradients included."""
-    if not torch.cuda.is_available():
-        return False
-    with unset_fake_temporarily():
-        query, key = (
-            torch.empty(1, heads, 64, width, device=device, dtype=dtype) for heads in (2, 1 if grouped else 2)
-        )
-        value = key.new_empty(*key.shape[:3], value_width).requires_grad_()
-        mask = torch.ones(1, 1, 64, 64, device=device, dtype=torch.bool) if masked else None
-        return bool(can_use_cudnn_attention(SDPAParams(query, key, value, mask, dropout, not masked, grouped)))
+    return torch.cuda.is_available() and _takes(device, dtype, width, value_width, grouped, masked, dropout)
 
 
 def _not_by_cudnn(

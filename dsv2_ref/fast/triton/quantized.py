@@ -101,14 +101,15 @@ def tile_sizes(rows: int, groups: int, itemsize: int, shared: int) -> tuple[int,
     """ROWS, COLUMNS and INPUTS of a tile. With few rows to a group, as in decoding, narrow tiles make programs enough to
     read with the whole GPU, each many bytes of a row at a time. No tile has inputs of two scales."""
     tall, wide, deep = (64, 64, 128) if rows > 32 * groups else (16, 32, 128)
-    wide, deep = (min(wide, 64), deep // 2) if itemsize == 4 else (wide, deep)
+    if itemsize == 4:
+        deep = 32 if tall == 64 else 64
     return tall, wide, max(32, min(deep, power_of_two(shared)))  # of int4 half of them at a time, 16 at least
 
 
-def options(tall: int) -> dict[str, int]:
-    """Warps and stages of a launch with ``tall`` rows to a tile: more stages for few rows, whose loads take longer than
-    their products."""
-    return {"num_warps": 4, "num_stages": 4 if tall == 16 else 3}
+def options(tall: int, itemsize: int) -> dict[str, int]:
+    """Warps and stages of a launch with ``tall`` rows to a tile: more warps for large sums in float32, so that none is
+    spilled, and more stages for few rows, whose loads take longer than their products."""
+    return {"num_warps": 8 if tall == 64 and itemsize == 4 else 4, "num_stages": 4 if tall == 16 else 3}
 
 
 def most_tiles(rows: int, groups: int, tall: int) -> int:
@@ -151,6 +152,6 @@ def quantized_product_launch(
                 count, groups, outputs, inputs,
                 shared, rows.stride(0), codes.stride(0), codes.stride(-2), scales.stride(0), scales.stride(-2),
                 KIND=kind, GROUPED=grouped, SCALE_OUTPUTS=FP8_BLOCK if kind == "fp8" else 1, TOP_K=top_k,
-                GROUPS=power_of_two(groups), ROWS=tall, COLUMNS=wide, INPUTS=deep, **options(tall),
+                GROUPS=power_of_two(groups), ROWS=tall, COLUMNS=wide, INPUTS=deep, **options(tall, rows.element_size()),
             )  # fmt: skip
     return out
