@@ -5,6 +5,7 @@ a write past an edge would change. Tolerances: float32 sums of up to 1,300 terms
 2**-11 and a few roundings differ, 4e-3.
 """
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
@@ -21,15 +23,16 @@ from torch.overrides import TorchFunctionMode
 from dsv2_ref import DeepseekV2DecoderLayer, DeepseekV2RMSNorm, ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast import products
-from dsv2_ref.fast.triton import decode, experts, norm, operators, plan, quantized, rotate
+from dsv2_ref.fast.triton import decode, experts, moe, norm, operators, plan, quantized, rotate
 from dsv2_ref.fast.triton.language import tl
 from dsv2_ref.fast.triton.language import triton as triton_itself
 from dsv2_ref.masks import Visibility
-from dsv2_ref.quantize import quantize
+from dsv2_ref.moe import DeepseekV2MoE
+from dsv2_ref.quantize import KINDS, quantize
 from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.records import Record
 from dsv2_ref.rope import rotate_interleaved
-from tests.peers import SMALL, randomised, tokens
+from tests.peers import SMALL, experts_with, randomised, tokens
 
 DTYPES = [torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
@@ -53,7 +56,8 @@ def guarded(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 class OutputsBetweenBands(TorchFunctionMode):
-    """What is made empty inside holds NaN, so that what nobody writes is seen, and lies between bands, which nobody may write."""
+    """What is made empty inside holds NaN, or -1 for whole numbers, so that what nobody writes is seen, and lies between
+    bands, which nobody may write."""
 
     MARK = 7.0
 
@@ -63,8 +67,10 @@ class OutputsBetweenBands(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (torch.empty, torch.empty_like) and out.is_floating_point() and out.device.type == "cpu":
-            out = between(torch.full(out.shape, float("nan"), dtype=out.dtype), self.MARK)
+        made = func in (torch.empty, torch.empty_like) and out.device.type == "cpu"
+        if made and (out.is_floating_point() or out.dtype == torch.int32):
+            unwritten = float("nan") if out.is_floating_point() else -1
+            out = between(torch.full(out.shape, unwritten, dtype=out.dtype), self.MARK)
             self.made.append(out)
         return out
 
@@ -204,13 +210,30 @@ def test_mla_decode(heads: int, seq: int, kv_seq: int, splits: int | None, dtype
 
 
 @pytest.mark.parametrize("seq", range(1, 9))
-@pytest.mark.parametrize("gpu", [plan.H100, plan.Gpu(128, 100 * 1024), plan.Gpu(1, 100 * 1024)], ids=str)
+@pytest.mark.parametrize("gpu", [plan.H100, plan.Gpu(128, 100 * 1024, 8), plan.Gpu(1, 100 * 1024, 8)], ids=str)
 def test_any_few_queries_on_any_gpu(gpu: plan.Gpu, seq: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 32 and of 16 keys, as many shares as each GPU gets, and the queries of a head in two blocks."""
     monkeypatch.setattr(plan, "gpu_of", lambda device: gpu)
     query, keys = queries_and_keys(3, seq, 77, torch.float16 if seq < 8 else torch.float32)
     padding = half_of_it_padding(77)
     actual = decode.mla_decode_launch(query, keys, LATENT, 0.2, padding)
+    assert_near([actual], [attended(query, keys, LATENT, 0.2, padding)])
+
+
+WIDE = [(49, 1, 37), (13, 4, 150), (25, 3, 129)]
+"""Heads, queries and keys for blocks of 64 rows: of one that is not full, of two, and tiles of keys that are not full."""
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, None])
+@pytest.mark.parametrize(("heads", "seq", "kv_seq"), WIDE)
+def test_wide_blocks(heads: int, seq: int, kv_seq: int, splits: int | None) -> None:
+    assert plan.decode_tile(heads * seq, 64 + 16, 2, plan.H100)[:2] == (64, 64)
+    query, keys = queries_and_keys(heads, seq, kv_seq, torch.float16)
+    actual = decode.mla_decode_launch(query, keys, LATENT, 0.2, splits=splits)
+    assert_near([actual], [attended(query, keys, LATENT, 0.2)])
+    padding = half_of_it_padding(kv_seq)
+    actual = decode.mla_decode_launch(query, keys, LATENT, 0.2, padding, splits=splits)
+    assert not actual[1].any()
     assert_near([actual], [attended(query, keys, LATENT, 0.2, padding)])
 
 
@@ -251,6 +274,174 @@ def test_more_groups_than_torch_takes() -> None:
     rows, weights = guarded(3, 5, dtype=torch.float16), guarded(1102, 7, 5, dtype=torch.float16, seed=1)
     expected = products.grouped_product(rows, weights, ends)
     assert_near([experts.grouped_product_launch(rows, weights, ends)], [expected])
+
+
+@both
+@pytest.mark.parametrize(("token_count", "top_k", "groups"), [(1, 1, 1), (5, 2, 4), (3, 3, 40), (50, 2, 3), (90, 3, 2)])
+def test_grouped_product_of_tokens_that_chose(token_count: int, top_k: int, groups: int, dtype: torch.dtype) -> None:
+    """Their rows need not be gathered before, and are fewer than those that are multiplied; tiles of 16, 64 and 128."""
+    order, ends, _ = products.sort_by_expert(choices(token_count, top_k, groups), groups)
+    rows = guarded(token_count, 37, dtype=dtype)
+    weights = guarded(groups, 67, 37, dtype=dtype, seed=1)
+    expected = products.grouped_product(rows[order // top_k], weights, ends)
+    for given in (order, between(order.int(), 10**6)):
+        assert_near([experts.grouped_product_launch(rows, weights, ends, given, top_k)], [expected])
+
+
+def choices(token_count: int, top_k: int, experts: int, seed: int = 0) -> Tensor:
+    """Different experts for each token, if there are as many, the first more often than others; between bands of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    liking = torch.rand(token_count, experts, generator=generator) + (torch.arange(experts) < 2) * 0.4
+    chosen = liking.topk(min(top_k, experts), dim=-1).indices
+    return between(chosen.repeat(1, top_k)[:, :top_k], 0)
+
+
+# The experts of a few tokens
+
+
+ROUTED = [(1, 1, 1), (1, 6, 160), (5, 2, 12), (64, 1, 3), (43, 3, 4), (70, 2, 1), (9, 6, 64), (0, 2, 5)]
+"""Tokens, choices of each, and experts: fewer choices than experts, more than a program has, ties, and none."""
+
+
+@pytest.mark.parametrize(("token_count", "top_k", "groups"), ROUTED)
+def test_choices_are_sorted_as_by_torch(token_count: int, top_k: int, groups: int) -> None:
+    """Those of one expert stay in their order, though not all experts are chosen."""
+    chosen = choices(token_count, top_k, groups)
+    order, ends, places = moe.sort_launch(chosen, groups)
+    expected = products.sort_by_expert(chosen, groups)
+    for found, right in zip((order, ends, places), expected, strict=True):
+        assert found.dtype == torch.int32
+        assert torch.equal(found, right.int())
+    if groups == 160:
+        assert (ends.diff() == 0).any()
+
+
+@both
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("rows", "wide"), [(1, 2), (3, 20), (2, 1100), (0, 4), (3, 1), (2, 7), (2, 1025)])
+def test_swiglu(rows: int, wide: int, apart: bool, dtype: torch.dtype) -> None:
+    if apart and wide % 2:
+        pytest.skip("a byte holds two codes of four bits")
+    together = 3 * guarded(rows, 2 * wide + 5, dtype=dtype)[:, : 2 * wide]
+    together = guarded(rows, 2 * wide + 5, dtype=dtype)[:, : 2 * wide].copy_(together)
+    gate, up = together.chunk(2, dim=-1)
+    expected = F.silu(gate) * up
+    expected = quantized.even_before_odd(expected) if apart else expected
+    assert_near([moe.swiglu_launch(together, apart)], [expected])
+
+
+def test_swiglu_rounds_where_its_definition_does() -> None:
+    """After silu and after the product: bit for bit, but where exponential functions differ."""
+    together = guarded(8, 2048, dtype=torch.float16)
+    gate, up = together.chunk(2, dim=-1)
+    assert (moe.swiglu_launch(together) != F.silu(gate) * up).double().mean() < 0.01
+    once = (F.silu(gate.float()) * up.float()).half()
+    assert (once != F.silu(gate) * up).double().mean() > 0.1
+
+
+@both
+@pytest.mark.parametrize("apart", [0, 3])
+@pytest.mark.parametrize(("token_count", "top_k", "hidden"), [(1, 1, 1), (5, 2, 48), (3, 6, 1100), (0, 2, 4)])
+def test_outputs_of_experts_are_added(
+    token_count: int, top_k: int, hidden: int, apart: int, dtype: torch.dtype
+) -> None:
+    """Weights may lie apart, and be of the dtype of the tokens."""
+    places = torch.randperm(token_count * top_k, generator=torch.Generator().manual_seed(0))
+    places = between(places.view(token_count, top_k).int(), 10**6)
+    sorted_out = guarded(token_count * top_k, hidden, dtype=dtype)
+    for weights_in in (torch.float32, dtype):
+        weights = guarded(token_count, top_k + apart, dtype=weights_in, seed=1)[:, :top_k]
+        expected = products.combine(sorted_out.float(), places, weights.float()).to(dtype)
+        assert_near([moe.combine_launch(sorted_out, places, weights)], [expected])
+
+
+def test_sums_over_choices_are_in_float32() -> None:
+    """In float16 2048 + 1 is 2048."""
+    sorted_out, places = torch.tensor([[2048.0], [1.0], [1.0]]).half(), torch.arange(3)[None].int()
+    assert moe.combine_launch(sorted_out, places, torch.ones(1, 3)).item() == 2050
+
+
+def routed(groups: int, hidden: int, wide: int, dtype: torch.dtype) -> Any:
+    return experts_with(
+        between(0.5 * normal(groups, 2 * wide, hidden, seed=1).to(dtype)),
+        between(0.5 * normal(groups, hidden, wide, seed=2).to(dtype)),
+    ).requires_grad_(False)
+
+
+EXPERTS = [
+    (1, 1, 1, 5, 3),
+    (1, 6, 40, 48, 20),
+    (7, 2, 12, 48, 20),
+    (50, 3, 4, 16, 7),
+    (2, 2, 3, 1100, 2),
+    (0, 2, 4, 8, 6),
+]
+"""Tokens, choices of each, experts, and the widths of tokens and experts."""
+
+
+@both
+@pytest.mark.parametrize("most_sorted", [moe.MOST_SORTED, 0])
+@pytest.mark.parametrize("sizes", EXPERTS)
+def test_routed_experts(
+    sizes: tuple[int, ...], most_sorted: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the definition, sorted by the kernel and by torch."""
+    monkeypatch.setattr(moe, "MOST_SORTED", most_sorted)
+    token_count, top_k, groups, hidden, wide = sizes
+    module, x = routed(groups, hidden, wide, dtype), guarded(token_count, hidden, dtype=dtype, seed=3)
+    chosen, weights = choices(token_count, top_k, groups), guarded(token_count, top_k, dtype=torch.float32, seed=4)
+    with ops.plain():
+        expected = module(x, chosen, weights)
+    assert_near(
+        [operators.routed_experts(x, module.gate_up_proj, module.down_proj, chosen, weights)],
+        [expected],
+    )
+    with ops.watch() as made:
+        assert_near([module(x, chosen, weights)], [expected])
+    assert [choice.way for choice in made] == ["triton experts"]
+
+
+def quantised_experts(kind: str, dtype: torch.dtype) -> Any:
+    """Four of them, of 48 features and 128 in between, in groups of 16."""
+    config = replace(SMALL, n_routed_experts=4, moe_intermediate_size=128)
+    stack = quantize(randomised(DeepseekV2MoE(config), dtype), kind, group=16).experts
+    for weight in (stack.gate_up_proj, stack.down_proj):
+        weight.scales = between(weight.scales)
+    return stack
+
+
+@both
+@pytest.mark.parametrize("token_count", [1, 80])
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_by_codes(kind: str, token_count: int, dtype: torch.dtype) -> None:
+    module, x = quantised_experts(kind, dtype), guarded(token_count, 48, dtype=dtype, seed=3)
+    chosen, weights = choices(token_count, 2, 4), guarded(token_count, 2, dtype=torch.float32, seed=4)
+    with ops.plain():
+        expected = module(x, chosen, weights)
+    assert_near(
+        [operators.quantized_experts(x, module.gate_up_proj, module.down_proj, chosen, weights)],
+        [expected],
+    )
+    with torch.no_grad(), ops.watch() as made:
+        assert_near([module(x, chosen, weights)], [expected])
+    assert [choice.way for choice in made] == ["triton grouped codes"]
+
+
+def test_many_choices_are_sorted_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more than are compared with one another, and the same number."""
+    monkeypatch.setattr(moe, "MOST_SORTED", 8)
+    module, sorted_by = routed(3, 4, 2, torch.float32), []
+    for name, function in (("sort_launch", moe.sort_launch), ("sort_by_expert", moe.sort_by_expert)):
+        monkeypatch.setattr(
+            moe, name, lambda *args, name=name, function=function: (sorted_by.append(name), function(*args))[1]
+        )
+    for token_count in (moe.MOST_SORTED // 2, moe.MOST_SORTED // 2 + 1):
+        x, chosen = guarded(token_count, 4, dtype=torch.float32), choices(token_count, 2, 3)
+        weights = guarded(token_count, 2, dtype=torch.float32, seed=4)
+        with ops.plain():
+            expected = module(x, chosen, weights)
+        assert_near([module(x, chosen, weights)], [expected])
+    assert sorted_by == ["sort_launch", "sort_by_expert"]
 
 
 # Weights and cached tokens in fewer bits
@@ -295,6 +486,11 @@ WEIGHTS = {  # inputs that share a scale: all; fewer than a tile has, not as man
 }
 
 
+def as_taken(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Rows as the launch takes them for this weight, between bands of NaN."""
+    return between(quantized.even_before_odd(x)) if weight.kind == "int4" else x
+
+
 @both
 @pytest.mark.parametrize("rows", [1, 3, 70])
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -302,7 +498,9 @@ def test_quantized_product(name: str, rows: int, dtype: torch.dtype) -> None:
     kind, outputs, inputs, group = WEIGHTS[name]
     weight, x = quantised(kind, outputs, inputs, group=group, dtype=dtype), guarded(rows, inputs, dtype=dtype)
     expected = (x.double() @ weight.dense().double().T).to(dtype)
-    assert_near([quantized.quantized_product_launch(x, weight.codes, weight.scales, weight.group)], [expected])
+    parts = weight.codes, weight.scales, weight.group
+    assert_near([quantized.quantized_product_launch(as_taken(x, weight), *parts)], [expected])
+    assert_near([operators.quantized_product(x, *parts)], [expected])
 
 
 @both
@@ -315,7 +513,33 @@ def test_grouped_quantized_product(name: str, sizes: list[int], dtype: torch.dty
     x = guarded(sum(sizes), inputs, dtype=dtype)
     chosen = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     expected = torch.einsum("ri,roi->ro", x.double(), weight.dense().double()[chosen]).to(dtype)
-    assert_near([quantized.quantized_product_launch(x, weight.codes, weight.scales, weight.group, ends)], [expected])
+    parts = weight.codes, weight.scales, weight.group, ends
+    assert_near([quantized.quantized_product_launch(as_taken(x, weight), *parts)], [expected])
+    assert_near([operators.quantized_product(x, *parts)], [expected])
+
+
+@both
+@pytest.mark.parametrize("token_count", [3, 50])
+@pytest.mark.parametrize("name", ["int8", "int4 in groups of 6", "fp8"])
+def test_quantized_product_of_tokens_that_chose(name: str, token_count: int, dtype: torch.dtype) -> None:
+    kind, outputs, inputs, group = WEIGHTS[name]
+    weight = quantised(kind, 3, outputs, inputs, group=group, dtype=dtype)
+    x, (order, ends, _) = (
+        guarded(token_count, inputs, dtype=dtype),
+        products.sort_by_expert(choices(token_count, 2, 3), 3),
+    )
+    expert = torch.repeat_interleave(torch.arange(3), ends.diff(prepend=torch.zeros(1, dtype=torch.int32)))
+    expected = torch.einsum("ri,roi->ro", x[order // 2].double(), weight.dense().double()[expert]).to(dtype)
+    parts = weight.codes, weight.scales, weight.group, ends
+    actual = quantized.quantized_product_launch(as_taken(x, weight), *parts, between(order.int(), 10**6), 2)
+    assert_near([actual], [expected])
+
+
+def test_elements_at_even_places_come_first() -> None:
+    assert quantized.even_before_odd(torch.arange(12.0).view(2, 6)).tolist() == [
+        [0, 2, 4, 1, 3, 5],
+        [6, 8, 10, 7, 9, 11],
+    ]
 
 
 def test_codes_of_experts_without_rows_are_not_read() -> None:
@@ -323,7 +547,8 @@ def test_codes_of_experts_without_rows_are_not_read() -> None:
     weight, x = quantised("int4", 4, 7, 12, group=6, dtype=torch.float32), guarded(3, 12, dtype=torch.float32)
     weight.scales[1:3] = float("nan")
     ends = torch.tensor([2, 2, 2, 3], dtype=torch.int32)
-    assert quantized.quantized_product_launch(x, weight.codes, weight.scales, weight.group, ends).isfinite().all()
+    parts = weight.codes, weight.scales, weight.group, ends
+    assert quantized.quantized_product_launch(as_taken(x, weight), *parts).isfinite().all()
 
 
 def records_of(
@@ -347,6 +572,21 @@ def test_mla_decode_of_records(heads: int, seq: int, kv_seq: int, latent: int, f
     query = guarded(2, seq, heads, latent + 16, dtype=dtype).transpose(1, 2)
     keys, padding = record.decode(records), half_of_it_padding(kv_seq)
     for splits in (1, 3, None):
+        actual = decode.mla_records_launch(query, records, record, 0.1, splits=splits)
+        assert_near([actual], [attended(query, keys, latent, 0.1)])
+    actual = decode.mla_records_launch(query, records, record, 0.1, padding)
+    assert not actual[1].any()
+    assert_near([actual], [attended(query, keys, latent, 0.1, padding)])
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize(("heads", "seq", "kv_seq", "latent"), [(49, 1, 37, 256), (13, 4, 150, 40), (25, 3, 70, 40)])
+def test_wide_blocks_over_records(heads: int, seq: int, kv_seq: int, latent: int, format: str) -> None:
+    assert plan.decode_tile(heads * seq, latent + 16, 2, plan.H100, records=True)[:2] == (64, 64)
+    record, records = records_of(format, latent, kv_seq, torch.float16)
+    query = guarded(2, seq, heads, latent + 16, dtype=torch.float16).transpose(1, 2)
+    keys, padding = record.decode(records), half_of_it_padding(kv_seq)
+    for splits in (1, 2):
         actual = decode.mla_records_launch(query, records, record, 0.1, splits=splits)
         assert_near([actual], [attended(query, keys, latent, 0.1)])
     actual = decode.mla_records_launch(query, records, record, 0.1, padding)
@@ -430,7 +670,8 @@ def test_the_whole_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with ops.watch() as choices:
         assert_near(run(), expected)
     ways = {choice.way for choice in choices}
-    assert {"triton norm", "triton add and norm", "triton rotation", "triton decoding", "grouped"} <= ways
+    fused = {"triton norm", "triton add and norm", "triton rotation", "triton decoding", "triton experts"}
+    assert fused | {"grouped"} <= ways  # that with gradients
     assert set(launched) == {"rms_norm_backward_launch", "grouped_product_launch"}
 
 
@@ -475,6 +716,23 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "quantized_product of groups": (
             named.quantized_product.default,
             (normal(5, 8), torch.arange(84).view(3, 7, 4).byte(), normal(3, 7, 2), 4, torch.tensor([2, 2, 5]).int()),
+        ),
+        "routed_experts": (
+            named.routed_experts.default,
+            (normal(5, 8), normal(3, 12, 8), normal(3, 8, 6), torch.tensor([[0, 2]] * 5), normal(5, 2)),
+        ),
+        "quantized_experts": (
+            named.quantized_experts.default,
+            (
+                normal(5, 8),
+                torch.arange(144).view(3, 12, 4).byte(),
+                normal(3, 12, 2),
+                torch.arange(72).view(3, 8, 3).byte(),
+                normal(3, 8, 1),
+                [4, 6],
+                torch.tensor([[2, 1]] * 5),
+                normal(5, 2),
+            ),
         ),
         "grouped_product": (
             named.grouped_product.default,
@@ -522,6 +780,32 @@ def test_decoding_refuses_gradients() -> None:
     out = operators.quantized_product(normal(2, 4).requires_grad_(), torch.ones(3, 4).char(), normal(3, 1), 4)
     with pytest.raises(RuntimeError, match="quantized_product gives no gradients"):
         out.sum().backward()
+    chosen, weights = torch.tensor([[0, 2], [1, 0]]), normal(2, 2)
+    for given in ((True, False, False), (False, True, False), (False, False, True)):
+        x, gate_up, scale = (
+            part.requires_grad_(wanted)
+            for part, wanted in zip((normal(2, 4), normal(3, 6, 4), weights.clone()), given, strict=True)
+        )
+        out = operators.routed_experts(x, gate_up, normal(3, 4, 3), chosen, scale)
+        with pytest.raises(RuntimeError, match="the experts' kernels give no gradients; run under"):
+            out.sum().backward()
+    stack = [quantised("int8", 3, *shape, dtype=torch.float32) for shape in ((6, 4), (4, 3))]
+    out = operators.quantized_experts(normal(2, 4).requires_grad_(), *stack, chosen, weights)
+    with pytest.raises(RuntimeError, match="kernels give no gradients; run under"):
+        out.sum().backward()
+
+
+def test_experts_that_learn_are_left_to_others() -> None:
+    """With gradients another way is chosen, which gives them."""
+    module, x, chosen = routed(3, 4, 2, torch.float32), normal(5, 4), choices(5, 2, 3)
+    for asks in ((module.gate_up_proj, x), (x, module.gate_up_proj)):
+        asks[0].requires_grad_()
+        asks[1].requires_grad_(False)
+        with ops.watch() as made:
+            module(x, chosen, normal(5, 2)).sum().backward()
+        assert made[0].way == "grouped"
+        assert ("triton experts", "gives no gradients") in made[0].passed_over
+        assert asks[0].grad is not None
 
 
 def test_gradients_that_operators_do_not_give_are_refused() -> None:
@@ -551,7 +835,8 @@ def test_compiled_decoding_through_the_operators() -> None:
             parts.append(out)
     assert_near([torch.cat(parts, dim=1)], [expected])
     called = {str(node.target) for graph in compiler.graphs for node in graph.graph.nodes}
-    assert any("mla_decode" in name for name in called), called
+    for operator in ("mla_decode", "routed_experts"):
+        assert any(operator in name for name in called), called
     assert compiler.frame_count <= 2
 
 
@@ -609,8 +894,12 @@ def multiply_codes(module: Any) -> None:
 WRONG = {
     "scales of the next inputs": ("scale + share, mask", "scale + (share + 1) % (inputs // shared), mask"),
     "scales of the next output": ("(column // SCALE_OUTPUTS)", "((column + 1) % outputs // SCALE_OUTPUTS)"),
-    "halves of a byte exchanged": ("(byte & 15).to(tl.int8) - 8, (byte >> 4).to(tl.int8) - 8", "(byte >> 4).to(tl.int8) - 8, (byte & 15).to(tl.int8) - 8"),
-    "a group off by a byte": ("(start // 2 + b)", "(start // 2 + b + (start > 0))"),
+    "the upper half of a byte twice": ("byte & 15", "byte >> 4"),
+    "the lower half of a byte twice": ("byte >> 4", "byte & 15"),
+    "elements at even places twice": ("tl.load(at + inputs // 2,", "tl.load(at,"),
+    "rows as they lie": ("x + (start // 2 + b)[None, :]", "x + (start + 2 * b)[None, :]"),
+    "a group off by a byte": ("code + (start // 2 + b)", "code + (start // 2 + b + (start > 0))"),
+    "elements of a group off by two": ("x + (start // 2 + b)", "x + (start // 2 + b - (start > 0))"),
     "the next row's codes": ("column[:, None].to(tl.int64) * codes_output", "(column[:, None] + 1) % outputs * codes_output"),
 }  # fmt: skip
 
@@ -619,9 +908,66 @@ WRONG = {
 def test_a_wrong_code_or_scale_shows_in_the_product(fault: str, tmp_path: Path) -> None:
     weight, x = quantised("int4", 9, 24, group=8, dtype=torch.float32), guarded(2, 24, dtype=torch.float32)
     expected = (x.double() @ weight.dense().double().T).float()
-    faulty = altered(quantized, *WRONG[fault], tmp_path)
+    faulty, parts = altered(quantized, *WRONG[fault], tmp_path), (weight.codes, weight.scales, weight.group)
+    assert_near([quantized.quantized_product_launch(as_taken(x, weight), *parts)], [expected])
     with pytest.raises(AssertionError):
-        assert_near([faulty.quantized_product_launch(x, weight.codes, weight.scales, weight.group)], [expected])
+        assert_near([faulty.quantized_product_launch(as_taken(x, weight), *parts)], [expected])
+
+
+def sort(module: Any) -> None:
+    chosen = choices(43, 3, 70)
+    assert_near_or_equal(module.sort_launch(chosen, 70), products.sort_by_expert(chosen, 70))
+
+
+def gate(module: Any) -> None:
+    together = guarded(3, 40, dtype=torch.float32)
+    left, right = together.chunk(2, dim=-1)
+    expected = F.silu(left) * right
+    assert_near([module.swiglu_launch(together)], [expected])
+    assert_near([module.swiglu_launch(together, apart=True)], [quantized.even_before_odd(expected)])
+
+
+def add_up(module: Any) -> None:
+    sorted_out, weights = guarded(6, 20, dtype=torch.float32), guarded(3, 2, dtype=torch.float32, seed=1)
+    places = torch.tensor([[5, 0], [3, 4], [1, 2]], dtype=torch.int32)
+    assert_near([module.combine_launch(sorted_out, places, weights)], [products.combine(sorted_out, places, weights)])
+
+
+def multiply_choices(module: Any) -> None:
+    rows, weights = guarded(3, 37, dtype=torch.float32), guarded(2, 67, 37, dtype=torch.float32, seed=1)
+    order, ends = torch.tensor([5, 0, 2, 1, 3, 4], dtype=torch.int32), torch.tensor([2, 6], dtype=torch.int32)
+    expected = products.grouped_product(rows[order // 2], weights, ends)
+    assert_near([module.grouped_product_launch(rows, weights, ends, order, 2)], [expected])
+
+
+def assert_near_or_equal(found: Any, expected: Any) -> None:
+    for one, right in zip(found, expected, strict=True):
+        assert torch.equal(one, right.int())
+
+
+WRONG_EXPERTS: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
+    "equal choices the other way round": (moe, sort, "j[None, :] < i[:, None]", "j[None, :] > i[:, None]"),
+    "a choice before itself": (moe, sort, "j[None, :] < i[:, None]", "j[None, :] <= i[:, None]"),
+    "ends of the experts before": (moe, sort, "theirs <= i[:, None]", "theirs < i[:, None]"),
+    "the first choices alone": (moe, sort, "range(0, count, BLOCK)", "range(0, BLOCK, BLOCK)"),
+    "choices behind the last": (moe, sort, "tl.load(choices + j, mask=j < count, other=experts)", "tl.load(choices + j)"),
+    "nothing for no choice": (moe, sort, "mask=j < count, other=experts", "mask=j < count, other=0"),
+    "gates and ups exchanged": (moe, gate, "gate = tl.load(place,", "gate = tl.load(place + wide,"),
+    "no sigmoid": (moe, gate, "gate / (1 + tl.exp(-gate))", "gate"),
+    "odd places first": (moe, gate, "column // 2 + (column % 2)", "column // 2 + (1 - column % 2)"),
+    "the next token's weights": (moe, add_up, "weights + token * TOP_K", "weights + (token + 1) % 3 * TOP_K"),
+    "the first place for all": (moe, add_up, "places + token * TOP_K + choice", "places + token * TOP_K"),
+    "rows as they lie": (experts, multiply_choices, "rows + source[:, None]", "rows + row[:, None]"),
+    "a choice for a token": (experts, multiply_choices, "// TOP_K if TOP_K", "// 1 if TOP_K"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", WRONG_EXPERTS)
+def test_a_wrong_step_on_the_way_through_the_experts_shows(fault: str, tmp_path: Path) -> None:
+    module, check, right, wrong = WRONG_EXPERTS[fault]
+    check(module)
+    with OutputsBetweenBands(), pytest.raises(AssertionError):  # a wrong place may lie behind the last
+        check(altered(module, right, wrong, tmp_path))
 
 
 WRONG_RECORDS = {
@@ -642,6 +988,16 @@ def test_a_wrong_part_of_a_record_shows_in_attention(fault: str, tmp_path: Path)
         assert_near([faulty.mla_records_launch(query, records, record, 0.1)], [expected])
 
 
+def launch_only(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Whatever the result is: one row may write over the next."""
+
+    def run(module: Any) -> None:
+        with contextlib.suppress(AssertionError):
+            check(module)
+
+    return run
+
+
 LOST: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
     "sum": (norm, add_rmsnorm, "feature, h, mask=inside)", "feature, h)"),
     "norm": (norm, add_rmsnorm, "feature, y, mask=inside)", "feature, y)"),
@@ -657,6 +1013,14 @@ LOST: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
     ),
     "columns of a product": (
         experts, multiply, "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(row < end)[:, None]",
+    ),
+    "places of choices": (moe, launch_only(sort), "place, mask=i < count)", "place)"),
+    "order of choices": (moe, launch_only(sort), "place, i, mask=i < count)", "place, i)"),
+    "ends of experts": (moe, launch_only(sort), "end, mask=i < experts)", "end)"),
+    "gated": (moe, launch_only(gate), ".to(up.dtype), mask=column < wide)", ".to(up.dtype))"),
+    "added": (moe, launch_only(add_up), "element_ty), mask=column < hidden)", "element_ty))"),
+    "rows of a product of choices": (
+        experts, launch_only(multiply_choices), "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(column < outputs)[None, :]",
     ),
     "rows of codes": (quantized, multiply_codes, "mask=real_row & real_column[None, :],\n        )", "mask=real_column[None, :],\n        )"),
     "columns of codes": (quantized, multiply_codes, "mask=real_row & real_column[None, :],\n        )", "mask=real_row,\n        )"),

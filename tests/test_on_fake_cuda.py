@@ -221,16 +221,17 @@ def test_blocks_of_queries(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inside_the_operator_of_grouped_products(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A custom operator only tells its shape to fake tensors: this is what it runs in bfloat16 on a Hopper GPU.
+    """A custom operator only tells its shape to fake tensors: this is what it runs in bfloat16 on a Hopper GPU, with more
+    rows of a group than its kernel serves there.
 
     What torch does with other dtypes, it knows no shapes for: that is left to the tests on a GPU.
     """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    rows, weights = (torch.empty(size, dtype=torch.bfloat16) for size in ((96, 16), (4, 32, 16)))
+    rows, weights = (torch.empty(size, dtype=torch.bfloat16) for size in ((400, 16), (4, 32, 16)))
     ends = torch.empty(4, dtype=torch.int32)
     with gpu:
         out = products._grouped_product.__wrapped__(rows, weights, ends)
-        assert out.shape == (96, 32)
+        assert out.shape == (400, 32)
         assert products._grouped_outer.__wrapped__(out, rows, ends).shape == (4, 32, 16)
 
 

@@ -22,7 +22,12 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--attention", "eager", "--seq", "9"], ["attend definition", "implementation is 'eager', not 'sdpa'"]),
         (
             ["--device", "cuda", "--kv", "90"],
-            ["apply_rotary triton rotation", "attend triton decoding", "Ampere generation or newer"],
+            [
+                "apply_rotary triton rotation",
+                "attend triton decoding",
+                "RoutedExperts.forward triton experts",
+                "Ampere generation or newer",
+            ],
         ),
         (
             ["--device", "cuda", "--kv", "90", "--weights", "int8", "--cache", "fp8"],
@@ -32,7 +37,10 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
                 "attend_records triton decoding of records",
             ],
         ),
-        (["--device", "cuda", "--seq", "9", "--training"], ["attend sdpa", "training"]),
+        (
+            ["--device", "cuda", "--seq", "9", "--training"],
+            ["attend sdpa", "RoutedExperts.forward grouped", "not cudnn: ", "training"],
+        ),
         (
             ["--dtype", "float32", "--kv", "90", "--weights", "int4", "--group", "16", "--cache", "int8"],
             [

@@ -129,6 +129,10 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, An
 HALF_ONLY = ("mla_partial, fp8", "mla_partial, int8")
 """Kernels that are launched in half precision alone: in float32 they would spill."""
 
+MOST_SPILLED = 96
+"""Bytes that a thread may spill: blocks that read records spill as many on sm_90, and were faster on an H100 than smaller
+ones that spill none."""
+
 KERNELS = tuple(_KERNELS)
 """Names that `resources` knows; sizes are those of DeepSeek-V2 (D up to 8192, C = 512, R = 64, up to 256 experts)."""
 
@@ -220,7 +224,7 @@ def _constant(text: str) -> tuple[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a table of `resources`, and return 0, or 1 if anything does not fit or spills."""
+    """Print a table of `resources`, and return 0, or 1 if anything does not fit or spills more than `MOST_SPILLED`."""
     parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=main.__doc__)
     parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -237,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kernel in some if chosen.kernel is None else (chosen.kernel,):
         for capability in SHARED_BYTES:
             found = resources(kernel, capability, chosen.dtype, chosen.heads, **dict(chosen.set))
-            good = good and found.fits and not found.stack
+            good = good and found.fits and found.stack <= MOST_SPILLED
             at_once = found.at_once if found.fits else "none"
             place = f"sm_{capability}"
             row = f"{kernel if capability == min(SHARED_BYTES) else '':24} {place:6}"

@@ -24,7 +24,9 @@ def _takes(
     device: torch.device, dtype: torch.dtype, width: int, value_width: int, grouped: bool, masked: bool, dropout: float
 ) -> bool:
     with unset_fake_temporarily():
-        query, key = (torch.empty(1, heads, 64, width, device=device, dtype=dtype) for heads in (2, 1 if grouped else 2))
+        query, key = (
+            torch.empty(1, heads, 64, width, device=device, dtype=dtype) for heads in (2, 1 if grouped else 2)
+        )
         value = key.new_empty(*key.shape[:3], value_width).requires_grad_()
         mask = torch.ones(1, 1, 64, 64, device=device, dtype=torch.bool) if masked else None
         return bool(can_use_cudnn_attention(SDPAParams(query, key, value, mask, dropout, not masked, grouped)))
@@ -48,9 +50,12 @@ def _not_by_cudnn(
         return f"for more than {FEW_QUERIES} queries"
     if any(x.dtype != query.dtype or x.device != query.device for x in (key, value)):
         return "not all of one dtype on one GPU"
-    masked = visible.attention_mask is not None or seq != visible.kv_seq
-    if not takes(query.device, query.dtype, width, value_width, key.shape[1] != heads, masked, dropout):
-        return f"cuDNN takes no values of {value_width} features for keys of {width} here"
+    masked = visible.attention_mask is not None
+    if seq != visible.kv_seq:  # by a branch: the compiler keeps results of constants alone, and sizes may be variables
+        masked = True
+    device = query.device if query.is_cuda else torch.device("cuda")  # as `watch` pretends
+    if not takes(device, query.dtype, width, value_width, key.shape[1] != heads, masked, dropout):
+        return f"no GPU here whose cuDNN takes values of {value_width} features for keys of {width}"
     return ""
 
 

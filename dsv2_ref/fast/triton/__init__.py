@@ -117,8 +117,8 @@ def _rotate(q_pe: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 
 @ops.once_when_compiling
-def _pays(rows: int, itemsize: int, device: torch.device) -> bool:
-    return plan.decoding_pays(rows, itemsize, plan.gpu_of(device))
+def _gpu(device: torch.device) -> plan.Gpu:
+    return plan.gpu_of(device)
 
 
 def _not_a_step(query: Tensor, latent: int, visible: Visibility, dropout: float) -> str:
@@ -139,7 +139,7 @@ def _not_decoding(
     heads, seq = query.shape[1:3]
     if reason := _not_a_step(query, value.shape[-1], visible, dropout) or alike(query, key):
         return reason
-    if not _pays(heads * seq, query.element_size(), query.device):
+    if not plan.decoding_pays(heads * seq, query.element_size(), _gpu(query.device)):
         return f"{heads} · {seq} queries of a sequence suit plain products better"
     return ""
 

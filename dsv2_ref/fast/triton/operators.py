@@ -119,7 +119,7 @@ def _quantized_product(rows: Tensor, codes: Tensor, scales: Tensor, shared: int,
 
 
 def _no_gradients_of_experts(ctx: Any, grad: Tensor) -> Any:
-    raise RuntimeError("routed_experts gives no gradients; run under torch.no_grad, or within ops.plain()")
+    raise RuntimeError("the experts' kernels give no gradients; run under torch.no_grad, or within ops.plain()")
 
 
 @as_operator(lambda x, *_: x.new_empty(x.shape), _no_gradients_of_experts)
@@ -128,7 +128,7 @@ def _routed_experts(x: Tensor, gate_up: Tensor, down: Tensor, topk_idx: Tensor, 
     from dsv2_ref.fast.triton import experts, moe
 
     def first(rows: Tensor, group_ends: Tensor, order: Tensor, top_k: int) -> Tensor:
-        if experts.should_serve(rows[:1].expand(len(order), -1), gate_up):
+        if experts.should_serve(rows, gate_up, len(order)):
             return experts.grouped_product_launch(rows, gate_up, group_ends, order, top_k)
         return _grouped_product(rows[order // top_k], gate_up, group_ends)
 
