@@ -1172,7 +1172,7 @@ def test_what_cudnn_is_not_asked_for(reason: str, cases: list[Case]) -> None:
 @pytest.mark.usefixtures("as_shipped", "gpu")
 def test_what_cudnn_does_not_take_goes_elsewhere() -> None:
     """Here there is none."""
-    assert through_sdpa() == ("sdpa", "no GPU here whose cuDNN takes values of 16 features for keys of 24 here")
+    assert through_sdpa() == ("sdpa", "no GPU here whose cuDNN takes values of 16 features for keys of 24")
 
 
 def test_cudnn_is_not_for_other_devices(cases: list[Case]) -> None:

@@ -21,7 +21,13 @@ from dsv2_ref.masks import Visibility
 
 @cache
 def _takes(
-    device: torch.device, dtype: torch.dtype, width: int, value_width: int, grouped: bool, masked: bool, dropout: float
+    device: torch.device | str,
+    dtype: torch.dtype,
+    width: int,
+    value_width: int,
+    grouped: bool,
+    masked: bool,
+    dropout: float,
 ) -> bool:
     with unset_fake_temporarily():
         query, key = (
@@ -34,7 +40,13 @@ def _takes(
 
 @ops.once_when_compiling
 def takes(
-    device: torch.device, dtype: torch.dtype, width: int, value_width: int, grouped: bool, masked: bool, dropout: float
+    device: torch.device | str,
+    dtype: torch.dtype,
+    width: int,
+    value_width: int,
+    grouped: bool,
+    masked: bool,
+    dropout: float,
 ) -> bool:
     """Whether cuDNN multiplies by values of this width here, gradients included."""
     return torch.cuda.is_available() and _takes(device, dtype, width, value_width, grouped, masked, dropout)
@@ -53,7 +65,7 @@ def _not_by_cudnn(
     masked = visible.attention_mask is not None
     if seq != visible.kv_seq:  # by a branch: the compiler keeps results of constants alone, and sizes may be variables
         masked = True
-    device = query.device if query.is_cuda else torch.device("cuda")  # as `watch` pretends
+    device = "cuda" if query.is_meta else query.device  # as `watch` pretends
     if not takes(device, query.dtype, width, value_width, key.shape[1] != heads, masked, dropout):
         return f"no GPU here whose cuDNN takes values of {value_width} features for keys of {width}"
     return ""
