@@ -223,6 +223,11 @@ def without(*names: str) -> Iterator[None]:
         _state.switched_off = before
 
 
+def is_off(name: str) -> bool:
+    """Whether a way of this name is switched off here."""
+    return bool(_state.switched_off) and name.startswith(_state.switched_off)
+
+
 def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function in the state of this moment, for calls that come later or in another
     thread, as in a backward pass: the same ways are off and the same is checked."""

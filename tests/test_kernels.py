@@ -872,6 +872,28 @@ def test_groups_that_torch_would_reject_go_to_the_kernel(monkeypatch: pytest.Mon
 
 @needs_triton
 @pytest.mark.usefixtures("as_shipped", "gpu")
+def test_the_grouped_product_is_switched_off_with_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    present(monkeypatch, (9, 0))
+    rows, weights = on_cuda(8, 16, dtype=torch.bfloat16), on_cuda(4, 8, 16, dtype=torch.bfloat16)
+    assert experts.should_serve(rows, weights)
+    for name in ("triton", ""):
+        with ops.without(name):
+            assert not experts.should_serve(rows, weights)
+    with ops.without("cpu"):
+        assert experts.should_serve(rows, weights)
+
+
+@needs_triton
+@pytest.mark.usefixtures("as_shipped", "gpu")
+def test_float16_decodes_in_the_kernel_with_any_number_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain products could not hold its scores, and the definition is slower than both."""
+    monkeypatch.setattr(plan, "gpu_of", lambda device: A100)
+    assert decoding(heads=128, dtype=torch.float16)["way"] == "triton decoding"
+    assert decoding(heads=128, dtype=torch.bfloat16)["way"] == "products"
+
+
+@needs_triton
+@pytest.mark.usefixtures("as_shipped", "gpu")
 @pytest.mark.parametrize(("dtype", "tall"), [(torch.float16, 128), (torch.float32, 64)], ids=str)
 def test_rows_too_many_for_a_launch_go_to_torch(dtype: torch.dtype, tall: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch has 65,535 tiles of rows at most."""
@@ -1081,7 +1103,7 @@ def test_the_choice_without_cudnn_compiles_for_any_number_of_keys() -> None:
 
 # Values narrower than keys through cuDNN
 
-Case = tuple[torch.device, torch.dtype, int, int, bool, bool, float]
+Case = tuple[torch.device, torch.dtype, int, int, bool]
 
 
 @pytest.fixture
@@ -1090,11 +1112,6 @@ def cases(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     asked: list[Case] = []
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
-        backends = torch.backends.cuda
-        on = [
-            name for name in ("cudnn", "flash", "mem_efficient", "math") if getattr(backends, f"{name}_sdp_enabled")()
-        ]
-        assert on == ["cudnn"]
         assert value.shape[-1] == 16  # without zeros behind it
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
@@ -1132,21 +1149,21 @@ def through_sdpa(
 
 @pytest.mark.usefixtures("as_shipped", "gpu")
 def test_narrow_values_go_to_cudnn_as_they_are(cases: list[Case]) -> None:
-    """With any mask, and it is asked whether it takes one."""
-    place = torch.device("cuda")
-    padding, window = (on_cuda(*shape, dtype=torch.bool) for shape in ((2, 64), (1, 1, 64, 64)))
     assert through_sdpa() == ("cudnn", "")
     assert through_sdpa(seq=9, kv_seq=9, dtype=torch.bfloat16, kv_heads=2) == ("cudnn", "")
-    assert through_sdpa(seq=9, dropout=0.5) == ("cudnn", "")
-    assert through_sdpa(mask=padding) == ("cudnn", "")
-    assert through_sdpa(mask=window) == ("cudnn", "")
     assert [(case[0].type, *case[1:]) for case in cases] == [
-        (place.type, torch.float16, 24, 16, False, False, 0.0),
-        (place.type, torch.bfloat16, 24, 16, True, False, 0.0),
-        (place.type, torch.float16, 24, 16, False, True, 0.5),
-        (place.type, torch.float16, 24, 16, False, True, 0.0),
-        (place.type, torch.float16, 24, 16, False, True, 0.0),
+        ("cuda", torch.float16, 24, 16, False),
+        ("cuda", torch.bfloat16, 24, 16, True),
     ]
+
+
+@pytest.mark.usefixtures("as_shipped", "gpu")
+def test_masks_and_dropout_leave_torch_its_choice(cases: list[Case]) -> None:
+    """It has conditions on masks and their strides, and on dropout, under which cuDNN does not take them."""
+    padding, window = (on_cuda(*shape, dtype=torch.bool) for shape in ((2, 64), (1, 1, 64, 64)))
+    for given in ({"mask": padding}, {"mask": window}, {"seq": 9}, {"dropout": 0.5}):
+        assert through_sdpa(**given) == ("sdpa", "for whole prompts without a mask and dropout")  # type: ignore[arg-type]
+    assert not cases
 
 
 NOT_BY_CUDNN: dict[str, dict[str, Any]] = {
@@ -1185,40 +1202,70 @@ def test_cudnn_is_not_for_other_devices(cases: list[Case]) -> None:
 
 @pytest.fixture
 def asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """On a machine with CUDA (pretended), whose cuDNN takes causal order alone: what torch is asked."""
+    """On a machine with a Hopper GPU (pretended), whose cuDNN takes values of up to 16 features: what torch is asked."""
     asked: list[Any] = []
-    gpu = SimpleNamespace(is_available=lambda: True)
-    monkeypatch.setattr(cudnn, "torch", SimpleNamespace(cuda=gpu, empty=torch.empty, ones=torch.ones, bool=torch.bool))
-    monkeypatch.setattr(cudnn, "can_use_cudnn_attention", lambda given: (asked.append(given), given.is_causal)[1])
-    forget = next(f for f in (getattr(cudnn, "_takes", None), cudnn.takes) if hasattr(f, "cache_clear")).cache_clear
-    forget()
+    monkeypatch.setattr(
+        cudnn,
+        "torch",
+        SimpleNamespace(
+            cuda=SimpleNamespace(is_available=lambda: True, get_device_capability=lambda _: (9, 0)),
+            backends=torch.backends,
+            are_deterministic_algorithms_enabled=torch.are_deterministic_algorithms_enabled,
+            empty=torch.empty,
+        ),
+    )
+    takes = lambda given: (asked.append(given), given.value.shape[-1] <= 16)[1]  # noqa: E731
+    monkeypatch.setattr(cudnn, "can_use_cudnn_attention", takes)
+    cudnn._takes.cache_clear()
     yield asked
-    forget()
+    cudnn._takes.cache_clear()
+
+
+CPU, HALF = torch.device("cpu"), torch.float16
 
 
 def test_torch_tells_once_what_cudnn_takes(asked_of_torch: list[Any]) -> None:
     """By tensors of these widths, whose values have gradients, in and outside of fake tensors."""
-    place, half = torch.device("cpu"), torch.float16
     for _ in range(2):
         with FakeTensorMode():
-            assert cudnn.takes(place, half, 24, 16, True, False, 0.0)
-        assert cudnn.takes(place, half, 24, 16, False, False, 0.5)
-        assert not cudnn.takes(place, half, 24, 16, False, True, 0.0)
-    grouped, dropped, masked = asked_of_torch  # once each
-    for given, heads in ((grouped, 1), (dropped, 2), (masked, 2)):
+            assert cudnn.takes(CPU, HALF, 24, 16, True)
+        assert cudnn.takes(CPU, HALF, 24, 16, False)
+        assert not cudnn.takes(CPU, HALF, 24, 20, False)
+    grouped, plain, wider = asked_of_torch  # once each
+    for given, heads, width in ((grouped, 1, 16), (plain, 2, 16), (wider, 2, 20)):
         assert (given.query.shape[1], given.query.shape[3]) == (2, 24)
         assert given.key.shape[1] == given.value.shape[1] == heads
-        assert (given.key.shape[3], given.value.shape[3]) == (24, 16)
-        assert given.query.dtype == given.key.dtype == given.value.dtype == half
+        assert (given.key.shape[3], given.value.shape[3]) == (24, width)
+        assert given.query.dtype == given.key.dtype == given.value.dtype == HALF
         assert given.value.requires_grad
-    assert (grouped.enable_gqa, dropped.enable_gqa) == (True, False)
-    assert (grouped.dropout, dropped.dropout) == (0.0, 0.5)
-    assert grouped.attn_mask is dropped.attn_mask is None
-    assert masked.attn_mask.dtype == torch.bool
+        assert (given.attn_mask, given.dropout, given.is_causal) == (None, 0.0, True)
+    assert (grouped.enable_gqa, plain.enable_gqa) == (True, False)
 
 
-def test_without_cuda_cudnn_takes_nothing() -> None:
-    assert not cudnn.takes(torch.device("cpu"), torch.float16, 192, 128, False, False, 0.0)
+def test_cudnn_is_left_out_where_it_is_switched_off(asked_of_torch: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any time, whatever it took before; and where torch would prefer another kernel."""
+    assert cudnn.takes(CPU, HALF, 24, 16, False)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert not cudnn.takes(CPU, HALF, 24, 16, False)
+    monkeypatch.undo()
+    assert not cudnn.takes(CPU, HALF, 24, 16, False)  # without CUDA
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
+def test_cudnn_is_for_hopper_gpus_and_newer(
+    capability: tuple[int, int], asked_of_torch: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cudnn.torch.cuda, "get_device_capability", lambda _: capability)
+    assert not cudnn.takes(CPU, HALF, 24, 16, False)
+    assert not asked_of_torch
+
+
+def test_deterministic_algorithms_leave_cudnn_out(asked_of_torch: list[Any]) -> None:
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert not cudnn.takes(CPU, HALF, 24, 16, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("as_shipped")
@@ -1233,4 +1280,4 @@ def test_a_compiled_prompt_asks_once_what_cudnn_takes(asked_of_torch: list[Any])
     run = torch.compile(step, backend="eager", fullgraph=True)
     for seq, kv_seq, served in ((9, 9, 1), (10, 10, 1), (12, 12, 1), (12, 20, 0), (13, 21, 0), (8, 8, 0)):
         assert (run(torch.zeros(2, 4, seq, 24), torch.zeros(2, 4, kv_seq, 24)) == served).all()
-    assert [given.is_causal for given in asked_of_torch] == [True, False]
+    assert len(asked_of_torch) == 1

@@ -1,6 +1,9 @@
 """The command that lists which way computes each call of a layer, and why."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from dsv2_ref.__main__ import main
 from dsv2_ref.fast.cpu import has_bfloat16
@@ -83,3 +86,32 @@ def test_refusals_take_one_line(arguments: list[str], said: str, capsys: pytest.
     error = capsys.readouterr().err
     assert error.startswith(said)
     assert error.count("\n") == 1
+
+
+def test_a_listing_for_cuda_asks_the_gpu_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are on the meta device then, which torch takes for no GPU."""
+    from torch.cuda._utils import _get_device_index
+
+    from dsv2_ref import DeepseekV2Config
+    from dsv2_ref.fast import listing, triton
+    from dsv2_ref.fast.triton import plan
+
+    def of_device(found: object) -> object:
+        return lambda device=None: (_get_device_index(device, optional=True), found)[1]
+
+    hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=228 * 1024, major=9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of_device((9, 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", of_device(hopper))
+    monkeypatch.setattr(triton, "cannot_compile", lambda: "")
+    monkeypatch.setattr("dsv2_ref.fast.cudnn._takes", lambda *_: True)
+    plan.gpu_of.cache_clear()
+    try:
+        config = DeepseekV2Config.deepseek_v2()
+        step = listing.choices(config, 1, "cuda", "bfloat16", seq=1, kv=8192)
+        prompt = listing.choices(config, 1, "cuda", "bfloat16", seq=2048, kv=2048)
+    finally:
+        plan.gpu_of.cache_clear()
+    assert {"triton decoding", "triton experts"} <= {choice.way for choice in step}
+    assert "cudnn" in {choice.way for choice in prompt}

@@ -74,7 +74,8 @@ def cannot_run(device: torch.device) -> str:
     """Why kernels cannot run on this GPU; an empty string if they can. A compiled step asks once and not in its graph."""
     reason = cannot_compile()
     if not reason and not INTERPRETED and torch.cuda.is_available():
-        older = torch.cuda.get_device_capability(device) < (8, 0)
+        gpu = None if device.type == "meta" else device  # as `watch` pretends
+        older = torch.cuda.get_device_capability(gpu) < (8, 0)
         reason = "for Ampere GPUs and newer" if older else ""
     return reason
 
@@ -139,7 +140,8 @@ def _not_decoding(
     heads, seq = query.shape[1:3]
     if reason := _not_a_step(query, value.shape[-1], visible, dropout) or alike(query, key):
         return reason
-    if not plan.decoding_pays(heads * seq, query.element_size(), _gpu(query.device)):
+    plain = query.dtype != torch.float16  # whose scores plain products could not hold
+    if plain and not plan.decoding_pays(heads * seq, query.element_size(), _gpu(query.device)):
         return f"{heads} · {seq} queries of a sequence suit plain products better"
     return ""
 

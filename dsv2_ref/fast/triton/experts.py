@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv2_ref import ops
 from dsv2_ref.fast.products import torch_can_group
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
@@ -99,7 +100,7 @@ def should_serve(
 
     count = len(rows) if choices is None else choices
     known = rows.dtype in triton.HALF_AND_SINGLE and not triton.alike(rows, weights)
-    if not known or most_tiles(count, len(weights), rows.element_size()) > MOST_TILES:
+    if ops.is_off("triton experts") or not known or most_tiles(count, len(weights), rows.element_size()) > MOST_TILES:
         return False
     if triton.DEVICE == "cpu" or rows.dtype != torch.bfloat16:  # interpreted, or looped over
         return True

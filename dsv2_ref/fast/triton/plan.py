@@ -49,7 +49,7 @@ def gpu_of(device: torch.device) -> Gpu:
     """The GPU of these tensors; an H100 where there is none (interpreted kernels, fake tensors)."""
     if INTERPRETED or not torch.cuda.is_available():
         return H100
-    found = torch.cuda.get_device_properties(device)
+    found = torch.cuda.get_device_properties(None if device.type == "meta" else device)
     return Gpu(found.multi_processor_count, found.shared_memory_per_multiprocessor, found.major)
 
 
