@@ -57,8 +57,7 @@ def attend(
 
 
 SCORES_AT_ONCE = 2**24
-"""Scores of a block of queries that may be in memory together, over sequences and
-heads."""
+"""Scores of a block of queries in memory together, over sequences and heads."""
 
 
 def blocks(rows: int, scores_per_row: int) -> list[tuple[int, int]]:
@@ -79,7 +78,7 @@ def equally_wide(*tensors: Float[Tensor, "..."]) -> list[Tensor]:
 
 
 FEW_QUERIES = 8
-"""Up to so many, cuDNN is left out. It makes a plan for every new number of keys."""
+"""Queries up to which cuDNN is left out, as it plans anew for each number of keys."""
 
 FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 NOT_CUDNN = [FLASH, EFFICIENT, SDPBackend.MATH]
@@ -97,16 +96,18 @@ def attend_sdpa(
     **ignored: Any,
 ) -> tuple[Float[Tensor, "batch heads seq value_width"], None]:
     """`attend` through torch's fused kernels; most want values as wide as keys."""
-    batch, heads, seq, _ = query.shape
-    value_width, grouped = value.shape[-1], key.shape[1] != heads
+    (batch, heads, seq, _), value_width = query.shape, value.shape[-1]
     if widen:
         query, key, value = equally_wide(query, key, value)
-    options: Any = {"dropout_p": dropout, "scale": scale, "enable_gqa": grouped}
-    fused: Any = partial(F.scaled_dot_product_attention, **options)
+    how: Any = {"dropout_p": dropout, "scale": scale}
+    how["enable_gqa"] = key.shape[1] != heads
+    fused: Any = partial(F.scaled_dot_product_attention, **how)
     parts = []
-    few = query.device.type == "cuda" and seq <= FEW_QUERIES
-    with sdpa_kernel(NOT_CUDNN) if few else nullcontext():
-        if visible.attention_mask is None and seq == visible.kv_seq:
+    whole = visible.attention_mask is None and seq == visible.kv_seq
+    # Gradients with a mask were NaN there for some lengths (pytorch issue 196678).
+    no_cudnn = seq <= FEW_QUERIES or (torch.is_grad_enabled() and not whole)
+    with sdpa_kernel(NOT_CUDNN) if query.is_cuda and no_cudnn else nullcontext():
+        if whole:
             return fused(query, key, value, is_causal=True)[..., :value_width], None
         for start, stop in blocks(seq, batch * visible.kv_seq):
             end = visible.keys_until(stop)

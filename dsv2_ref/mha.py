@@ -23,8 +23,7 @@ class MultiHeadAttention(nn.Module):
     published code.
 
     Source: Vaswani et al. (2017), section 3.2; Ainslie et al. (2023) for grouped heads;
-    the ``mha_*`` entries of the published ``ATTENTION_CLASSES``, which are Llama's
-    attention.
+    the ``mha_*`` entries of the published ``ATTENTION_CLASSES`` (Llama's attention).
     """
 
     cache_class = KeyValueCache
