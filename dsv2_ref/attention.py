@@ -105,8 +105,8 @@ def attend_sdpa(
     parts = []
     whole = visible.attention_mask is None and seq == visible.kv_seq
     # Gradients with a mask were NaN there for some lengths (pytorch issue 196678).
-    no_cudnn = seq <= FEW_QUERIES or (torch.is_grad_enabled() and not whole)
-    with sdpa_kernel(NOT_CUDNN) if query.is_cuda and no_cudnn else nullcontext():
+    skip = query.is_cuda and (seq <= FEW_QUERIES or (query.requires_grad and not whole))
+    with sdpa_kernel(NOT_CUDNN) if skip else nullcontext():
         if whole:
             return fused(query, key, value, is_causal=True)[..., :value_width], None
         for start, stop in blocks(seq, batch * visible.kv_seq):

@@ -689,8 +689,8 @@ def test_the_decoding_kernel_serves_plain_steps_alone() -> None:
 @needs_triton
 @pytest.mark.usefixtures("as_shipped", "gpu")
 def test_many_rows_of_a_sequence_need_a_wide_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to 64 go to narrow blocks; more to wide ones, which Hopper GPUs have in half precision."""
-    for gpu, dtype in ((H100, torch.float32), (A100, torch.float16), (RTX_4090, torch.bfloat16)):
+    """Up to 64 go to narrow blocks; more to wide ones, which Hopper GPUs have in half precision, or to plain products."""
+    for gpu, dtype in ((H100, torch.float32), (A100, torch.bfloat16), (RTX_4090, torch.bfloat16)):
         monkeypatch.setattr(plan, "gpu_of", lambda device, gpu=gpu: gpu)
         for heads, seq, way in ((64, 1, True), (8, 8, True), (65, 1, False), (9, 8, False)):
             assert (decoding(seq, heads=heads, dtype=dtype)["way"] == "triton decoding") == way
@@ -1059,7 +1059,7 @@ def cudnn_allowed(seq: int, kv_seq: int, monkeypatch: pytest.MonkeyPatch, mask: 
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-        query, key = on_cuda(2, 4, seq, 16), on_cuda(2, 2, kv_seq, 16)
+        query, key = on_cuda(2, 4, seq, 16).requires_grad_(torch.is_grad_enabled()), on_cuda(2, 2, kv_seq, 16)
         attend(query, key, key, Visibility(seq, kv_seq, key.device, mask), 0.2, implementation="sdpa")
     return any(allowed)
 
