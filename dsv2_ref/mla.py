@@ -5,7 +5,7 @@ D hidden size, H heads, C latent of keys and values, N / R / V widths of a head 
 position / rotating / value. Equations are those of DeepSeek-V2 (arXiv 2405.04434).
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -197,7 +197,7 @@ class DeepseekV2Attention(nn.Module):
     ) -> tuple[Float[Tensor, "heads nope latent"], Float[Tensor, "heads v latent"]]:
         """W_UK and W_UV of every head: parts of ``kv_b_proj``, or its ``matrices``."""
         if hasattr(self.kv_b_proj, "matrices"):
-            w_uk, w_uv = cast(tuple[Tensor, Tensor], self.kv_b_proj.matrices)
+            w_uk, w_uv = cast(Any, self.kv_b_proj).matrices()
             return w_uk, w_uv
         N, V = self.qk_nope_head_dim, self.v_head_dim
         weight = self.kv_b_proj.weight.view(self.num_heads, N + V, self.kv_lora_rank)

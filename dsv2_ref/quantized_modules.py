@@ -83,7 +83,6 @@ class QuantizedUpProjection(QuantizedLinear):
         super().__init__(attention.kv_b_proj, kind, group)
         self.heads, self.nope = attention.num_heads, attention.qk_nope_head_dim
 
-    @property
     def matrices(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, N, C) and W_UV (H, V, C)."""
         if self.kept is not None:

@@ -18,7 +18,7 @@ from dsv2_ref.fast import quantized
 from dsv2_ref.fast.cpu import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, kernel_block_rows, lay_out, lay_out_codes
 from dsv2_ref.masks import Visibility
-from dsv2_ref.quantize import quantize
+from dsv2_ref.quantize import KINDS, quantize
 from dsv2_ref.quantized import QuantizedWeight, in_rows, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import attend_records
@@ -240,6 +240,20 @@ def test_the_absorbed_matrices_are_in_a_dtype_that_the_processor_multiplies(
     assert out.dtype == torch.bfloat16
     # Every product rounds to 8 bits, numbers up to 8.
     torch.testing.assert_close(out.double(), exact(x.double())[0], rtol=0, atol=2**-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_absorbed_form_writes_kv_b_proj_out_once(kind: str) -> None:
+    """And not to ask whether it could."""
+    config = replace(CONFIG, mla_form="absorbed", moe_intermediate_size=128)
+    layer = quantize(DeepseekV2DecoderLayer(config, 1).eval(), kind)
+    with ops.plain(), ops.watch() as made:
+        layer(torch.randn(1, 1, 128))
+    linear = sum(choice.definition == "quantized_product" for choice in made)
+    written = [choice for choice in made if choice.definition == "dense_weight"]
+    # One for each product with a whole matrix by its definition, two for each expert, and one for kv_b_proj.
+    assert len(written) == linear + 2 * CONFIG.n_routed_experts + 1
 
 
 @pytest.mark.skipif(not kernel_block_rows(), reason="torch lays codes out in no order that is known here")

@@ -32,7 +32,7 @@ def _product(rows: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
 
-PACKED = ("weight", "matrices", "gate_up_proj", "down_proj")
+PACKED = ("weight", "absorbed", "gate_up_proj", "down_proj")
 """Attributes that hold packed weights, which cannot be copied."""
 
 
@@ -110,7 +110,11 @@ class PackedUpProjection(PackedLinear):
         super()._repack(dense)
         by_head = dense["weight"].detach().view(self.heads, -1, self.in_features)
         w_uk, w_uv = by_head[:, : self.nope], by_head[:, self.nope :]
-        self.matrices = w_uk.contiguous(), w_uv.mT.contiguous().mT  # W_UV so that it need not be transposed
+        self.absorbed = w_uk.contiguous(), w_uv.mT.contiguous().mT  # W_UV so that it need not be transposed
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, N, C) and W_UV (H, V, C)."""
+        return self.absorbed
 
 
 class PackedExperts(_Packed):
@@ -191,7 +195,7 @@ def pack_weights(module: Module) -> Module:
                 raise RuntimeError(f"pack_weights needs {needed}")
     for held in quantised:
         if isinstance(held, QuantizedUpProjection):
-            w_uk, w_uv = held.matrices
+            w_uk, w_uv = held.matrices()
             if w_uk.dtype == torch.bfloat16 and not has_bfloat16():  # else torch multiplies one number at a time
                 w_uk, w_uv = w_uk.float(), w_uv.float()
             held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
