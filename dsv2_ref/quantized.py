@@ -165,16 +165,13 @@ class QuantizedWeight(nn.Module):
         codes = self.codes[expert][..., first * block : last * block, :]
         scales = self.scales[expert]
         if self.kind == "fp8":
-            height, width = codes.shape[-2:]
-            scales = scales[..., first:last, :].repeat_interleave(FP8_BLOCK, dim=-2)
-            scales = scales[..., :height, :].repeat_interleave(FP8_BLOCK, dim=-1)
-            matrix = codes.to(scales.dtype) * scales[..., :width]
+            scales = scales[..., first:last, :]
         else:
-            if self.kind == "int4":
-                codes = unpack_nibbles(in_rows(codes, self.block_rows))
-            matrix = from_codes(codes, scales[..., first * block : last * block, :])
+            scales = scales[..., first * block : last * block, :]
+            codes = in_rows(codes, self.block_rows) if self.block_rows else codes
+        matrix = dense_weight(codes, scales, self.group, self.like.dtype)
         before = start - first * block
-        return matrix[..., before : before + stop - start, :].to(self.like.dtype)
+        return matrix[..., before : before + stop - start, :]
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -226,8 +223,6 @@ def in_rows(
 ) -> UInt8[Tensor, "... outputs half"]:
     """Codes as `pack_nibbles` packs them, of codes that were laid out in blocks of rows,
     in which halves of a byte belong to two rows and not to two neighbours."""
-    if not block_rows:
-        return codes
     blocks = codes.unflatten(-2, (-1, block_rows)).flatten(-2)
     columns = blocks.unflatten(-1, (-1, block_rows // 2)).mT  # (…, rows / 2, inputs)
     even, odd = columns.unflatten(-1, (-1, 2)).unbind(dim=-1)
@@ -249,6 +244,24 @@ def from_blocks(
     """The matrix that `in_blocks` split."""
     split = blocks.unflatten(2, (FP8_BLOCK, FP8_BLOCK)).transpose(1, 2)
     return split.flatten(2).flatten(0, 1)
+
+
+@ops.defines()
+def dense_weight(
+    codes: Shaped[Tensor, "*stack outputs stored"],
+    scales: Float[Tensor, "*stack row_blocks column_blocks"],
+    group: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*stack outputs inputs"]:
+    """The matrices that codes and scales of a `QuantizedWeight` stand for; ``group``
+    neighbours in a row share a scale."""
+    if codes.dtype == torch.float8_e4m3fn:
+        height, width = codes.shape[-2:]
+        scales = scales.repeat_interleave(FP8_BLOCK, dim=-2)[..., :height, :]
+        scales = scales.repeat_interleave(FP8_BLOCK, dim=-1)[..., :width]
+        return (codes.to(scales.dtype) * scales).to(dtype)
+    codes = unpack_nibbles(codes) if codes.dtype == torch.uint8 else codes
+    return from_codes(codes, scales).to(dtype)
 
 
 @ops.defines()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,13 +24,13 @@ from torch.overrides import TorchFunctionMode
 from dsv2_ref import DeepseekV2DecoderLayer, DeepseekV2RMSNorm, ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast import products
-from dsv2_ref.fast.triton import decode, experts, moe, norm, operators, plan, quantized, rotate
+from dsv2_ref.fast.triton import decode, experts, few_rows, moe, norm, operators, plan, quantized, rotate
 from dsv2_ref.fast.triton.language import tl
 from dsv2_ref.fast.triton.language import triton as triton_itself
 from dsv2_ref.masks import Visibility
 from dsv2_ref.moe import DeepseekV2MoE
 from dsv2_ref.quantize import KINDS, quantize
-from dsv2_ref.quantized import QuantizedWeight
+from dsv2_ref.quantized import QuantizedWeight, dense_weight
 from dsv2_ref.records import Record
 from dsv2_ref.rope import rotate_interleaved
 from tests.peers import SMALL, experts_with, randomised, tokens
@@ -317,17 +318,12 @@ def test_choices_are_sorted_as_by_torch(token_count: int, top_k: int, groups: in
 
 
 @both
-@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(("rows", "wide"), [(1, 2), (3, 20), (2, 1100), (0, 4), (3, 1), (2, 7), (2, 1025)])
-def test_swiglu(rows: int, wide: int, apart: bool, dtype: torch.dtype) -> None:
-    if apart and wide % 2:
-        pytest.skip("a byte holds two codes of four bits")
+def test_swiglu(rows: int, wide: int, dtype: torch.dtype) -> None:
     together = 3 * guarded(rows, 2 * wide + 5, dtype=dtype)[:, : 2 * wide]
     together = guarded(rows, 2 * wide + 5, dtype=dtype)[:, : 2 * wide].copy_(together)
     gate, up = together.chunk(2, dim=-1)
-    expected = F.silu(gate) * up
-    expected = quantized.even_before_odd(expected) if apart else expected
-    assert_near([moe.swiglu_launch(together, apart)], [expected])
+    assert_near([moe.swiglu_launch(together)], [F.silu(gate) * up])
 
 
 def test_swiglu_rounds_where_its_definition_does() -> None:
@@ -379,14 +375,18 @@ EXPERTS = [
 """Tokens, choices of each, experts, and the widths of tokens and experts."""
 
 
+def let(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let experts be computed choice by choice, or sorted by the kernel, or by torch."""
+    monkeypatch.setattr(few_rows, "MOST_TOKENS", dict.fromkeys(few_rows.MOST_TOKENS, 10**6 if way == "unsorted" else 0))
+    monkeypatch.setattr(moe, "MOST_SORTED", 0 if way == "sorted by torch" else moe.MOST_SORTED)
+
+
 @both
-@pytest.mark.parametrize("most_sorted", [moe.MOST_SORTED, 0])
+@pytest.mark.parametrize("way", ["unsorted", "sorted", "sorted by torch"])
 @pytest.mark.parametrize("sizes", EXPERTS)
-def test_routed_experts(
-    sizes: tuple[int, ...], most_sorted: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against the definition, sorted by the kernel and by torch."""
-    monkeypatch.setattr(moe, "MOST_SORTED", most_sorted)
+def test_routed_experts(sizes: tuple[int, ...], way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the definition."""
+    let(way, monkeypatch)
     token_count, top_k, groups, hidden, wide = sizes
     module, x = routed(groups, hidden, wide, dtype), guarded(token_count, hidden, dtype=dtype, seed=3)
     chosen, weights = choices(token_count, top_k, groups), guarded(token_count, top_k, dtype=torch.float32, seed=4)
@@ -411,9 +411,12 @@ def quantised_experts(kind: str, dtype: torch.dtype) -> Any:
 
 
 @both
-@pytest.mark.parametrize("token_count", [1, 80])
+@pytest.mark.parametrize(("token_count", "way"), [(1, "unsorted"), (4, "unsorted"), (1, "sorted"), (80, "sorted")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_by_codes(kind: str, token_count: int, dtype: torch.dtype) -> None:
+def test_experts_by_codes(
+    kind: str, token_count: int, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let(way, monkeypatch)
     module, x = quantised_experts(kind, dtype), guarded(token_count, 48, dtype=dtype, seed=3)
     chosen, weights = choices(token_count, 2, 4), guarded(token_count, 2, dtype=torch.float32, seed=4)
     with ops.plain():
@@ -429,6 +432,7 @@ def test_experts_by_codes(kind: str, token_count: int, dtype: torch.dtype) -> No
 
 def test_many_choices_are_sorted_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """One more than are compared with one another, and the same number."""
+    let("sorted", monkeypatch)
     monkeypatch.setattr(moe, "MOST_SORTED", 8)
     module, sorted_by = routed(3, 4, 2, torch.float32), []
     for name, function in (("sort_launch", moe.sort_launch), ("sort_by_expert", moe.sort_by_expert)):
@@ -486,11 +490,6 @@ WEIGHTS = {  # inputs that share a scale: all; fewer than a tile has, not as man
 }
 
 
-def as_taken(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """Rows as the launch takes them for this weight, between bands of NaN."""
-    return between(quantized.even_before_odd(x)) if weight.kind == "int4" else x
-
-
 @both
 @pytest.mark.parametrize("rows", [1, 3, 70])
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -499,8 +498,10 @@ def test_quantized_product(name: str, rows: int, dtype: torch.dtype) -> None:
     weight, x = quantised(kind, outputs, inputs, group=group, dtype=dtype), guarded(rows, inputs, dtype=dtype)
     expected = (x.double() @ weight.dense().double().T).to(dtype)
     parts = weight.codes, weight.scales, weight.group
-    assert_near([quantized.quantized_product_launch(as_taken(x, weight), *parts)], [expected])
+    assert_near([quantized.quantized_product_launch(x, *parts)], [expected])
     assert_near([operators.quantized_product(x, *parts)], [expected])
+    if few_rows.Matrices(*parts).fits:
+        assert_near([few_rows.product_launch(x, few_rows.Matrices(*parts))], [expected])
 
 
 @both
@@ -514,7 +515,7 @@ def test_grouped_quantized_product(name: str, sizes: list[int], dtype: torch.dty
     chosen = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     expected = torch.einsum("ri,roi->ro", x.double(), weight.dense().double()[chosen]).to(dtype)
     parts = weight.codes, weight.scales, weight.group, ends
-    assert_near([quantized.quantized_product_launch(as_taken(x, weight), *parts)], [expected])
+    assert_near([quantized.quantized_product_launch(x, *parts)], [expected])
     assert_near([operators.quantized_product(x, *parts)], [expected])
 
 
@@ -531,15 +532,24 @@ def test_quantized_product_of_tokens_that_chose(name: str, token_count: int, dty
     expert = torch.repeat_interleave(torch.arange(3), ends.diff(prepend=torch.zeros(1, dtype=torch.int32)))
     expected = torch.einsum("ri,roi->ro", x[order // 2].double(), weight.dense().double()[expert]).to(dtype)
     parts = weight.codes, weight.scales, weight.group, ends
-    actual = quantized.quantized_product_launch(as_taken(x, weight), *parts, between(order.int(), 10**6), 2)
+    actual = quantized.quantized_product_launch(x, *parts, between(order.int(), 10**6), 2)
     assert_near([actual], [expected])
 
 
-def test_elements_at_even_places_come_first() -> None:
-    assert quantized.even_before_odd(torch.arange(12.0).view(2, 6)).tolist() == [
-        [0, 2, 4, 1, 3, 5],
-        [6, 8, 10, 7, 9, 11],
-    ]
+@both
+@pytest.mark.parametrize("stack", [(), (3,), (0,)])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_codes_are_written_out_as_by_the_definition(name: str, stack: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Bit for bit: a code is exact, and its product with a scale is rounded once."""
+    kind, outputs, inputs, group = WEIGHTS[name]
+    weight = quantised(kind, *stack, outputs, inputs, group=group, dtype=dtype)
+    parts = weight.codes, weight.scales, weight.group, dtype
+    with ops.plain():
+        expected = dense_weight(*parts)
+    assert torch.equal(quantized.dense_launch(*parts), expected)
+    with ops.watch() as made:
+        assert torch.equal(weight.dense(), expected)
+    assert [choice.way for choice in made] == ["triton dense"]
 
 
 def test_codes_of_experts_without_rows_are_not_read() -> None:
@@ -548,7 +558,7 @@ def test_codes_of_experts_without_rows_are_not_read() -> None:
     weight.scales[1:3] = float("nan")
     ends = torch.tensor([2, 2, 2, 3], dtype=torch.int32)
     parts = weight.codes, weight.scales, weight.group, ends
-    assert quantized.quantized_product_launch(as_taken(x, weight), *parts).isfinite().all()
+    assert quantized.quantized_product_launch(x, *parts).isfinite().all()
 
 
 def records_of(
@@ -716,6 +726,10 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "quantized_product of groups": (
             named.quantized_product.default,
             (normal(5, 8), torch.arange(84).view(3, 7, 4).byte(), normal(3, 7, 2), 4, torch.tensor([2, 2, 5]).int()),
+        ),
+        "dense_weight": (
+            named.dense_weight.default,
+            (torch.arange(28).view(7, 4).byte(), normal(7, 2), 4, torch.float16),
         ),
         "routed_experts": (
             named.routed_experts.default,
@@ -891,15 +905,31 @@ def multiply_codes(module: Any) -> None:
     module.quantized_product_launch(x, weight.codes, weight.scales, weight.group)
 
 
+def multiply_few(module: Any) -> None:
+    x, weight = guarded(3, 37, dtype=torch.float32), quantised("int8", 67, 37, dtype=torch.float32)
+    module.product_launch(x, module.Matrices(weight.codes, weight.scales, weight.group))
+
+
+def choose_odd(module: Any) -> None:
+    x, weights = guarded(3, 10, dtype=torch.float32), guarded(3, 2, dtype=torch.float32, seed=1)
+    stacks = (module.Matrices(guarded(3, *shape, dtype=torch.float32)) for shape in ((14, 10), (10, 7)))
+    module.experts_launch(x, *stacks, torch.tensor([[2, 0], [1, 2], [0, 1]]), weights)
+
+
+def write_out(module: Any) -> None:
+    weight = quantised("int8", 67, 37, dtype=torch.float32)
+    module.dense_launch(weight.codes, weight.scales, weight.group, torch.float32)
+
+
 WRONG = {
     "scales of the next inputs": ("scale + share, mask", "scale + (share + 1) % (inputs // shared), mask"),
     "scales of the next output": ("(column // SCALE_OUTPUTS)", "((column + 1) % outputs // SCALE_OUTPUTS)"),
+    "a scale for another share": ("tl.broadcast_to(factor[:, :, None], (COLUMNS, INPUTS // SHARED, SHARED))", "tl.trans(tl.broadcast_to(factor[:, :, None], (COLUMNS, INPUTS // SHARED, SHARED)), 0, 2, 1)"),
     "the upper half of a byte twice": ("byte & 15", "byte >> 4"),
     "the lower half of a byte twice": ("byte >> 4", "byte & 15"),
-    "elements at even places twice": ("tl.load(at + inputs // 2,", "tl.load(at,"),
-    "rows as they lie": ("x + (start // 2 + b)[None, :]", "x + (start + 2 * b)[None, :]"),
-    "a group off by a byte": ("code + (start // 2 + b)", "code + (start // 2 + b + (start > 0))"),
-    "elements of a group off by two": ("x + (start // 2 + b)", "x + (start // 2 + b - (start > 0))"),
+    "halves of a byte exchanged": ("tl.join((byte & 15).to(tl.int8) - 8, (byte >> 4).to(tl.int8) - 8)\n                right", "tl.join((byte >> 4).to(tl.int8) - 8, (byte & 15).to(tl.int8) - 8)\n                right"),
+    "a group off by a byte": ("tl.load(code + b, mask=real_column & (2 * b < inputs)", "tl.load(code + (b + 1) % (inputs // 2), mask=real_column & (2 * b < inputs)"),
+    "elements of a group off by two": ("tl.load(x + i,", "tl.load(x + (i + 2) % inputs,"),
     "the next row's codes": ("column[:, None].to(tl.int64) * codes_output", "(column[:, None] + 1) % outputs * codes_output"),
 }  # fmt: skip
 
@@ -909,9 +939,9 @@ def test_a_wrong_code_or_scale_shows_in_the_product(fault: str, tmp_path: Path) 
     weight, x = quantised("int4", 9, 24, group=8, dtype=torch.float32), guarded(2, 24, dtype=torch.float32)
     expected = (x.double() @ weight.dense().double().T).float()
     faulty, parts = altered(quantized, *WRONG[fault], tmp_path), (weight.codes, weight.scales, weight.group)
-    assert_near([quantized.quantized_product_launch(as_taken(x, weight), *parts)], [expected])
+    assert_near([quantized.quantized_product_launch(x, *parts)], [expected])
     with pytest.raises(AssertionError):
-        assert_near([faulty.quantized_product_launch(as_taken(x, weight), *parts)], [expected])
+        assert_near([faulty.quantized_product_launch(x, *parts)], [expected])
 
 
 def sort(module: Any) -> None:
@@ -924,7 +954,6 @@ def gate(module: Any) -> None:
     left, right = together.chunk(2, dim=-1)
     expected = F.silu(left) * right
     assert_near([module.swiglu_launch(together)], [expected])
-    assert_near([module.swiglu_launch(together, apart=True)], [quantized.even_before_odd(expected)])
 
 
 def add_up(module: Any) -> None:
@@ -938,6 +967,19 @@ def multiply_choices(module: Any) -> None:
     order, ends = torch.tensor([5, 0, 2, 1, 3, 4], dtype=torch.int32), torch.tensor([2, 6], dtype=torch.int32)
     expected = products.grouped_product(rows[order // 2], weights, ends)
     assert_near([module.grouped_product_launch(rows, weights, ends, order, 2)], [expected])
+
+
+def choose(module: Any) -> None:
+    """Of 3 experts in 4 bits, the width greater than a tile's."""
+    x, weights = guarded(3, 96, dtype=torch.float32), guarded(3, 2, dtype=torch.float32, seed=1)
+    chosen = torch.tensor([[2, 0], [1, 2], [0, 1]])
+    held = [quantised("int4", 3, *shape, group=8, dtype=torch.float32) for shape in ((32, 96), (96, 16))]
+    both = (weight.dense() for weight in held)
+    with ops.plain():
+        expected = experts_with(*both).requires_grad_(False)(x, chosen, weights)
+    stacks = (module.Matrices(weight.codes, weight.scales, weight.group) for weight in held)
+    with patch.dict(module.TILES, int4=few_rows.Tile(4, 64, 4, 1)):
+        assert_near([module.experts_launch(x, *stacks, chosen, weights)], [expected])
 
 
 def assert_near_or_equal(found: Any, expected: Any) -> None:
@@ -954,7 +996,15 @@ WRONG_EXPERTS: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
     "nothing for no choice": (moe, sort, "mask=j < count, other=experts", "mask=j < count, other=0"),
     "gates and ups exchanged": (moe, gate, "gate = tl.load(place,", "gate = tl.load(place + wide,"),
     "no sigmoid": (moe, gate, "gate / (1 + tl.exp(-gate))", "gate"),
-    "odd places first": (moe, gate, "column // 2 + (column % 2)", "column // 2 + (1 - column % 2)"),
+    "gates and ups of one column": (few_rows, choose, "codes, scales, expert, wide + column,", "codes, scales, expert, column,"),
+    "the first expert for all": (few_rows, choose, "expert * codes_group", "0 * codes_group"),
+    "the first expert's scales": (few_rows, choose, "expert * scales_group", "0 * scales_group"),
+    "the next choice's weight": (few_rows, choose, "tl.load(weights + at)", "tl.load(weights + token * TOP_K + (choice + 1) % TOP_K)"),
+    "a choice for a token there": (few_rows, choose, "x + choice // TOP_K * x_token", "x + choice % 3 * x_token"),
+    "the first inputs alone": (few_rows, choose, "tl.range(0, inputs, INPUTS,", "tl.range(0, INPUTS, INPUTS,"),
+    "halves of a byte exchanged": (few_rows, choose, "even, odd = tl.split", "odd, even = tl.split"),
+    "scales of the next inputs": (few_rows, choose, "share = first // SHARED + tl", "share = first // SHARED + 1 + tl"),
+    "no sigmoid there": (few_rows, choose, "gate / (1 + tl.exp(-gate))", "gate"),
     "the next token's weights": (moe, add_up, "weights + token * TOP_K", "weights + (token + 1) % 3 * TOP_K"),
     "the first place for all": (moe, add_up, "places + token * TOP_K + choice", "places + token * TOP_K"),
     "rows as they lie": (experts, multiply_choices, "rows + source[:, None]", "rows + row[:, None]"),
@@ -1022,8 +1072,12 @@ LOST: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
     "rows of a product of choices": (
         experts, launch_only(multiply_choices), "mask=(row < end)[:, None] & (column < outputs)[None, :]", "mask=(column < outputs)[None, :]",
     ),
-    "rows of codes": (quantized, multiply_codes, "mask=real_row & real_column[None, :],\n        )", "mask=real_column[None, :],\n        )"),
-    "columns of codes": (quantized, multiply_codes, "mask=real_row & real_column[None, :],\n        )", "mask=real_row,\n        )"),
+    "rows of codes": (quantized, multiply_codes, "mask=real_row & (column < outputs)[None, :],\n        )", "mask=(column < outputs)[None, :],\n        )"),
+    "columns of few rows": (few_rows, multiply_few, "out.dtype.element_ty), mask=column < outputs)", "out.dtype.element_ty))"),
+    "gated at once": (few_rows, launch_only(choose_odd), ".to(kind), mask=column < wide)", ".to(kind))"),
+    "added at once": (few_rows, launch_only(choose_odd), "element_ty), mask=column < hidden)", "element_ty))"),
+    "written out": (quantized, write_out, "element_ty), mask=real)", "element_ty))"),
+    "columns of codes": (quantized, multiply_codes, "mask=real_row & (column < outputs)[None, :],\n        )", "mask=real_row,\n        )"),
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from dsv2_ref.fast.triton import (
     LARGEST_ROPE,
     decode,
     experts,
+    few_rows,
     moe,
     norm,
     operators,
@@ -103,11 +104,15 @@ def test_machine_code_fits_the_gpu_and_spills_nothing(kernel: str, heads: int, c
     assert 0 < found.registers <= 255
 
 
-def tile_of(rows: int, shared: int = 0) -> dict[str, int]:
-    """The tile and options of a product of so many rows of a group in half precision, by codes if inputs share a scale."""
-    sizes = quantized.tile_sizes(rows, 1, 2, shared) if shared else experts.tile_sizes(rows, 1, 2)
-    options = quantized.options(sizes[0], 2) if shared else {"num_warps": experts.warps(sizes[0])}
-    return dict(zip(("ROWS", "COLUMNS", "INPUTS"), sizes, strict=True)) | options
+def tile_of(rows: int, kind: str = "", shared: int = 0) -> dict[str, int]:
+    """The tile and options of a product of so many rows of a group in half precision, by codes of a kind of which so many
+    inputs share a scale."""
+    if not kind:
+        tall, wide, deep = experts.tile_sizes(rows, 1, 2)
+        return {"ROWS": tall, "COLUMNS": wide, "INPUTS": deep, "num_warps": experts.warps(tall)}
+    tile, whole = quantized.tile_of(kind, rows, 1, 2, shared)
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": tile.inputs, "SHARED": whole}
+    return sizes | {"STAGES": tile.stages, "num_warps": tile.warps}
 
 
 VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
@@ -121,16 +126,19 @@ VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     "few tokens' choices": ("grouped_product", tile_of(8) | {"TOP_K": 6}),
     "some tokens' choices": ("grouped_product", tile_of(64) | {"TOP_K": 6}),
     "many tokens' choices": ("grouped_product", {"TOP_K": 6}),
-    "few rows by codes": ("quantized_product, int8", tile_of(8, 5120)),
-    "few rows by nibbles": ("quantized_product, int4", tile_of(8, 64)),
-    "few rows by float8": ("quantized_product, fp8", tile_of(8, 128)),
-    "few tokens' choices by codes": ("quantized_product, int8", tile_of(8, 5120) | {"TOP_K": 6}),
-    "few tokens' choices by nibbles": ("quantized_product, int4", tile_of(8, 64) | {"TOP_K": 6}),
+    "few rows by codes": ("quantized_product, int8", tile_of(8, "int8", 5120)),
+    "few rows by nibbles": ("quantized_product, int4", tile_of(8, "int4", 64)),
+    "few rows by float8": ("quantized_product, fp8", tile_of(8, "fp8", 128)),
+    "few tokens' choices by codes": ("quantized_product, int8", tile_of(8, "int8", 5120) | {"TOP_K": 6}),
+    "few tokens' choices by nibbles": ("quantized_product, int4", tile_of(8, "int4", 64) | {"TOP_K": 6}),
     "many tokens' choices by nibbles": ("quantized_product, int4", {"TOP_K": 6}),
     "one matrix of codes": ("quantized_product, int8", {"GROUPED": False, "GROUPS": 1}),
-    "nibbles in small groups": ("quantized_product, int4", tile_of(100, 4)),
-    "few rows by nibbles in small groups": ("quantized_product, int4", tile_of(8, 4)),
-    "gates and ups apart": ("swiglu", {"APART": True}),
+    "nibbles in small groups": ("quantized_product, int4", tile_of(100, "int4", 4)),
+    "few rows by nibbles in small groups": ("quantized_product, int4", tile_of(8, "int4", 4)),
+    "nibbles in groups that no tile has whole": ("quantized_product, int4", tile_of(100, "int4", 48)),
+    "few rows by nibbles in such groups": ("quantized_product, int4", tile_of(8, "int4", 48)),
+    "one token's choices by nibbles in small groups": ("gate_up, int4", {"SHARED": 4}),
+    "one token's choices by nibbles in large groups": ("down, int4", {"SHARED": 1024}),
     "eight choices of a token": ("combine", {"TOP_K": 8}),
     "records, one new token": ("mla_partial, fp8", {"seq": 1, "HAS_PADDING": False}),
     "records, one share": ("mla_partial, fp8", {"ONE_SHARE": True}),
@@ -138,11 +146,6 @@ VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
     "records, a latent of one tile": ("mla_partial, fp8", {"TILE": 512}),
     "weights transposed, as in the backward pass": ("grouped_product", {"weight_output": 1, "weight_input": 1536}),
 }
-
-
-def test_small_groups_of_nibbles_are_half_a_tile() -> None:
-    """Which the tensor cores take from 16 inputs on: so many lie in either half of 32."""
-    assert tile_of(100, 4)["INPUTS"] == tile_of(8, 4)["INPUTS"] == 32
 
 
 @needs_triton
@@ -266,7 +269,7 @@ def test_constants_that_a_kernel_does_not_have_are_refused(capsys: pytest.Captur
 # Launches: what the kernels are started with, where, and what the host does before
 
 
-MODULES = (norm, rotate, decode, experts, quantized, moe)
+MODULES = (norm, rotate, decode, experts, quantized, few_rows, moe)
 
 
 @pytest.fixture
@@ -327,8 +330,17 @@ def launch_all(itemsize: int) -> None:
         cache = empty(2, 900, 656, dtype=torch.uint8)
         decode.mla_records_launch(query, cache[:, :870], record, 0.1, padding)
     for kind in KINDS:
-        weight = QuantizedWeight(kind, (160, 3072, 5120), 64, x.dtype, x.device)
+        weight, down = (
+            QuantizedWeight(kind, shape, 64, x.dtype, x.device) for shape in ((160, 3072, 5120), (160, 5120, 1536))
+        )
         quantized.quantized_product_launch(rows, weight.codes, weight.scales, weight.group, ends)
+        quantized.dense_launch(weight.codes, weight.scales, weight.group, x.dtype)
+        stacks = [few_rows.Matrices(held.codes, held.scales, held.group) for held in (weight, down)]
+        few_rows.experts_launch(x, *stacks, chosen[:3], empty(3, 6, dtype=torch.float32))
+        few_rows.product_launch(x, few_rows.Matrices(weight.codes[0], weight.scales[0], weight.group))
+    few_rows.product_launch(x, few_rows.Matrices(empty(700, 5120)))
+    plain = few_rows.Matrices(empty(160, 3072, 5120)), few_rows.Matrices(empty(160, 5120, 1536))
+    few_rows.experts_launch(x, *plain, chosen[:3], empty(3, 6, dtype=torch.float32))
 
 
 @needs_triton
@@ -359,7 +371,10 @@ def run_experts(watch: Watch, tokens: int, dtype: torch.dtype, width: int = 16) 
 
 
 FEW = {"sort", "grouped_product", "swiglu", "combine"}
-"""Kernels of the experts of few tokens."""
+"""Kernels of the experts of few tokens, sorted."""
+
+UNSORTED = {"gate_up", "down"}
+"""Kernels of so few that none is sorted."""
 
 
 @needs_triton
@@ -367,8 +382,9 @@ FEW = {"sort", "grouped_product", "swiglu", "combine"}
 @pytest.mark.parametrize(
     ("generation", "tokens", "dtype", "kernels"),
     [
-        (8, 1, torch.bfloat16, FEW),
-        (9, 1, torch.bfloat16, FEW),
+        (8, 1, torch.bfloat16, UNSORTED),
+        (9, 2, torch.bfloat16, UNSORTED),
+        (9, 3, torch.bfloat16, FEW),
         (9, 192, torch.bfloat16, FEW),
         (9, 193, torch.bfloat16, FEW - {"grouped_product"}),
         (10, 65, torch.bfloat16, FEW - {"grouped_product"}),

@@ -108,13 +108,20 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, An
         {"choices": "*i64", "order": "*i32", "group_ends": "*i32", "places": "*i32"}, {"BLOCK": 64}, {"num_warps": 4},
     ),
     "swiglu": (
-        "moe", "swiglu_kernel", {"both": "*x", "out": "*x"}, {"APART": False, "COLUMNS": 1024}, {"num_warps": 4}
+        "moe", "swiglu_kernel", {"both": "*x", "out": "*x"}, {"COLUMNS": 1024}, {"num_warps": 4}
     ),
     "combine": (
         "moe", "combine_kernel",
         {"sorted_out": "*x", "places": "*i32", "weights": "*fp32", "out": "*x"},
         {"TOP_K": 6, "COLUMNS": 1024}, {"num_warps": 4},
     ),
+    **{
+        f"dense, {kind}": (
+            "quantized", "dense_kernel", {"codes": codes, "scales": scales, "out": "*x"},
+            {"KIND": kind, "SCALE_OUTPUTS": 128 if kind == "fp8" else 1}, {"num_warps": 4},
+        )
+        for kind, codes, scales in (("int8", "*i8", "*x"), ("int4", "*u8", "*x"), ("fp8", "*u8", "*fp32"))
+    },
     **{
         f"quantized_product, {kind}": (
             "quantized", "quantized_product_kernel",
@@ -123,6 +130,17 @@ _KERNELS: dict[str, tuple[str, str, dict[str, str], dict[str, Any], dict[str, An
             | {"TOP_K": 0}, {},
         )
         for kind, codes, scales in (("int8", "*i8", "*x"), ("int4", "*u8", "*x"), ("fp8", "*u8", "*fp32"))
+    },
+    **{
+        f"{name}{', ' * bool(kind)}{kind}": (
+            "few_rows", f"{name}_kernel",
+            {"x": "*x", "rows": "*x", "codes": codes, "scales": scales, "choices": "*i64", "weights": "*fp32", "out": "*x"},
+            {"KIND": kind, "SHARED": {"int4": 64, "fp8": 128}.get(kind, 0), "TOP_K": 6}, {},
+        )
+        for name in ("rows", "gate_up", "down")
+        for kind, codes, scales in (
+            ("", "*x", "*x"), ("int8", "*i8", "*x"), ("int4", "*u8", "*x"), ("fp8", "*u8", "*fp32")
+        )
     },
 }  # fmt: skip
 
@@ -142,7 +160,7 @@ def launched_with(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants and options of a kernel as it is launched at the sizes of DeepSeek-V2, for elements of ``itemsize``
     bytes on a GPU of that generation; the decoding kernel for one query of so many heads."""
-    place, _, _, fixed, options = _KERNELS[kernel]
+    place, function, _, fixed, options = _KERNELS[kernel]
     module = importlib.import_module(f"dsv2_ref.fast.triton.{place}")
     fixed, options = dict(fixed), dict(options)
     if kernel.startswith("mla_partial"):
@@ -155,8 +173,17 @@ def launched_with(
         options["num_warps"] = module.warps(fixed["ROWS"])
     if kernel.startswith("quantized_product"):
         shared = {"int8": 5120, "int4": 64, "fp8": 128}[fixed["KIND"]]
-        fixed |= zip(("ROWS", "COLUMNS", "INPUTS"), module.tile_sizes(2**20, 1, itemsize, shared), strict=True)
-        options |= module.options(fixed["ROWS"], itemsize)
+        tile, fixed["SHARED"] = module.tile_of(fixed["KIND"], 2**20, 1, itemsize, shared)
+        fixed |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "INPUTS": tile.inputs, "STAGES": tile.stages}
+        options["num_warps"] = tile.warps
+    if kernel.startswith("dense"):
+        fixed |= module.DENSE_TILE
+    if place == "few_rows":
+        tile = module.TILES[fixed["KIND"]]
+        fixed |= {"COLUMNS": tile.columns, "INPUTS": tile.inputs, "STAGES": tile.stages}
+        options["num_warps"] = tile.warps
+        if function == "rows_kernel":
+            del fixed["TOP_K"]
     return fixed, options
 
 
@@ -226,19 +253,19 @@ def _constant(text: str) -> tuple[str, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table of `resources`, and return 0, or 1 if anything does not fit or spills more than `MOST_SPILLED`."""
     parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=main.__doc__)
-    parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
+    parser.add_argument("--kernel", choices=KERNELS, nargs="+", metavar="NAME", help="some kernels instead of all")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
         "--set", type=_constant, action="append", default=[], metavar="NAME=SIZE", help="a block size, or num_warps"
     )
     parser.add_argument("--heads", type=int, default=128, help="of the decoding kernel, by which its tile is chosen")
     chosen = parser.parse_args(arguments)
-    if chosen.set and chosen.kernel is None:
+    if chosen.set and len(chosen.kernel or ()) != 1:
         parser.error("--set is for one kernel: say which with --kernel")
     print(f"{chosen.dtype:26}{'registers':>10}{'spilled':>9}{'shared':>9}{'at once':>9}")
     good = True
     some = [kernel for kernel in KERNELS if chosen.dtype != "fp32" or kernel not in HALF_ONLY]
-    for kernel in some if chosen.kernel is None else (chosen.kernel,):
+    for kernel in chosen.kernel or some:
         for capability in SHARED_BYTES:
             found = resources(kernel, capability, chosen.dtype, chosen.heads, **dict(chosen.set))
             good = good and found.fits and found.stack <= MOST_SPILLED

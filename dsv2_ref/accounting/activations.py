@@ -6,9 +6,10 @@ the Triton kernels; the fused attention of torch does, which never writes its sc
 ``sdpa``. This differs only for several queries over a cache, where ``sdpa`` makes a mask that flash-attn does not need.
 
 Not counted: weights and their gradients, the optimizer, the input of a layer, the cache, the loss and its gradient, and
-what an operation uses inside its own kernel. A sum of gradients counts as a new tensor, as it is where operations are
-watched; autograd alone may add in place, and then needs less. A matrix that is both embedding and head has two gradients
-to add, of which one and the sum count here.
+what an operation uses inside its own kernel: the most on CUDA is the softmax's gradient in ``eager``, which holds the
+product of its two inputs, as large as the scores in float32. A sum of gradients counts as a new tensor, as it is where
+operations are watched; autograd alone may add in place, and then needs less. A matrix that is both embedding and head
+has two gradients to add, of which one and the sum count here.
 
 All layers of a kind cost the same, so one of each kind is run: a model of any depth takes as long as a model of two.
 """

@@ -5,11 +5,13 @@ for the kernels.
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.functional import silu
 
 from dsv2_ref import DeepseekV2RMSNorm, ops
 from dsv2_ref.attention import attend
@@ -84,6 +86,28 @@ def by_codes(rows: Tensor, weight: QuantizedWeight, group_ends: Tensor | None = 
     if group_ends is None:
         return quantized_product(rows, weight)
     return grouped_product_definition(rows, weight.dense(), group_ends)
+
+
+def experts_definition(x: Tensor, gate_up: Tensor, down: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
+    out = []
+    for token, chosen, weights in zip(x, topk_idx, topk_weight, strict=True):
+        gate, up = (gate_up[chosen] @ token).chunk(2, dim=-1)
+        out.append(weights.to(x.dtype) @ torch.einsum("khw,kw->kh", down[chosen], silu(gate) * up))
+    return torch.stack(out)
+
+
+def routed_experts(x: Tensor, stacks: list[QuantizedWeight | Tensor], topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
+    """By the kernels, of weights as they are or by codes, or by the definition."""
+    first, second = stacks
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        kernel: Any = operators.routed_experts
+    else:
+        kernel = operators.quantized_experts
+    if ON_GPU:
+        out: Tensor = kernel(x, first, second, topk_idx, topk_weight)
+        return out
+    dense = (stack if isinstance(stack, Tensor) else stack.dense() for stack in stacks)
+    return experts_definition(x, *dense, topk_idx, topk_weight)
 
 
 grouped_product = products._grouped_product

@@ -19,6 +19,7 @@ from tests.cuda.place import (
     by_codes,
     device_needed,
     every_dtype,
+    experts_definition,
     fused_only,
     grouped_product,
     grouped_product_definition,
@@ -30,6 +31,7 @@ from tests.cuda.place import (
     quantised,
     rotate,
     rotate_interleaved,
+    routed_experts,
 )
 
 pytestmark = [device_needed, fused_only, pytest.mark.usefixtures("as_shipped")]
@@ -127,11 +129,36 @@ def test_mla_decode_of_records(batch: int, heads: int, kv_seq: int, seq: int, fo
 
 @every_dtype
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [1, 17, 700])
+@pytest.mark.parametrize("rows", [1, 4, 17, 700])
 def test_quantised_product(rows: int, kind: str, dtype: torch.dtype) -> None:
     weight, x = quantised(kind, 1000, 1536, dtype=dtype), normal(rows, 1536, dtype=dtype)
     expected = x.double() @ weight.dense().double().T
     assert_near(by_codes(x.to(DEVICE), weight.to(DEVICE)), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_written_out(kind: str, dtype: torch.dtype) -> None:
+    """Bit for bit as on the CPU: a code is exact, and its product with a scale is rounded once."""
+    weight = quantised(kind, 3, 1000, 1536, dtype=dtype)
+    assert torch.equal(weight.to(DEVICE).dense().cpu(), quantised(kind, 3, 1000, 1536, dtype=dtype).dense())
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["", *KINDS])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16, 90])
+def test_routed_experts(tokens: int, kind: str, dtype: torch.dtype) -> None:
+    """Few tokens choice by choice, more of them sorted by their experts."""
+    shapes = ((16, 2 * 448, 512), (16, 512, 448))
+    weights = [quantised(kind or "int8", *shape, dtype=dtype) for shape in shapes]
+    x, chosen = normal(tokens, 512, dtype=dtype), torch.rand(tokens, 16).topk(6).indices
+    share = torch.rand(tokens, 6, generator=torch.Generator().manual_seed(2))
+    for weight in weights:
+        weight.scales.mul_(0.05)
+    written = [weight.dense() for weight in weights]
+    expected = experts_definition(x.double(), *(stack.double() for stack in written), chosen, share)
+    stacks = [weight.to(DEVICE) for weight in (weights if kind else written)]
+    assert_near(routed_experts(x.to(DEVICE), stacks, chosen.to(DEVICE), share.to(DEVICE)), expected)
 
 
 @every_dtype

@@ -263,7 +263,8 @@ def test_memory_is_what_is_counted(kernel: str, training: bool) -> None:
     """Without fused kernels. Every tensor takes a multiple of 512 bytes; 5 % are for that and for products' workspaces.
 
     The backward pass also makes the gradients of the weights, one after the other: between none and all of them exist
-    at the peak.
+    at the peak. And on CUDA torch's gradient of the softmax, where the definition's attention has its peak, holds the
+    product of its two inputs, as large as the scores in float32, while it runs.
     """
     config = replace(DeepseekV2Config.deepseek_v2_lite(), _attn_implementation=kernel, mla_form="expanded")
     layer = DeepseekV2DecoderLayer(config, 1).to(DEVICE, HALF).train(training)
@@ -286,9 +287,8 @@ def test_memory_is_what_is_counted(kernel: str, training: bool) -> None:
     call = acc.Call(batch=1, seq=2048, kv=2048, form="expanded")
     counted = acc.activation_peak(config, call, 1, training)
     gradients = sum(p.nbytes for p in layer.parameters()) if training else 0
-    # The definition's attention in training took 1.20 times what is counted on an H100 (torch 2.11); why was not found.
-    most = 1.25 if training and kernel == "eager" else 1.05
-    assert taken <= most * counted + gradients
+    inside = config.num_attention_heads * 2048**2 * 4 if training and kernel == "eager" else 0
+    assert taken <= 1.05 * counted + gradients + inside
     assert (
         taken >= 0.95 * counted or kernel == "sdpa"
     )  # a GPU's own fused attention may need less than torch's on a CPU

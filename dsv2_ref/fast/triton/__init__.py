@@ -22,7 +22,7 @@ from dsv2_ref.fast.triton.plan import INTERPRETED
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
 from dsv2_ref.moe import RoutedExperts
-from dsv2_ref.quantized import QuantizedWeight, quantized_product
+from dsv2_ref.quantized import QuantizedWeight, dense_weight, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import QuantizedLatentCache, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
@@ -38,6 +38,7 @@ LARGEST_ROW = 8192  # features of a norm with a gradient: more do not fit the re
 # a sequence, as keys that causal order hides are read, too; and sequences, by the second axis of a launch.
 LARGEST_LATENT, LARGEST_ROPE, DECODED_AT_ONCE, MOST_SEQUENCES = 512, 64, 8, 2**16 - 1
 
+MOST_MATRICES = 2**16 - 1  # that are written out, by the third axis of a launch
 MOST_CHOICES = 2**21  # of quantised experts: half of the tiles of 64 rows that a launch's second axis takes
 
 
@@ -207,6 +208,19 @@ def _quantized_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) 
     flat = rows.reshape(-1, rows.shape[-1])
     out = operators.quantized_product(flat, weight.codes[place], weight.scales[place], weight.group)
     return out.view(*rows.shape[:-1], -1)
+
+
+def _not_dense(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> str:
+    if dtype not in HALF_AND_SINGLE:
+        return f"not for {dtype}"
+    if codes[..., 0, 0].numel() > MOST_MATRICES:
+        return f"for up to {MOST_MATRICES} matrices"
+    return cannot_run(codes.device) if codes.device == scales.device else "not all on one GPU"
+
+
+@ops.faster(dense_weight, "triton dense", device=DEVICE, why_not=_not_dense)
+def _dense_weight(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    return operators.dense_weight(codes, scales, group, dtype)
 
 
 def _not_the_routed(experts: RoutedExperts, hidden_states: Tensor, *_: Tensor) -> str:

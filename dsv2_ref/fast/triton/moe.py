@@ -1,7 +1,8 @@
 """The routed experts of a few tokens in five launches: sort the choices by expert, multiply, SwiGLU, multiply, add up.
 
-On an H100 the two products of one token of V2-Lite take 58 µs, and torch's operations around them, some forty on a few
-rows, take twice as long. Here one kernel each sorts, computes SwiGLU and adds, and the first product gathers its rows.
+Of so few rows torch's operations around the two products, some forty, take longer than the products. Here one kernel each
+sorts, computes SwiGLU and adds, and the first product gathers its rows. For one or two tokens see
+`dsv2_ref.fast.triton.few_rows`.
 
 Source: the definition, `RoutedExperts.forward`.
 """
@@ -39,17 +40,15 @@ def sort_kernel(choices, order, group_ends, places, count, experts, BLOCK: tl.co
 
 
 @jit
-def swiglu_kernel(both, out, wide, both_stride, APART: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program: silu(gate) · up of one row, gates before ups, rounded twice as torch rounds it. APART: elements at even
-    places first, then those at odd ones."""
+def swiglu_kernel(both, out, wide, both_stride, COLUMNS: tl.constexpr):
+    """A program: silu(gate) · up of one row, gates before ups, rounded twice as torch rounds it."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     place = both + row * both_stride + column
     gate = tl.load(place, mask=column < wide, other=0.0).to(tl.float32)
     up = tl.load(place + wide, mask=column < wide, other=0.0)
     silu = (gate / (1 + tl.exp(-gate))).to(up.dtype).to(tl.float32)
-    to = column // 2 + (column % 2) * (wide // 2) if APART else column
-    tl.store(out + row * wide + to, (silu * up.to(tl.float32)).to(up.dtype), mask=column < wide)
+    tl.store(out + row * wide + column, (silu * up.to(tl.float32)).to(up.dtype), mask=column < wide)
 
 
 @jit
@@ -78,16 +77,15 @@ def sort_launch(
     return order.view(-1), group_ends, places
 
 
-def swiglu_launch(both: Float[Tensor, "rows twice_wide"], apart: bool = False) -> Float[Tensor, "rows wide"]:
-    """``silu(gate) * up`` of rows that hold gates before ups, in one kernel; ``apart`` as `quantized_product_launch` takes
-    rows for ``int4``."""
+def swiglu_launch(both: Float[Tensor, "rows twice_wide"]) -> Float[Tensor, "rows wide"]:
+    """``silu(gate) * up`` of rows that hold gates before ups, in one kernel."""
     wide = both.shape[1] // 2
     out = torch.empty(len(both), wide, dtype=both.dtype, device=both.device)
     if out.numel():
         columns = min(1024, power_of_two(wide))
         with torch.cuda.device_of(out):
             swiglu_kernel[(len(both), -(-wide // columns))](
-                both, out, wide, both.stride(0), APART=apart, COLUMNS=columns, num_warps=4
+                both, out, wide, both.stride(0), COLUMNS=columns, num_warps=4
             )
     return out
 
@@ -117,16 +115,15 @@ def experts_launch(
     experts: int,
     first: Callable[..., Tensor],
     second: Callable[..., Tensor],
-    apart: bool = False,
 ) -> Float[Tensor, "tokens hidden"]:
     """The experts of every token. ``first(rows, group_ends, order, top_k)`` multiplies the gathered rows by gates and ups,
-    ``second(rows, group_ends)`` the rest, whose rows lie ``apart`` if it says so."""
+    ``second(rows, group_ends)`` the rest."""
     choices, top_k = topk_idx.numel(), topk_idx.shape[1]
     if choices <= MOST_SORTED:
         order, group_ends, places = sort_launch(topk_idx, experts)
     else:
         order, group_ends, places = sort_by_expert(topk_idx, experts)
     both = first(hidden_states, group_ends, order, top_k)
-    sorted_out = second(swiglu_launch(both, apart), group_ends)
+    sorted_out = second(swiglu_launch(both), group_ends)
     del both  # not alive beside the sums
     return combine_launch(sorted_out, places, topk_weight)

@@ -112,10 +112,25 @@ def _no_gradients_of_products(ctx: Any, grad: Tensor) -> Any:
 
 @as_operator(lambda rows, codes, *_: rows.new_empty(rows.shape[0], codes.shape[-2]), _no_gradients_of_products)
 def _quantized_product(rows: Tensor, codes: Tensor, scales: Tensor, shared: int, group_ends: Tensor | None) -> Tensor:
-    from dsv2_ref.fast.triton.quantized import even_before_odd, quantized_product_launch
+    from dsv2_ref.fast.triton import few_rows
+    from dsv2_ref.fast.triton.quantized import quantized_product_launch
 
-    rows = even_before_odd(rows) if codes.dtype == torch.uint8 else rows
+    matrix = few_rows.Matrices(codes, scales, shared)
+    if group_ends is None and len(rows) <= few_rows.MOST_ROWS[matrix.kind] and matrix.fits:
+        return few_rows.product_launch(rows, matrix)
     return quantized_product_launch(rows, codes, scales, shared, group_ends)
+
+
+def _dense_fake(codes: Tensor, scales: Tensor, _: int, dtype: torch.dtype) -> Tensor:
+    inputs = codes.shape[-1] * (2 if codes.dtype == torch.uint8 else 1)
+    return scales.new_empty(*codes.shape[:-1], inputs, dtype=dtype)
+
+
+@as_operator(_dense_fake, _no_gradients_of_products)
+def _dense_weight(codes: Tensor, scales: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
+    from dsv2_ref.fast.triton.quantized import dense_launch
+
+    return dense_launch(codes, scales, shared, dtype)
 
 
 def _no_gradients_of_experts(ctx: Any, grad: Tensor) -> Any:
@@ -125,7 +140,11 @@ def _no_gradients_of_experts(ctx: Any, grad: Tensor) -> Any:
 @as_operator(lambda x, *_: x.new_empty(x.shape), _no_gradients_of_experts)
 def _routed_experts(x: Tensor, gate_up: Tensor, down: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
     from dsv2_ref.fast.products import _grouped_product
-    from dsv2_ref.fast.triton import experts, moe
+    from dsv2_ref.fast.triton import experts, few_rows, moe
+
+    stacks = few_rows.Matrices(gate_up), few_rows.Matrices(down)
+    if len(x) <= few_rows.MOST_TOKENS[""] and all(stack.fits for stack in stacks):
+        return few_rows.experts_launch(x, *stacks, topk_idx, topk_weight)
 
     def first(rows: Tensor, group_ends: Tensor, order: Tensor, top_k: int) -> Tensor:
         if experts.should_serve(rows, gate_up, len(order)):
@@ -143,19 +162,20 @@ def _quantized_experts(
     x: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor, down_scales: Tensor,
     shared: list[int], topk_idx: Tensor, topk_weight: Tensor,
 ) -> Tensor:  # fmt: skip
-    from dsv2_ref.fast.triton import moe
-    from dsv2_ref.fast.triton.quantized import even_before_odd, quantized_product_launch
+    from dsv2_ref.fast.triton import few_rows, moe
+    from dsv2_ref.fast.triton.quantized import quantized_product_launch
 
-    apart = down.dtype == torch.uint8
+    stacks = few_rows.Matrices(gate_up, gate_up_scales, shared[0]), few_rows.Matrices(down, down_scales, shared[1])
+    if len(x) <= few_rows.MOST_TOKENS[stacks[0].kind] and all(stack.fits for stack in stacks):
+        return few_rows.experts_launch(x, *stacks, topk_idx, topk_weight)
 
     def first(rows: Tensor, *choices: Any) -> Tensor:
-        rows = even_before_odd(rows) if apart else rows
         return quantized_product_launch(rows, gate_up, gate_up_scales, shared[0], *choices)
 
     def second(rows: Tensor, group_ends: Tensor) -> Tensor:
         return quantized_product_launch(rows, down, down_scales, shared[1], group_ends)
 
-    return moe.experts_launch(x, topk_idx, topk_weight, len(down), first, second, apart)
+    return moe.experts_launch(x, topk_idx, topk_weight, len(down), first, second)
 
 
 def rms_norm(
@@ -241,6 +261,16 @@ def quantized_product(
     return _quantized_product(rows, codes, scales, shared, group_ends)
 
 
+def dense_weight(
+    codes: Shaped[Tensor, "*stack outputs stored"],
+    scales: Float[Tensor, "*stack row_blocks column_blocks"],
+    shared: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*stack outputs inputs"]:
+    """The matrices that codes and scales of a `QuantizedWeight` stand for, in one pass over memory."""
+    return _dense_weight(codes, scales, shared, dtype)
+
+
 def routed_experts(
     x: Float[Tensor, "tokens hidden"],
     gate_up: Float[Tensor, "experts twice_wide hidden"],
@@ -248,7 +278,8 @@ def routed_experts(
     topk_idx: Int[Tensor, "tokens top_k"],
     topk_weight: Float[Tensor, "tokens top_k"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """Σ weight · expert(token) over a token's choices, as `RoutedExperts`; for few tokens in five launches.
+    """Σ weight · expert(token) over a token's choices, as `RoutedExperts`: of one or two tokens in two launches, and of some
+    more in five.
 
     Raises:
         RuntimeError: when a gradient is asked for.
