@@ -30,7 +30,7 @@ from dsv2_ref.fast.triton.language import triton as triton_itself
 from dsv2_ref.masks import Visibility
 from dsv2_ref.moe import DeepseekV2MoE
 from dsv2_ref.quantize import KINDS, quantize
-from dsv2_ref.quantized import QuantizedWeight, dense_weight
+from dsv2_ref.quantized import QuantizedWeight, dense_weight, quantized_product
 from dsv2_ref.records import Record
 from dsv2_ref.rope import rotate_interleaved
 from tests.peers import SMALL, experts_with, randomised, tokens
@@ -428,6 +428,49 @@ def test_experts_by_codes(
     with torch.no_grad(), ops.watch() as made:
         assert_near([module(x, chosen, weights)], [expected])
     assert [choice.way for choice in made] == ["triton grouped codes"]
+
+
+def test_a_choice_of_no_expert_adds_nothing() -> None:
+    """As in the definition; the matrices lie between bands of NaN."""
+    module, x = routed(4, 16, 7, torch.float32), guarded(2, 16, dtype=torch.float32, seed=3)
+    chosen, weights = torch.tensor([[1, 4, -1], [-5, 3, 2**40]]), guarded(2, 3, dtype=torch.float32, seed=4)
+    with ops.plain():
+        expected = module(x, chosen, weights)
+    assert_near([module(x, chosen, weights)], [expected])
+
+
+def test_what_does_not_fit_is_left_to_the_definition() -> None:
+    """Which refuses it, or takes it; none reads past the end."""
+    plain, by_codes = routed(4, 16, 8, torch.float32), quantised_experts("int8", torch.float32)
+    for module, width in ((plain, 16), (by_codes, 48)):
+        for tokens_, wide, rows in ((2, width + 3, 2), (2, width - 1, 2), (2, width, 1)):
+            x, chosen = normal(tokens_, wide), choices(rows, 2, 4)
+            with ops.watch() as made, contextlib.suppress(RuntimeError, IndexError), torch.no_grad():
+                module(x, chosen, normal(rows, 2))
+            assert not any(choice.way.startswith("triton") and "xperts" in choice.definition for choice in made)
+    weight = quantised("int8", 8, 16, dtype=torch.float32)
+    for wide in (15, 20):
+        with pytest.raises(RuntimeError):
+            quantized_product(normal(2, wide), weight)
+    assert quantized_product(normal(0, 16), weight).shape == (0, 8)
+
+
+def test_scales_that_learn_are_left_to_the_definition() -> None:
+    weight, x = quantised("int8", 8, 16, dtype=torch.float32), normal(3, 16)
+    weight.scales.requires_grad_()
+    quantized_product(x, weight).sum().backward()
+    expected = (weight.codes.double() @ x.double().T).sum(1)
+    assert_near([weight.scales.grad[:, 0]], [expected.float()])
+
+
+def test_a_damaged_weight_is_not_a_number_when_written_out() -> None:
+    weight = quantised("fp8", 150, 290, dtype=torch.float32)
+    weight.codes.view(torch.uint8)[3, 7] = 0x7F
+    assert weight.dense().isnan().nonzero().tolist() == [[3, 7]]
+
+
+def test_a_matrix_without_rows_is_written_out() -> None:
+    assert dense_weight(torch.zeros(0, 16, dtype=torch.int8), torch.zeros(0, 1), 16, torch.float32).shape == (0, 16)
 
 
 def test_many_choices_are_sorted_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ leaves them out, and so does ``with ops.without("triton"):``.
 """
 
 import importlib.util
+import math
 import os
 import warnings
 from functools import cache
@@ -192,12 +193,16 @@ def _decode_records(
 def _not_by_codes(rows: Tensor, *weights: QuantizedWeight) -> str:
     if not rows.is_meta and torch.is_autocast_enabled(rows.device.type):
         return "torch.autocast chooses the dtype"
+    if torch.is_grad_enabled() and any(weight.scales.requires_grad for weight in weights):
+        return "gives no gradients"
     return alike(rows, *(weight.like for weight in weights))
 
 
 def _not_the_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
     if weight.codes[place].ndim != 2:
         return "for one matrix"
+    if rows.shape[-1] != weight.shape[-1]:
+        return f"not for rows of {rows.shape[-1]}"
     if rows[..., 0].numel() > plan.MOST_ROWS:
         return f"more than {plan.MOST_ROWS} rows suit a dense matrix better"
     return _not_by_codes(rows, weight)
@@ -207,23 +212,31 @@ def _not_the_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) ->
 def _quantized_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
     flat = rows.reshape(-1, rows.shape[-1])
     out = operators.quantized_product(flat, weight.codes[place], weight.scales[place], weight.group)
-    return out.view(*rows.shape[:-1], -1)
+    return out.view(*rows.shape[:-1], weight.shape[-2])
 
 
 def _not_dense(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> str:
     if dtype not in HALF_AND_SINGLE:
         return f"not for {dtype}"
-    if codes[..., 0, 0].numel() > MOST_MATRICES:
+    if math.prod(codes.shape[:-2]) > MOST_MATRICES:
         return f"for up to {MOST_MATRICES} matrices"
     return cannot_run(codes.device) if codes.device == scales.device else "not all on one GPU"
 
 
-@ops.faster(dense_weight, "triton dense", device=DEVICE, why_not=_not_dense)
+@ops.faster(dense_weight, "triton dense", gradients=False, device=DEVICE, why_not=_not_dense)
 def _dense_weight(codes: Tensor, scales: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     return operators.dense_weight(codes, scales, group, dtype)
 
 
-def _not_the_routed(experts: RoutedExperts, hidden_states: Tensor, *_: Tensor) -> str:
+def _shapes_differ(x: Tensor, hidden: int, topk_idx: Tensor, topk_weight: Tensor) -> str:
+    """What the definition refuses, or takes as one number for all."""
+    fit = x.shape[-1] == hidden and topk_idx.shape == topk_weight.shape and len(topk_idx) == len(x)
+    return "" if fit else "shapes do not fit"
+
+
+def _not_the_routed(experts: RoutedExperts, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> str:
+    if reason := _shapes_differ(hidden_states, experts.gate_up_proj.shape[-1], topk_idx, topk_weight):
+        return reason
     if not hidden_states.is_meta and torch.is_autocast_enabled(hidden_states.device.type):
         return "torch.autocast chooses the dtype"
     return alike(hidden_states, experts.gate_up_proj, experts.down_proj)
@@ -235,6 +248,8 @@ def _routed_experts(experts: RoutedExperts, hidden_states: Tensor, topk_idx: Ten
 
 
 def _not_the_experts(experts: QuantizedExperts, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> str:
+    if reason := _shapes_differ(hidden_states, experts.gate_up_proj.shape[-1], topk_idx, topk_weight):
+        return reason
     if topk_idx.numel() > MOST_CHOICES:
         return f"for up to {MOST_CHOICES} choices"
     return _not_by_codes(hidden_states, experts.gate_up_proj, experts.down_proj)

@@ -26,6 +26,9 @@ MOST_ROWS = {"int8": 2, "fp8": 2, "int4": 3}
 """Rows up to which one matrix is multiplied so, likewise."""
 
 
+MOST_SHARED = 4096  # inputs with one scale: a program holds at least so many of a row
+
+
 class Matrices(NamedTuple):
     """A matrix, or a stack of them, as it is or as codes with scales of which ``shared`` neighbours in a row have one."""
 
@@ -41,8 +44,8 @@ class Matrices(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether the kernels here can read it, which wants rows without gaps and scales for powers of two of neighbours."""
-        grouped = self.kind in ("int4", "fp8")
-        return self.codes.stride(-1) == 1 and not (grouped and self.shared & (self.shared - 1))
+        power = 2 <= self.shared <= MOST_SHARED and self.shared & (self.shared - 1) == 0
+        return self.codes.stride(-1) == 1 and (power or self.kind not in ("int4", "fp8"))
 
 
 @jit
@@ -98,13 +101,15 @@ def rows_kernel(
 
 @jit
 def gate_up_kernel(
-    x, codes, scales, choices, out, wide, hidden, x_token, codes_group, codes_output, scales_group, scales_output,
+    x, codes, scales, choices, out, wide, hidden, experts, x_token,
+    codes_group, codes_output, scales_group, scales_output,
     TOP_K: tl.constexpr, KIND: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program: silu(gate) · up of COLUMNS features of one choice, rounded as torch rounds it."""
     choice = tl.program_id(1).to(tl.int64)
     expert = tl.load(choices + choice).to(tl.int64)
+    expert = tl.where((expert >= 0) & (expert < experts), expert, 0)  # of no expert: see below
     token = x + choice // TOP_K * x_token
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kind = out.dtype.element_ty
@@ -122,22 +127,26 @@ def gate_up_kernel(
 
 @jit
 def down_kernel(
-    rows, codes, scales, choices, weights, out, hidden, wide, codes_group, codes_output, scales_group, scales_output,
+    rows, codes, scales, choices, weights, out, hidden, wide, experts,
+    codes_group, codes_output, scales_group, scales_output,
     TOP_K: tl.constexpr, KIND: tl.constexpr, SHARED: tl.constexpr,
     COLUMNS: tl.constexpr, INPUTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program: COLUMNS features of one token, the weighted sum of its choices in their order, in float32."""
+    """A program: COLUMNS features of one token, the weighted sum of its choices in their order, in float32. A choice of no
+    expert adds nothing."""
     token = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for choice in tl.range(TOP_K):
         at = token * TOP_K + choice
         expert = tl.load(choices + at).to(tl.int64)
+        real = (expert >= 0) & (expert < experts)
         part = times_rows(
-            rows + at * wide, codes, scales, expert, column, hidden, wide,
+            rows + at * wide, codes, scales, tl.where(real, expert, 0), column, hidden, wide,
             codes_group, codes_output, scales_group, scales_output, KIND, SHARED, COLUMNS, INPUTS, STAGES,
         )  # fmt: skip
-        total += part.to(out.dtype.element_ty).to(tl.float32) * tl.load(weights + at)
+        part = part.to(out.dtype.element_ty).to(tl.float32) * tl.load(weights + at)
+        total += tl.where(real, part, 0.0)
     tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=column < hidden)
 
 
@@ -191,7 +200,7 @@ def experts_launch(
     topk_weight: Float[Tensor, "tokens top_k"],
 ) -> Float[Tensor, "tokens hidden"]:
     """The experts of every token: gates above ups in the first stack of matrices, the rest in the second."""
-    (tokens, top_k), hidden, wide = topk_idx.shape, down.codes.shape[1], gate_up.codes.shape[1] // 2
+    (tokens, top_k), (experts, hidden), wide = topk_idx.shape, down.codes.shape[:2], gate_up.codes.shape[1] // 2
     x, choices, weights = hidden_states.contiguous(), topk_idx.contiguous(), topk_weight.float().contiguous()
     rows, out = (
         torch.empty(*shape, dtype=x.dtype, device=x.device) for shape in ((tokens * top_k, wide), (tokens, hidden))
@@ -201,10 +210,10 @@ def experts_launch(
         with torch.cuda.device_of(x):
             held, strides, constants = arguments(gate_up, hidden, tile)
             gate_up_kernel[(-(-wide // tile.columns), tokens * top_k)](
-                x, *held, choices, rows, wide, hidden, x.stride(0), *strides, TOP_K=top_k, **constants
+                x, *held, choices, rows, wide, hidden, experts, x.stride(0), *strides, TOP_K=top_k, **constants
             )
             held, strides, constants = arguments(down, wide, tile)
             down_kernel[(-(-hidden // tile.columns), tokens)](
-                rows, *held, choices, weights, out, hidden, wide, *strides, TOP_K=top_k, **constants
+                rows, *held, choices, weights, out, hidden, wide, experts, *strides, TOP_K=top_k, **constants
             )
     return out

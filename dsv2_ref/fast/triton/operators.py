@@ -126,7 +126,11 @@ def _dense_fake(codes: Tensor, scales: Tensor, _: int, dtype: torch.dtype) -> Te
     return scales.new_empty(*codes.shape[:-1], inputs, dtype=dtype)
 
 
-@as_operator(_dense_fake, _no_gradients_of_products)
+def _no_gradients_of_scales(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError("dense_weight gives no gradients; run under torch.no_grad, or within ops.plain()")
+
+
+@as_operator(_dense_fake, _no_gradients_of_scales)
 def _dense_weight(codes: Tensor, scales: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
     from dsv2_ref.fast.triton.quantized import dense_launch
 

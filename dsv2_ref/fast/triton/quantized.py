@@ -115,8 +115,8 @@ def tile_of(kind: str, rows: int, groups: int, itemsize: int, shared: int) -> tu
     if itemsize == 4:
         tile = tile._replace(inputs=64, stages=3) if few else Tile(64, 64, 32, 8, 3)
     whole = shared & (shared - 1) == 0 and tile.inputs % shared == 0
-    if kind == "int4" and not whole:
-        tile = tile._replace(inputs=min(tile.inputs, 128))
+    if kind == "int4" and itemsize == 2 and not whole:
+        tile = tile._replace(inputs=128, stages=min(tile.stages, 2))
     return tile, shared if whole else 0
 
 
@@ -180,6 +180,8 @@ def dense_kernel(
     else:
         byte = tl.load(code + column, mask=real, other=0)
         value = from_float8(byte) if KIND == "fp8" else byte.to(tl.float32)
+        if KIND == "fp8":  # a damaged weight stays one
+            value = tl.where((byte & 127) == 127, float("nan"), value)
     scale = scales + group * scales_group + row // SCALE_OUTPUTS * scales_output + column // shared
     value *= tl.load(scale, mask=real, other=0.0).to(tl.float32)
     tl.store(out + (group * outputs + row) * inputs + column, value.to(out.dtype.element_ty), mask=real)
@@ -197,10 +199,10 @@ def dense_launch(
     """`dsv2_ref.quantized.dense_weight` in one kernel."""
     kind, (*stack, outputs, stored) = KINDS[codes.dtype], codes.shape
     inputs = 2 * stored if kind == "int4" else stored
-    flat = codes.reshape(-1, outputs, stored).contiguous()
-    scales = scales.reshape(-1, *scales.shape[-2:]).contiguous()
     out = torch.empty(*stack, outputs, inputs, dtype=dtype, device=codes.device)
     if out.numel():
+        flat = codes.reshape(-1, outputs, stored).contiguous()
+        scales = scales.reshape(-1, *scales.shape[-2:]).contiguous()
         tiles = -(-outputs // DENSE_TILE["ROWS"]), -(-inputs // DENSE_TILE["COLUMNS"]), len(flat)
         with torch.cuda.device_of(out):
             dense_kernel[tiles](
