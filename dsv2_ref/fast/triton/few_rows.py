@@ -3,8 +3,7 @@ sorting a token's experts.
 
 A matrix is read at the speed of memory where each warp reads rows of it from end to end, and multiplies and adds as it
 goes. Of the experts of a token two launches are left: the first also computes SwiGLU, the second adds up the choices.
-Weights of few bits are multiplied as in `dsv2_ref.fast.triton.quantized`: codes exactly, and a scale times the sum over the
-inputs that share it.
+Codes of few bits are exact in float32, and a scale multiplies the sum over the inputs that share it.
 
 Source: the definitions, `RoutedExperts.forward` and `dsv2_ref.quantized.quantized_product`.
 """
@@ -24,7 +23,6 @@ were faster on an H100."""
 
 MOST_ROWS = {"int8": 2, "fp8": 2, "int4": 3}
 """Rows up to which one matrix is multiplied so, likewise."""
-
 
 MOST_SHARED = 4096  # inputs with one scale: a program holds at least so many of a row
 
