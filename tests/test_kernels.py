@@ -51,7 +51,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-AT_LENGTH = "fp16 and (384 or groups or 5-4-70 or 16-1-96 or by_codes) or any_gpu and 128"
+AT_LENGTH = "fp16 and (384 or groups or 5-4-70 or 16-1-96 or by_codes or unsorted) or any_gpu and 128"
 """What takes longest there, and comes in float32, or on another GPU, too."""
 
 
