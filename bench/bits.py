@@ -26,6 +26,7 @@ from dsv2_ref import (
 )
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.quantize import KINDS
+from dsv2_ref.rope import position_tables
 
 CONFIG = DeepseekV2Config.deepseek_v2_lite()
 LAYERS = 4  # one after the other, as in a model: more weights than the processor caches
@@ -72,9 +73,11 @@ def _steps(layers: list[Any], past: int, seq: int, format: str | None = None) ->
         nonlocal count
         hidden_states = tokens[count % len(tokens)]
         count += 1
+        tables = position_tables(config, hidden_states, None, caches[0])  # once for all layers, as in a model
         for layer, cache in zip(layers, caches, strict=True):
             cache._storage.used = len(cache)  # the next step writes where the last one did
-            hidden_states, *_ = layer(hidden_states, past_key_value=cache, use_cache=True)
+            arguments = {"past_key_value": cache, "use_cache": True, "position_embeddings": tables}
+            hidden_states, *_ = layer(hidden_states, **arguments)
 
     return step
 

@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import gpu, work
 from bench.gpu import Clock
 from dsv2_ref import DeepseekV2ForCausalLM, DeepseekV2RMSNorm, accounting, ops
-from dsv2_ref.attention import attend, equally_wide
+from dsv2_ref.attention import attend
+from dsv2_ref.fast.sdpa import equally_wide
 from dsv2_ref.fast.triton import operators, plan
 from dsv2_ref.masks import Visibility
 from dsv2_ref.moe import RoutedExperts

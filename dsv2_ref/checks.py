@@ -535,6 +535,7 @@ def attention_call(
     past_key_value: Any = None,
     output_attentions: bool | None = False,
     use_cache: bool | None = False,
+    position_embeddings: Any = None,
     *,
     dtype: "torch.dtype | None" = None,
     whole: Any = None,
@@ -565,6 +566,8 @@ def attention_call(
         kv_seq += past_key_value.length
     if position_ids is not None:
         _positions(position_ids, hidden_states)
+    if position_embeddings is not None:
+        _tables(position_embeddings, hidden_states, attention.rotary_dim // 2)
     if attention_mask is not None:
         _mask(attention_mask, batch, attention.num_heads, seq, kv_seq, hidden_states.device)
     form = attention.form if attention.config.use_mla else "expanded"
@@ -747,6 +750,19 @@ def _positions(position_ids: "Tensor", hidden_states: "Tensor") -> None:
     require_values((position_ids >= 0).all(), "position_ids", "negative somewhere", "positions from 0 on")
 
 
+def _tables(position_embeddings: object, hidden_states: "Tensor", pairs: int) -> None:
+    from torch import Tensor
+
+    name, device, (batch, seq, _) = "position_embeddings", hidden_states.device, hidden_states.shape
+    wanted = f"cosines and sines of position_tables, floating-point numbers ({batch} or 1, {seq}, {pairs}) on {device}"
+    if not isinstance(position_embeddings, tuple | list) or len(position_embeddings) != 2:
+        reject(name, position_embeddings, wanted)
+    for table in position_embeddings:
+        fits = isinstance(table, Tensor) and table.is_floating_point() and table.device == device and table.ndim == 3
+        if not fits or (len(table) != 1 and len(table) != batch) or table.shape[1] != seq or table.shape[2] != pairs:
+            reject(name, table, wanted)
+
+
 def _mask(attention_mask: "Tensor", batch: int, heads: int, seq: int, kv_seq: int, device: "torch.device") -> None:
     """See `Visibility` for what is read how."""
     import torch
@@ -820,6 +836,11 @@ def model_call(
         if (layer := _within(wrapped, "self_attn")) is not None:
             layer_call(layer, hidden_states, attention_mask, position_ids, cache, whole=model)
             attention_mask = position_ids = None  # looked at once
+    seen = [getattr(cache, "seen", 0) for cache in past_key_values or ()]
+    for index, tokens in enumerate(seen):
+        if tokens != seen[0]:  # all layers share the positions
+            wanted = f"{seen[0]}, as that of layer 0"
+            reject(f"past_key_values: tokens that the cache of layer {index} has seen", tokens, wanted)
 
 
 def _takes_one(function: Any) -> bool:

@@ -13,6 +13,7 @@ from dsv2_ref.mla import DeepseekV2Attention, DeepseekV2FlashAttention2
 from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE
 from dsv2_ref.pretrained import PretrainedLayer
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
+from dsv2_ref.rope import Tables
 
 ATTENTION_CLASSES: dict[str, type[DeepseekV2Attention] | type[MultiHeadAttention]] = {
     "mla_eager": DeepseekV2Attention,
@@ -65,6 +66,7 @@ class DeepseekV2DecoderLayer(PretrainedLayer, nn.Module):
         past_key_value: Any = None,
         output_attentions: bool | None = False,
         use_cache: bool | None = False,
+        position_embeddings: Tables | None = None,
     ) -> tuple[Any, ...]:
         """Pass tokens through the layer.
 
@@ -79,6 +81,8 @@ class DeepseekV2DecoderLayer(PretrainedLayer, nn.Module):
             past_key_value: what this layer returned with ``use_cache=True``.
             output_attentions: return the attention weights as well (``eager`` only).
             use_cache: return the cache, these tokens included, as well.
+            position_embeddings: `position_tables` of the call, which a model makes once
+                for all its layers; None makes them here.
 
         Returns:
             ``(hidden_states, attn_weights?, present_key_value?)``, the last two where
@@ -93,6 +97,7 @@ class DeepseekV2DecoderLayer(PretrainedLayer, nn.Module):
             past_key_value=past_key_value,
             output_attentions=bool(output_attentions),
             use_cache=bool(use_cache),
+            position_embeddings=position_embeddings,
         )
         hidden_states = residual + hidden_states
 

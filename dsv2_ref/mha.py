@@ -10,7 +10,7 @@ from dsv2_ref.cache import KeyValueCache
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.linear import linear
 from dsv2_ref.masks import Visibility
-from dsv2_ref.rope import rotary_tables, rotate_half_split
+from dsv2_ref.rope import Tables, position_tables, rotate_half_split
 
 
 class MultiHeadAttention(nn.Module):
@@ -58,21 +58,15 @@ class MultiHeadAttention(nn.Module):
         past_key_value: KeyValueCache | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
+        position_embeddings: Tables | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], Tensor | None, KeyValueCache | None]:
         """See `DeepseekV2Attention.forward`."""
         config, (_, S, _) = self.config, hidden_states.shape
-        past = past_key_value
-        rows, seen = (0, 0) if past is None else (past.length, past.seen)
-        K, device, width = rows + S, hidden_states.device, self.head_dim
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + S, device=device)[None]
-        theta, scaling = float(config.rope_theta), config.rope_scaling
-        limits = {"max_position_embeddings": config.max_position_embeddings}
-        limits["kv_length"] = seen + S  # limits matter to dynamic scaling only
-        cos, sin = rotary_tables(
-            position_ids, width, theta, scaling, dtype=hidden_states.dtype, **limits
-        )  # (B, S, width / 2) each
-        cos, sin = cos[:, :, None], sin[:, :, None]  # the same for all heads
+        past, tables, width = past_key_value, position_embeddings, self.head_dim
+        K = S if past is None else past.length + S
+        if tables is None:
+            tables = position_tables(config, hidden_states, position_ids, past)
+        cos, sin = (table[:, :, None] for table in tables)  # the same for all heads
 
         query = self.q_proj(hidden_states).unflatten(-1, (-1, width))  # (B, S, H, ·)
         key = self.k_proj(hidden_states).unflatten(-1, (-1, width))  # (B, S, G, ·)
@@ -85,7 +79,7 @@ class MultiHeadAttention(nn.Module):
             present = past_key_value.append(new)
         keys, values = present.tokens.transpose(1, 3).unbind(2)  # (B, G, K, width) each
 
-        visible = Visibility(S, K, device, attention_mask)
+        visible = Visibility(S, K, hidden_states.device, attention_mask)
         scale, dropout = self.softmax_scale, self.attention_dropout
         dropout, kernel = dropout if self.training else 0.0, self.implementation
         out, weights = attend(

@@ -20,7 +20,7 @@ from dsv2_ref.linear import linear
 from dsv2_ref.masks import Visibility
 from dsv2_ref.records import QuantizedLatentCache, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
-from dsv2_ref.rope import apply_rotary, rotary_tables, softmax_temperature
+from dsv2_ref.rope import Tables, apply_rotary, position_tables, softmax_temperature
 
 
 class DeepseekV2Attention(nn.Module):
@@ -94,6 +94,7 @@ class DeepseekV2Attention(nn.Module):
         past_key_value: LatentCache | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
+        position_embeddings: Tables | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], Tensor | None, LatentCache | None]:
         """Attend from every token to those before it, the cached ones included.
 
@@ -104,6 +105,7 @@ class DeepseekV2Attention(nn.Module):
             past_key_value: what this layer returned with ``use_cache=True``.
             output_attentions: return the attention weights as well (``eager`` only).
             use_cache: return a cache that includes these tokens.
+            position_embeddings: `position_tables` of the call, if made before.
 
         Returns:
             ``(attn_output, attn_weights, present_key_value)``; the weights are (batch,
@@ -112,17 +114,11 @@ class DeepseekV2Attention(nn.Module):
         config, (B, S, _) = self.config, hidden_states.shape
         H, C, R = self.num_heads, self.kv_lora_rank, self.rotary_dim
         N, V = self.qk_nope_head_dim, self.v_head_dim
-        past = past_key_value
-        rows, seen = (0, 0) if past is None else (past.length, past.seen)
-        K, device = rows + S, hidden_states.device
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + S, device=device)[None]
-        theta, scaling = float(config.rope_theta), config.rope_scaling
-        limits = {"max_position_embeddings": config.max_position_embeddings}
-        limits["kv_length"] = seen + S  # limits matter to dynamic scaling only
-        cos, sin = rotary_tables(
-            position_ids, R, theta, scaling, dtype=hidden_states.dtype, **limits
-        )  # (B, S, R / 2) each
+        past, tables = past_key_value, position_embeddings
+        K = S if past is None else past.length + S
+        if tables is None:
+            tables = position_tables(config, hidden_states, position_ids, past)
+        cos, sin = tables  # (B, S, R / 2) each
 
         # Queries (equations 12 to 16): N features without position, and R that rotate.
         if config.q_lora_rank is None:
@@ -144,7 +140,8 @@ class DeepseekV2Attention(nn.Module):
 
         form = self.cheaper_form(S, K) if self.form == "auto" else self.form
         how, dropout = self.implementation, self.attention_dropout * self.training
-        rest = Visibility(S, K, device, attention_mask), self.softmax_scale, dropout
+        visible = Visibility(S, K, hidden_states.device, attention_mask)
+        rest = visible, self.softmax_scale, dropout
         if form == "expanded":
             # Every head's keys and values are made from the latents (equations 10 and
             # 11); what follows is multi-head attention (equations 17 and 18).

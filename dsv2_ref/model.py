@@ -16,6 +16,7 @@ from dsv2_ref.linear import linear
 from dsv2_ref.pretrained import PretrainedModel
 from dsv2_ref.recompute import GradientCheckpointing, checkpointed
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
+from dsv2_ref.rope import position_tables
 
 Caches = tuple[LayerCache, ...]
 """The cache of every layer of a model, in the order of the layers."""
@@ -79,6 +80,8 @@ class DeepseekV2Model(GradientCheckpointing):
         mode = self.gradient_checkpointing if self.training else None
         if use_cache or past_key_values is not None:
             mode = None
+        past = past_key_values[0] if past_key_values else None
+        tables = position_tables(self.config, hidden_states, position_ids, past)
         for index, layer in enumerate(self.layers):
             past = None if past_key_values is None else past_key_values[index]
             run = layer if mode is None else checkpointed(layer, mode)
@@ -88,6 +91,7 @@ class DeepseekV2Model(GradientCheckpointing):
                 position_ids,
                 past_key_value=past,
                 use_cache=use_cache,
+                position_embeddings=tables,
             )
             present += cache
         return self.norm(hidden_states), tuple(present) if use_cache else None

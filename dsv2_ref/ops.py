@@ -2,7 +2,7 @@
 
 A *definition* is a function or a ``forward`` of the core: it says in plain PyTorch what
 an operation means. A *way* computes the same faster for some arguments. Ways live in
-`dsv2_ref.fast` (and beside `attend`, for what torch itself offers) and register here,
+`dsv2_ref.fast`, which the first call loads, and register here against a definition,
 each with a rule. A call runs the first way whose rule fits its arguments, else the
 definition. ``with plain():`` switches all ways off; ``python -m dsv2_ref ways`` lists
 which way serves which call of a layer, and why.

@@ -8,7 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv2_ref import ops
-from dsv2_ref.config import RopeScaling
+from dsv2_ref.config import DeepseekV2Config, RopeScaling
+
+Tables = tuple[Float[Tensor, "#batch seq pairs"], Float[Tensor, "#batch seq pairs"]]
+"""Cosines and sines of the positions of some tokens."""
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -91,7 +94,7 @@ def rotary_tables(
     max_position_embeddings: int = 2048,
     kv_length: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Float[Tensor, "batch seq pairs"], Float[Tensor, "batch seq pairs"]]:
+) -> Tables:
     """Cosine and sine of every position's angles, in at least float32.
 
     Any position can be asked for: there is no table to outgrow. YaRN scales both by
@@ -111,6 +114,33 @@ def rotary_tables(
         magnitude = yarn_mscale(scaling.factor, scaling.mscale)
         magnitude /= yarn_mscale(scaling.factor, scaling.mscale_all_dim)
     return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+def position_tables(
+    config: DeepseekV2Config,
+    hidden_states: Float[Tensor, "batch seq hidden"],
+    position_ids: Int[Tensor, "#batch seq"] | None = None,
+    past_key_value: Any = None,
+) -> Tables:
+    """`rotary_tables` of the tokens of a call, the same for all layers of a model.
+
+    Their positions are ``position_ids``, or where that is None the next after those
+    that the cache has ``seen``.
+    """
+    seen = 0 if past_key_value is None else past_key_value.seen
+    stop = seen + hidden_states.shape[1]
+    if position_ids is None:
+        position_ids = torch.arange(seen, stop, device=hidden_states.device)[None]
+    whole = config.hidden_size // config.num_attention_heads
+    return rotary_tables(
+        position_ids,
+        config.qk_rope_head_dim if config.use_mla else whole,
+        float(config.rope_theta),
+        config.rope_scaling,
+        max_position_embeddings=config.max_position_embeddings,
+        kv_length=stop,  # matters to dynamic scaling only
+        dtype=hidden_states.dtype,
+    )
 
 
 Vectors = Float[Tensor, "*batch dim"]

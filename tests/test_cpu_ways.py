@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
-from dsv2_ref.fast.cpu import attend_blocks, attend_in_float32, attend_rounded_up
+from dsv2_ref.fast.cpu import FEW_KEYS, attend_blocks, attend_fused, attend_in_float32, attend_rounded_up, rotate
 from dsv2_ref.fast.processor import has_amx, has_bfloat16
 from dsv2_ref.masks import Visibility
+from dsv2_ref.rope import apply_rotary, rotary_tables
 
 HEADS, WIDTH, VALUE_WIDTH, SCALE = 6, 24, 16, 0.2
 
@@ -39,6 +40,8 @@ def drawn(seq: int, kv_seq: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]
         (attend_blocks, 300, 300, HEADS),  # more than one block of queries
         (attend_blocks, 5, 300, 2),
         (attend_rounded_up, 1, 70, 1),
+        (attend_fused, 1, 1, 1),
+        (attend_fused, 1, 70, 1),
         (attend_in_float32, 1, 70, 1),
         (attend_in_float32, 5, 70, 1),
     ],
@@ -69,3 +72,36 @@ def test_the_processor_decides() -> None:
         "cpu blocks" if blocks else "sdpa",
         "products" if has_bfloat16() else "cpu float32",
     ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_seq", [1, FEW_KEYS, FEW_KEYS + 1])
+def test_one_query_is_fused_over_few_keys(kv_seq: int) -> None:
+    query, key, value = drawn(1, kv_seq, 1)
+    with ops.watch() as choices:
+        attend(query, key, value, Visibility(1, kv_seq, query.device), SCALE, implementation="products")
+        attend(query, key, value, Visibility(1, kv_seq, query.device), SCALE, 0.5, implementation="products")
+        attend(query, key, key, Visibility(1, kv_seq, query.device), SCALE, implementation="products")
+        attend(query, key, value.clone(), Visibility(1, kv_seq, query.device), SCALE, implementation="products")
+    fused = kv_seq <= FEW_KEYS or not has_bfloat16()
+    served = [choice.way == "cpu fused query" for choice in choices]
+    assert served == [fused, False, fused, False]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("seq", [1, 5])
+def test_complex_numbers_rotate_as_the_definition_does(seq: int, batch: int) -> None:
+    """To the bit: real and imaginary part are the sums that the definition writes, in float32."""
+    torch.manual_seed(0)
+    q_pe = torch.randn(batch, seq, HEADS, 3 * 8).bfloat16().transpose(1, 2)[..., 16:]
+    k_pe = torch.randn(batch, seq, 24).bfloat16()[..., 16:]
+    tables = rotary_tables(torch.arange(100, 100 + seq).expand(batch, -1), 8, 10000.0)
+    with ops.watch() as choices:
+        found = apply_rotary(q_pe, k_pe, *tables)
+    with ops.plain():
+        expected = apply_rotary(q_pe, k_pe, *tables)
+    assert choices[0].way == "cpu complex"
+    for one, other in zip((*found, *rotate(q_pe, k_pe, *tables)), expected * 2, strict=True):
+        assert torch.equal(one, other)
+        assert one.shape == other.shape

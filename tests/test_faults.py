@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv2_ref import DeepseekV2Attention, DeepseekV2RMSNorm, MoEGate, mha, mla, moe, quantized, records, rope
+from dsv2_ref import DeepseekV2Attention, DeepseekV2RMSNorm, MoEGate, mha, moe, quantized, records, rope
 from dsv2_ref.attention import Visibility
 from dsv2_ref.codes import from_codes, to_codes
 from dsv2_ref.records import QuantizedLatentCache, Record
@@ -54,12 +54,12 @@ def latent_norm_with_the_layers_epsilon(module: Any) -> None:
 
 def positions_changed(change: Callable[[Tensor, int], Tensor]) -> Plant:
     """``change`` gets the positions of a call's tokens and the number of keys they see."""
-    tables = mla.rotary_tables
+    tables = rope.rotary_tables
 
     def changed(position_ids: Tensor, *args: Any, kv_length: int, **kwargs: Any) -> Any:
         return tables(change(position_ids, kv_length), *args, kv_length=kv_length, **kwargs)
 
-    return replaced(mla, "rotary_tables", changed)
+    return replaced(rope, "rotary_tables", changed)
 
 
 def last_key_seen(place: Callable[[Visibility, Tensor], Tensor]) -> Plant:

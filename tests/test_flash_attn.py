@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, checks
-from dsv2_ref.attention import attend, equally_wide
+from dsv2_ref.attention import attend
 from dsv2_ref.fast.flash import attend_flash
+from dsv2_ref.fast.sdpa import equally_wide
 from dsv2_ref.masks import Visibility
 from tests.fake_cuda import fake_cuda
 from tests.flash_double import CheckError, Double, install_front_end

@@ -1115,7 +1115,7 @@ def test_the_choice_without_cudnn_compiles_for_any_number_of_keys() -> None:
     from torch._dynamo.testing import CompileCounter
     from torch.nn.attention import sdpa_kernel
 
-    from dsv2_ref.attention import NOT_CUDNN
+    from dsv2_ref.fast.sdpa import NOT_CUDNN
 
     def step(query: Tensor, key: Tensor) -> Tensor:
         with sdpa_kernel(NOT_CUDNN):

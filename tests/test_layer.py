@@ -94,7 +94,8 @@ def test_sizes_of_the_feed_forward_networks() -> None:
 
 
 def test_signatures_are_the_cards() -> None:
-    """But for the card's ``**kwargs``, of which none was known: Python itself refuses them by name."""
+    """But for what a model makes once for all its layers, and for the card's ``**kwargs``, of which none was known: Python
+    itself refuses them by name."""
     assert list(inspect.signature(DeepseekV2DecoderLayer).parameters) == ["config", "layer_idx"]
     forward = inspect.signature(DeepseekV2DecoderLayer.forward).parameters
     assert {name: parameter.default for name, parameter in forward.items()} == {
@@ -105,6 +106,7 @@ def test_signatures_are_the_cards() -> None:
         "past_key_value": None,
         "output_attentions": False,
         "use_cache": False,
+        "position_embeddings": None,
     }
 
 

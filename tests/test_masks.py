@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import ATTENTION_CLASSES, DeepseekV2Config, DeepseekV2DecoderLayer
-from dsv2_ref import attention as attending
-from dsv2_ref.attention import Visibility, blocks
+from dsv2_ref.fast import sdpa as attending
+from dsv2_ref.fast.sdpa import blocks
+from dsv2_ref.masks import Visibility
 from tests.peers import SMALL, assert_close, randomised, tokens
 
 BATCH, SEQ = 2, 5

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2Model
+from dsv2_ref import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV2Model, rope
 from tests.peers import (
     COMMON,
     SMALL,
@@ -50,6 +50,33 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, dtype: torch.
         module.zero_grad()
         output.log_softmax(-1)[..., 0].sum().backward()
     assert_same_gradients(ours, theirs, STACKED_ROUNDINGS)
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "dynamic", "factor": 2.0}], ids=["plain", "dynamic"])
+@pytest.mark.parametrize("use_mla", [True, False], ids=["mla", "mha"])
+@torch.no_grad()
+def test_positions_are_turned_into_tables_once_for_all_layers(
+    use_mla: bool, scaling: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And every layer computes what it would with tables of its own, also beyond the length that scaling depends on."""
+    config = replace(SMALL, use_mla=use_mla, rope_scaling=scaling, max_position_embeddings=8)
+    ours, tokens, made = model(config), ids(2, 14), []
+    tables = rope.rotary_tables
+    monkeypatch.setattr(rope, "rotary_tables", lambda *args, **kwargs: made.append(1) or tables(*args, **kwargs))
+    places = torch.arange(20, 34).expand(2, -1)
+    for position_ids in (None, places):
+        made.clear()
+        logits, caches = ours(
+            tokens[:, :9], position_ids=None if position_ids is None else places[:, :9], use_cache=True
+        )
+        after, _ = ours(tokens[:, 9:], None, None if position_ids is None else places[:, 9:], caches)
+        assert len(made) == 2
+        x, y = (ours.model.embed_tokens(part) for part in (tokens[:, :9], tokens[:, 9:]))
+        for layer in ours.model.layers:
+            x, cache = layer(x, position_ids=None if position_ids is None else places[:, :9], use_cache=True)
+            (y,) = layer(y, position_ids=None if position_ids is None else places[:, 9:], past_key_value=cache)
+        for stream, expected in ((x, logits), (y, after)):
+            assert torch.equal(ours.lm_head(ours.model.norm(stream)), expected)
 
 
 @pytest.mark.parametrize("use_mla", [True, False], ids=["mla", "mha"])
@@ -125,6 +152,7 @@ def test_what_does_not_fit_is_refused_and_changes_no_cache(as_shipped: None) -> 
     ours, tokens = model(), ids(2, 4)
     with torch.no_grad():
         _, caches = ours(tokens, use_cache=True)
+        _, longer = ours(tokens, past_key_values=caches, use_cache=True)
         before = [cache.tokens.clone() for cache in caches]
         for wrong, message in (
             ({"input_ids": tokens.float()}, r"input_ids is \(2, 4\) torch.float32 on cpu; wanted integers"),
@@ -134,6 +162,10 @@ def test_what_does_not_fit_is_refused_and_changes_no_cache(as_shipped: None) -> 
             ({"past_key_values": caches[::-1]}, "past_key_value is LatentCache"),
             ({"past_key_values": 2}, "past_key_values is 2; wanted a cache for each of 2 layers, or None"),
             ({"past_key_values": torch.ones(2, 4)}, r"past_key_values is \(2, 4\) .*; wanted a cache for each"),
+            (
+                {"past_key_values": (caches[0], longer[1])},
+                "past_key_values: tokens that the cache of layer 1 has seen is 8; wanted 4, as that of layer 0",
+            ),
             ({"use_cache": tokens}, r"use_cache is \(2, 4\) torch.int64 on cpu; wanted True or False"),
         ):
             with pytest.raises(ValueError, match=message):

@@ -213,7 +213,7 @@ def test_a_layer_of_few_bits_never_waits(weights: str, gpu: Watch) -> None:
 
 def test_blocks_of_queries(gpu: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt, which is attended to a block of queries at a time."""
-    monkeypatch.setattr("dsv2_ref.attention.SCORES_AT_ONCE", 8)
+    monkeypatch.setattr("dsv2_ref.fast.sdpa.SCORES_AT_ONCE", 8)
     for form in ("expanded", "absorbed"):
         before = gpu.seen
         calls(layer_of(replace(SMALL, mla_form=form), 0, torch.float32, False), torch.float32, gpu)

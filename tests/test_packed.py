@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, pack_weights
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pack_weights
 from dsv2_ref.fast.processor import has_bfloat16
+from dsv2_ref.quantize import quantize
 
 HAS_BFLOAT16 = has_bfloat16()
 BFLOAT16 = pytest.param(
@@ -105,6 +106,22 @@ def test_loading_into_packed_weights_is_refused(dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_refused_model_has_loaded_nothing(copied: Callable[..., Any], dtype: torch.dtype) -> None:
+    """Its embedding would come before the first packed weight."""
+    config = DeepseekV2Config.tiny()
+    model = copied(pack_weights(DeepseekV2ForCausalLM(config).to(dtype)))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match=r"model\.layers\.0\.self_attn\.q_a_proj holds packed weights; wanted a layer"
+    ):
+        model.load_state_dict(DeepseekV2ForCausalLM(config).to(dtype).state_dict())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@DTYPES
 def test_gradients_are_refused_rather_than_lost(dtype: torch.dtype) -> None:
     _, packed = plain_and_packed(dtype)
     with pytest.raises(ValueError, match="packed weights give none"):
@@ -183,3 +200,36 @@ def test_bfloat16_is_refused_where_the_processor_has_no_instructions_for_it() ->
     with pytest.raises(RuntimeError, match="pack_weights needs a processor with bfloat16 instructions"):
         pack_weights(layer)
     assert isinstance(layer.self_attn.q_a_proj, torch.nn.Linear)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}], ids=["V2", "V3"])
+def test_the_gate_is_widened_once_and_saved_as_it_was(fields: dict[str, Any]) -> None:
+    """In a layer of quantised weights, which is packed on every processor."""
+    torch.manual_seed(0)
+    config = DeepseekV2Config(**DeepseekV2Config.tiny().to_dict() | fields)
+    plain = quantize(DeepseekV2DecoderLayer(config, 1).bfloat16().eval(), "int8")
+    called: list[Tensor] = []
+    plain.mlp.gate.register_forward_hook(lambda _, __, out: called.append(out[0]))
+    packed, tokens = pack_weights(copy.deepcopy(plain)), torch.randn(2, 5, 64).bfloat16()
+    gate, before = packed.mlp.gate, plain.mlp.gate
+    assert isinstance(gate, type(before))
+    assert (before.weight.dtype, gate.weight.dtype) == (torch.bfloat16, torch.float32)
+    for twin in (gate, copy.deepcopy(gate), pickle.loads(pickle.dumps(copy.deepcopy(without_hooks(gate))))):
+        for one, other in zip(twin(tokens)[:2], before(tokens)[:2], strict=True):
+            assert torch.equal(one, other)
+        for name, weight in before.state_dict().items():
+            found = twin.state_dict()[name]
+            assert found.dtype == weight.dtype
+            assert torch.equal(found, weight)
+    assert len(called) > 4  # the hook went along
+    gate.load_state_dict({name: 2 * weight for name, weight in before.state_dict().items()})
+    assert torch.equal(gate.weight, 2 * before.weight.float())
+    assert gate.to(torch.float64).state_dict()["weight"].dtype == torch.float64
+
+
+def without_hooks(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that can be pickled."""
+    twin = copy.deepcopy(module)
+    twin._forward_hooks.clear()
+    return twin

@@ -206,7 +206,7 @@ def test_a_packed_layer_is_the_quantised_one(layer_idx: int, form: str, kind: st
         assert all(torch.equal(after[name], before[name]) for name in before)
         torch.testing.assert_close(other(x)[0], packed(x)[0], rtol=0, atol=0)
     if any(held.block_rows for held in packed.modules() if isinstance(held, QuantizedWeight)):
-        with pytest.raises(RuntimeError, match="q_proj holds packed weights; wanted a layer to load into: load first"):
+        with pytest.raises(RuntimeError, match="_proj holds packed weights; wanted a layer to load into: load first"):
             packed.load_state_dict(before)
         with pytest.raises(RuntimeError, match="holds packed weights"):
             packed.load_state_dict(DeepseekV2DecoderLayer(CONFIG, layer_idx).state_dict())

@@ -21,7 +21,8 @@ def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["--dtype", "float32", "--seq", "9"], ["attend sdpa", "RoutedExperts.forward grouped"]),
         (["--dtype", "float32", "--kv", "90"], ["attend products", "not triton decoding: for cuda, not cpu"]),
-        (["--kv", "90"], ["attend cpu rounded keys" if has_bfloat16() else "attend cpu float32"]),
+        (["--kv", "90"], ["attend cpu fused query", "apply_rotary cpu complex"]),
+        (["--kv", "900"], ["attend cpu rounded keys" if has_bfloat16() else "attend cpu fused query"]),
         (["--attention", "eager", "--seq", "9"], ["attend definition", "implementation is 'eager', not 'sdpa'"]),
         (
             ["--device", "cuda", "--kv", "90"],

@@ -32,8 +32,8 @@ from torch.utils.checkpoint import noop_context_fn
 
 from dsv2_ref.accounting.call import Call, layers_alike
 from dsv2_ref.accounting.sizes import Sizes
-from dsv2_ref.attention import SCORES_AT_ONCE
 from dsv2_ref.config import DeepseekV2Config
+from dsv2_ref.fast.sdpa import SCORES_AT_ONCE
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.model import DeepseekV2ForCausalLM
 from dsv2_ref.recompute import CONTEXTS, checkpointed

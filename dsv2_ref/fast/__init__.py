@@ -1,7 +1,7 @@
 """Faster ways to compute what the core defines, each registered against its definition (`dsv2_ref.ops`): torch's own
-products, blocks and packed weights for CPUs, cuDNN, flash-attn, and Triton kernels. The core never imports this package by name
-of a way; the first call of a definition loads it."""
+products and fused attention, blocks and packed weights for CPUs, cuDNN, flash-attn, and Triton kernels. The core never
+imports this package by name of a way; the first call of a definition loads it."""
 
-from dsv2_ref.fast import cpu, cudnn, flash, products, quantized, triton
+from dsv2_ref.fast import cpu, cudnn, flash, products, quantized, sdpa, triton
 
-__all__ = ["cpu", "cudnn", "flash", "products", "quantized", "triton"]
+__all__ = ["cpu", "cudnn", "flash", "products", "quantized", "sdpa", "triton"]

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from dsv2_ref import ops
-from dsv2_ref.attention import FEW_QUERIES, attend, attend_sdpa
+from dsv2_ref.attention import attend
+from dsv2_ref.fast.sdpa import FEW_QUERIES, attend_sdpa
 from dsv2_ref.masks import Visibility
 
 

@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dsv2_ref import checks, ops
-from dsv2_ref.attention import attend, equally_wide
+from dsv2_ref.attention import attend
+from dsv2_ref.fast.sdpa import equally_wide
 from dsv2_ref.masks import Visibility
 
 

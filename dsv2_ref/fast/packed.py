@@ -15,7 +15,7 @@ from dsv2_ref.checks import is_module, require
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
-from dsv2_ref.moe import RoutedExperts
+from dsv2_ref.moe import MoEGate, RoutedExperts
 from dsv2_ref.quantize import is_plain
 from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.quantized_modules import QuantizedUpProjection
@@ -52,7 +52,7 @@ class _Packed(nn.Module):
         destination.update({prefix + name: weight for name, weight in self._dense().items()})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        raise RuntimeError(f"{prefix[:-1]} holds packed weights; wanted a layer to load into: load first, then pack")
+        _refuse_to_load(self, state_dict, prefix)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         own = self.__dict__
@@ -76,6 +76,15 @@ class _Packed(nn.Module):
         dense = state.pop("dense")
         super().__setstate__(state)
         self._repack(dense)
+
+
+def _refuse_to_load(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    """Raise RuntimeError where there are packed weights, before anything beside them is loaded."""
+    for name, child in module.named_modules(prefix=prefix[:-1]):
+        if isinstance(child, _Packed):
+            raise RuntimeError(f"{name} holds packed weights; wanted a layer to load into: load first, then pack")
+        if isinstance(child, QuantizedWeight):
+            child.require_plain(name)
 
 
 class PackedLinear(_Packed):
@@ -158,6 +167,32 @@ class PackedExperts(_Packed):
         self.down_proj = [packed(expert, "down_proj") for expert in range(self.number)]
 
 
+class PackedGate(MoEGate):
+    """The gate with its weight in float32, in which it is multiplied: widening it takes longer than the product. It is
+    saved as it was."""
+
+    def __init__(self, gate: MoEGate) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(gate.__dict__)
+        self.dtype = gate.weight.dtype
+        wide = nn.Parameter(gate.weight.detach().float(), requires_grad=gate.weight.requires_grad)
+        self._parameters = {"weight": wide}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination[prefix + "weight"].to(self.dtype)
+
+
+def _is_plain_gate(module: nn.Module) -> bool:
+    if type(module) is not MoEGate or "forward" in module.__dict__:
+        return False
+    return module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
+
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -165,9 +200,9 @@ def pack_weights(module: Module) -> Module:
     """Pack the linear maps and experts of a layer, or of any module that holds some, in place; for inference only.
 
     Everything else stays as it is: forms, kernels and caches of attention, and the names and values of `state_dict`.
-    Weights take as much memory as before, ``kv_b_proj`` twice as much. There is no way to unpack but to build a layer
-    and load the state dict. What is more than a plain linear map or the package's own experts (an adapter, a wrapper,
-    hooks, a parametrization, a map that others quantised) is left as it is and keeps its effect.
+    Weights take as much memory as before, ``kv_b_proj`` and a gate in bfloat16 twice as much. There is no way to unpack
+    but to build a layer and load the state dict. What is more than a plain linear map or the package's own experts (an
+    adapter, a wrapper, hooks, a parametrization, a map that others quantised) is left as it is and keeps its effect.
 
     Weights that `dsv2_ref.quantize.quantize` made are packed, too, where torch has a kernel for their codes; then
     ``kv_b_proj`` keeps a copy for the absorbed form: in the module's dtype, or in float32 where it is bfloat16 and the
@@ -182,6 +217,7 @@ def pack_weights(module: Module) -> Module:
     """
     is_module(module)
     children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
+    gates: list[Any] = [place for place in children if _is_plain_gate(place[2])]
     places = [(parent, name, child) for parent, name, child in children if is_plain(child)]
     quantised = [child for child in module.modules() if isinstance(child, QuantizedWeight)]
     if quantised and not has_bfloat16():  # the others stay as they are
@@ -201,6 +237,8 @@ def pack_weights(module: Module) -> Module:
             held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
         if can_lay_out(held):
             lay_out_codes(held)
+    for parent, name, gate in gates:
+        setattr(parent, name, PackedGate(gate))
     for parent, name, child in places:
         if isinstance(child, RoutedExperts):
             packed: nn.Module = PackedExperts(child)
@@ -210,4 +248,5 @@ def pack_weights(module: Module) -> Module:
             assert isinstance(child, nn.Linear)
             packed = PackedLinear(child)
         setattr(parent, name, packed)
+    module.register_load_state_dict_pre_hook(_refuse_to_load)
     return module

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv2_ref import ops
-from dsv2_ref.attention import attend, blocks
+from dsv2_ref.attention import attend
 from dsv2_ref.fast.processor import has_bfloat16
+from dsv2_ref.fast.sdpa import blocks
 from dsv2_ref.masks import Visibility, additive
 from dsv2_ref.moe import RoutedExperts
 
@@ -39,10 +40,9 @@ def scaled_product(
     bias = left.new_zeros(1, 1, 1).expand(len(left), 1, 1) if bias is None else bias
     if left.device.type != "cpu" or len(left) == 0:
         return torch.baddbmm(bias, left, right, beta=beta, alpha=scale)
-    if len(left) == 1:
-        return torch.addmm(bias[0], left[0], right[0], beta=beta, alpha=scale)[None]
     parts = zip(bias.unbind(), left.unbind(), right.unbind(), strict=True)
-    return torch.stack([torch.addmm(*part, beta=beta, alpha=scale) for part in parts])
+    products = [torch.addmm(*part, beta=beta, alpha=scale) for part in parts]
+    return products[0][None] if len(left) == 1 else torch.stack(products)
 
 
 # Not float16, whose scores could overflow.

@@ -44,10 +44,10 @@ def chosen_experts(
     """The routed experts where ``product(rows, expert, down)`` multiplies rows by one expert's matrix: gates above ups, or
     its down projection. Only experts that a token chose are asked for."""
     if len(hidden_states) == 1 and not topk_idx.is_meta:  # nothing to sort
-        out = []
-        for expert in topk_idx[0].tolist():
-            gate, up = product(hidden_states, expert, False).chunk(2, dim=-1)
-            out.append(product(F.silu(gate) * up, expert, True))
+        chosen = topk_idx[0].tolist()
+        gates, ups = torch.cat([product(hidden_states, expert, False) for expert in chosen]).chunk(2, dim=-1)
+        rows = (F.silu(gates) * ups).split(1)
+        out = [product(row, expert, True) for row, expert in zip(rows, chosen, strict=True)]
         return (topk_weight @ torch.cat(out).to(topk_weight.dtype)).to(hidden_states.dtype)
     order, group_ends, places = sort_by_expert(topk_idx, experts)
     rows = hidden_states[order // topk_idx.shape[1]]
@@ -114,9 +114,8 @@ def _not_few_int8(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> st
 
 @ops.faster(quantized_product, "cpu int8", why_not=_not_few_int8, **HALF_ON_CPU)
 def _few_by_int8(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
-    codes, scales = weight.codes[place], weight.scales[place].flatten()
-    flat = rows.reshape(-1, rows.shape[-1]).contiguous()
-    return torch.ops.aten._weight_int8pack_mm(flat, codes, scales).view(*rows.shape[:-1], -1)
+    codes, scales = _at(place, weight.codes, weight.scales)
+    return _by_rows(rows, lambda flat: torch.ops.aten._weight_int8pack_mm(flat, codes, scales.flatten()))
 
 
 def _not_few_int4(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
@@ -125,10 +124,20 @@ def _not_few_int4(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> st
 
 @ops.faster(quantized_product, "cpu int4", why_not=_not_few_int4, **HALF_ON_CPU)
 def _few_by_int4(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
-    flat, group = rows.reshape(-1, rows.shape[-1]).contiguous(), weight.group
-    scales = weight.scales_and_zeros[place]
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight.codes[place], group, scales)
-    return out.view(*rows.shape[:-1], -1)
+    codes, scales = _at(place, weight.codes, weight.scales_and_zeros)
+    product: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return _by_rows(rows, lambda flat: product(flat, codes, weight.group, scales))
+
+
+def _at(place: Any, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    return (codes, scales) if place is ... else (codes[place], scales[place])
+
+
+def _by_rows(rows: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    if rows.ndim == 2:
+        return product(rows.contiguous())
+    flat = rows.reshape(-1, rows.shape[-1]).contiguous()
+    return product(flat).view(*rows.shape[:-1], -1)
 
 
 # The latent cache in fewer bits

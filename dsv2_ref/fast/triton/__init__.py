@@ -279,6 +279,7 @@ def _layer(
     past_key_value: Any = None,
     output_attentions: bool | None = False,
     use_cache: bool | None = False,
+    position_embeddings: Any = None,
 ) -> tuple[Any, ...]:
     """The layer with its first addition and its second norm in one pass over memory."""
     attn_output, attn_weights, present = layer.self_attn(
@@ -288,6 +289,7 @@ def _layer(
         past_key_value=past_key_value,
         output_attentions=bool(output_attentions),
         use_cache=bool(use_cache),
+        position_embeddings=position_embeddings,
     )
     norm = layer.post_attention_layernorm
     if _not_for_norms(attn_output, hidden_states, norm.weight) or attn_output.shape != hidden_states.shape:

@@ -134,7 +134,7 @@ def without_position(part: str) -> Plant:
 
 def remade(change: Callable[..., Any]) -> Plant:
     """Tables that ``change`` makes with what makes them now, perhaps with another mistake already."""
-    return lambda _: patch.object(mla, "rotary_tables", partial(change, vars(mla)["rotary_tables"]))
+    return lambda _: patch.object(rope, "rotary_tables", partial(change, vars(rope)["rotary_tables"]))
 
 
 def placed(place: Callable[[Values, int], Values]) -> Plant:
@@ -242,7 +242,7 @@ BOTH = (
         "YaRN's magnitude left out: m(mscale) / m(mscale_all_dim)",
         "rope",
         MSCALES,
-        inside("rotary_tables", without_magnitude),
+        inside("rotary_tables", without_magnitude, rope),
     ),
     Mistake("scores not scaled", "overview", "Attention, recalled", scaled(lambda _: 1.0)),
     Mistake(
@@ -256,7 +256,7 @@ BOTH = (
 
 ATTENTION = (
     "attention.attend",
-    "attention.attend_sdpa",
+    "fast.sdpa.attend_sdpa",
     "fast.products.attend_products",
     "fast.cpu.attend_blocks",
     "fast.cpu.attend_rounded_up",
