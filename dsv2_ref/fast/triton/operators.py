@@ -1,5 +1,6 @@
 """The kernels as operators of torch (``dsv2_ref::…``): with shapes for the compiler, and gradients. Their meaning is
-the core's: `DeepseekV2RMSNorm`, `rotate_interleaved`, `attend`, `attend_records`, `quantized_product`.
+the core's: `DeepseekV2RMSNorm`, `rotate_interleaved`, `attend`, `attend_records`, `RoutedExperts`, and `quantized_product`
+and `dense_weight` of quantised weights.
 
 The kernels' modules are imported when an operator first runs, so that importing the package never imports Triton.
 """
@@ -112,13 +113,9 @@ def _no_gradients_of_products(ctx: Any, grad: Tensor) -> Any:
 
 @as_operator(lambda rows, codes, *_: rows.new_empty(rows.shape[0], codes.shape[-2]), _no_gradients_of_products)
 def _quantized_product(rows: Tensor, codes: Tensor, scales: Tensor, shared: int, group_ends: Tensor | None) -> Tensor:
-    from dsv2_ref.fast.triton import few_rows
-    from dsv2_ref.fast.triton.quantized import quantized_product_launch
+    from dsv2_ref.fast.triton.products import quantized_product as product
 
-    matrix = few_rows.Matrices(codes, scales, shared)
-    if group_ends is None and len(rows) <= few_rows.MOST_ROWS[matrix.kind] and matrix.fits:
-        return few_rows.product_launch(rows, matrix)
-    return quantized_product_launch(rows, codes, scales, shared, group_ends)
+    return product(rows, codes, scales, shared, group_ends)
 
 
 def _dense_fake(codes: Tensor, scales: Tensor, _: int, dtype: torch.dtype) -> Tensor:
@@ -143,22 +140,10 @@ def _no_gradients_of_experts(ctx: Any, grad: Tensor) -> Any:
 
 @as_operator(lambda x, *_: x.new_empty(x.shape), _no_gradients_of_experts)
 def _routed_experts(x: Tensor, gate_up: Tensor, down: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
-    from dsv2_ref.fast.products import _grouped_product
-    from dsv2_ref.fast.triton import experts, few_rows, moe
+    from dsv2_ref.fast.triton.few_rows import Matrices
+    from dsv2_ref.fast.triton.products import routed_experts
 
-    stacks = few_rows.Matrices(gate_up), few_rows.Matrices(down)
-    if len(x) <= few_rows.MOST_TOKENS[""] and all(stack.fits for stack in stacks):
-        return few_rows.experts_launch(x, *stacks, topk_idx, topk_weight)
-
-    def first(rows: Tensor, group_ends: Tensor, order: Tensor, top_k: int) -> Tensor:
-        if experts.should_serve(rows, gate_up, len(order)):
-            return experts.grouped_product_launch(rows, gate_up, group_ends, order, top_k)
-        return _grouped_product(rows[order // top_k], gate_up, group_ends)
-
-    def second(rows: Tensor, group_ends: Tensor) -> Tensor:
-        return _grouped_product(rows, down, group_ends)
-
-    return moe.experts_launch(x, topk_idx, topk_weight, len(down), first, second)
+    return routed_experts(x, Matrices(gate_up), Matrices(down), topk_idx, topk_weight)
 
 
 @as_operator(lambda x, *_: x.new_empty(x.shape), _no_gradients_of_experts)
@@ -166,20 +151,11 @@ def _quantized_experts(
     x: Tensor, gate_up: Tensor, gate_up_scales: Tensor, down: Tensor, down_scales: Tensor,
     shared: list[int], topk_idx: Tensor, topk_weight: Tensor,
 ) -> Tensor:  # fmt: skip
-    from dsv2_ref.fast.triton import few_rows, moe
-    from dsv2_ref.fast.triton.quantized import quantized_product_launch
+    from dsv2_ref.fast.triton.few_rows import Matrices
+    from dsv2_ref.fast.triton.products import routed_experts
 
-    stacks = few_rows.Matrices(gate_up, gate_up_scales, shared[0]), few_rows.Matrices(down, down_scales, shared[1])
-    if len(x) <= few_rows.MOST_TOKENS[stacks[0].kind] and all(stack.fits for stack in stacks):
-        return few_rows.experts_launch(x, *stacks, topk_idx, topk_weight)
-
-    def first(rows: Tensor, *choices: Any) -> Tensor:
-        return quantized_product_launch(rows, gate_up, gate_up_scales, shared[0], *choices)
-
-    def second(rows: Tensor, group_ends: Tensor) -> Tensor:
-        return quantized_product_launch(rows, down, down_scales, shared[1], group_ends)
-
-    return moe.experts_launch(x, topk_idx, topk_weight, len(down), first, second)
+    stacks = Matrices(gate_up, gate_up_scales, shared[0]), Matrices(down, down_scales, shared[1])
+    return routed_experts(x, *stacks, topk_idx, topk_weight)
 
 
 def rms_norm(

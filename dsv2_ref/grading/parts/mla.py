@@ -260,6 +260,7 @@ ATTENTION = (
     "fast.products.attend_products",
     "fast.cpu.attend_blocks",
     "fast.cpu.attend_rounded_up",
+    "fast.cpu.attend_fused",
     "fast.cpu.attend_in_float32",
 )
 """What weighs values by scores in the package."""

@@ -136,6 +136,8 @@ ROPE = Part(
         "rope.yarn_mscale",
         "rope.rotate_interleaved",
         "rope.rotate_half_split",
+        "rope.position_tables",
+        "fast.cpu.rotate",
     ),
     cases=(
         Case("cosines and sines", 3, angles(8, theta=50000.0)),
