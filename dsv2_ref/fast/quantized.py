@@ -18,7 +18,7 @@ from dsv2_ref import ops
 from dsv2_ref.codes import pack_nibbles
 from dsv2_ref.fast.cpu import HALF_ON_CPU
 from dsv2_ref.fast.processor import has_bfloat16
-from dsv2_ref.fast.products import all_experts, combine, in_float32, needs_vmap, sort_by_expert
+from dsv2_ref.fast.products import all_experts, combine, in_float32, needs_vmap, scaled_product, sort_by_expert
 from dsv2_ref.masks import Visibility
 from dsv2_ref.quantized import QuantizedWeight, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
@@ -165,13 +165,15 @@ def attend_in_pieces(
 ) -> tuple[Float[Tensor, "batch heads 1 latent"], None]:
     """`attend_records` of one query, some records at a time, with a running softmax.
 
-    Products are in the dtype of the query, or in float32 where no instruction multiplies bfloat16.
+    Products are in the dtype of the query, or in float32 where no instruction multiplies bfloat16. Codes become numbers in
+    float32: torch converts them to bfloat16 one at a time.
     """
     record, wide = cache.record, query.dtype if has_bfloat16() else torch.float32
     (B, H), C, rows = query.shape[:2], record.latent, query[:, :, 0].to(wide)
     largest = query.new_full((B, H, 1), -torch.inf, dtype=torch.float32)
     total, out = torch.zeros_like(largest), query.new_zeros(B, H, C, dtype=torch.float32)
-    keys = rows.new_empty(B, min(RECORDS_AT_ONCE, cache.length), C + record.rope)
+    keys = out.new_empty(B, min(RECORDS_AT_ONCE, cache.length), C + record.rope)
+    rounded = keys if wide == keys.dtype else torch.empty_like(keys, dtype=wide)
     for start in range(0, cache.length, RECORDS_AT_ONCE):
         codes, scales, k_pe = record.split(cache.stored[:, start : start + RECORDS_AT_ONCE])
         key = keys[:, : codes.shape[1]]  # (B, n, C + R)
@@ -180,11 +182,12 @@ def attend_in_pieces(
             codes, scales = as_float16(codes), scales * 2**8
         latent.copy_(codes).unflatten(-1, (-1, record.tile)).mul_(scales[..., None])
         key[..., C:] = k_pe
-        scores = (rows @ key.mT).float() * scale  # (B, H, n)
+        key = key if rounded is keys else rounded[:, : codes.shape[1]].copy_(key)
+        scores = scaled_product(rows, key.mT).float() * scale  # (B, H, n)
         new = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
         weights, shrink = (scores - new).exp(), (largest - new).exp()
         total = total * shrink + weights.sum(dim=-1, keepdim=True)
-        out = out * shrink + (weights.to(wide) @ latent).float()  # (B, H, C)
+        out = out * shrink + scaled_product(weights.to(wide), key[..., :C]).float()  # (B, H, C)
         largest = new
     return (out / total)[:, :, None].to(query.dtype), None
 
