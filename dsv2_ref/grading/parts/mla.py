@@ -14,7 +14,7 @@ from dsv2_ref import attention, mla, rope
 from dsv2_ref.config import DeepseekV2Config
 from dsv2_ref.grading.answers import Values, output, tokens
 from dsv2_ref.grading.part import Case, Mistake, Part, Plant
-from dsv2_ref.grading.parts.rope import ANGLES, LONGER, MSCALES, PAIRS, YARN, without_magnitude
+from dsv2_ref.grading.parts.rope import ANGLES, LONGER, MSCALES, PAIRS, YARN, unmagnified
 from dsv2_ref.masks import Visibility
 
 SMALL = replace(
@@ -242,7 +242,7 @@ BOTH = (
         "YaRN's magnitude left out: m(mscale) / m(mscale_all_dim)",
         "rope",
         MSCALES,
-        inside("rotary_tables", without_magnitude, rope),
+        remade(unmagnified),
     ),
     Mistake("scores not scaled", "overview", "Attention, recalled", scaled(lambda _: 1.0)),
     Mistake(

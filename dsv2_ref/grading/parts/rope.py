@@ -101,7 +101,12 @@ def inverse(dim: int, theta: float, scaling: Any = None) -> Values:
 
 def without_magnitude(*args: Any, **kwargs: Any) -> tuple[Values, Values]:
     """Tables in which YaRN changes angles alone."""
-    cos, sin = rope.rotary_tables(*args, **kwargs)
+    return unmagnified(rope.rotary_tables, *args, **kwargs)
+
+
+def unmagnified(made: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Values, Values]:
+    """Tables that something makes, without YaRN's magnitude."""
+    cos, sin = made(*args, **kwargs)
     size = magnitude(kwargs.get("scaling", args[3] if len(args) > 3 else None))
     return cos / size, sin / size
 
