@@ -59,7 +59,7 @@ def table() -> str:
     rows = ""
     for kind, group, factor in STATES:
         found = rounded(kind, group, factor)
-        said = f"{'e4m3' if kind == 'fp8' else kind} in groups of {group}, weight {OUTLIER} ×{factor}"
+        said = f"{'e4m3' if kind == 'fp8' else kind} in groups of {group}, weight no. {OUTLIER} enlarged {factor} times"
         cells = f"<td>{found.error:.1%}</td><td>{others(kind, group, factor):.1%}</td>"
         rows += f"<tr><th scope='row'>{said}</th>{cells}<td>{found.code_bytes + found.scale_bytes}</td></tr>"
     numbers = " ".join(f"{x:g}" for x in weights().tolist())
