@@ -28,7 +28,7 @@ HOLD_IF = {  # computed, and under the assumption
     "ocr-layers": (12, 40), "layer-range": (12, 40), "hidden-default": (4096, 1280), "experts-default": (0, 160),
     "dense-default": (0, 1), "moe-layers": (11, 39), "experts-active": (6, 2), "experts-routed": (64, 160),
     "dense-width": (6848, 3584), "norm-decode": (5120, 3840), "norm-prefill": (41_943_040, 31_457_280),
-    "attention-prefill": (4.030357e12, 10.628232e12), "attention-memory-decode": (4_670_856, 4_341_760),
+    "attention-prefill": (4.030357e12, 10.628232e12), "attention-memory-decode": (4_670_848, 4_341_760),
     "norm-count": (4, 2), "heads": (10, 128), "cache-ratio": (40 / 9, 512 / 9), "expert-ratio": (9.539448, 80),
 }  # fmt: skip
 OFF = {
