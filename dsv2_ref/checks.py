@@ -472,7 +472,8 @@ def moe_input(moe: Any, hidden_states: "Tensor") -> None:
         reject("hidden_states", hidden_states, "(batch, seq, hidden)")
     gate, experts = first_weight(moe.gate), getattr(moe.experts, "gate_up_proj", None)
     width = hidden_states.shape[-1] if gate is None else gate.shape[-1]
-    _features(moe, hidden_states, width, experts if hasattr(experts, "dtype") else gate)
+    like = getattr(moe.gate, "like", gate)  # of a packed gate, whose weight was widened
+    _features(moe, hidden_states, width, experts if hasattr(experts, "dtype") else like)
 
 
 def _may_be_empty(x: "Tensor", module: "nn.Module") -> bool:
@@ -751,16 +752,19 @@ def _positions(position_ids: "Tensor", hidden_states: "Tensor") -> None:
 
 
 def _tables(position_embeddings: object, hidden_states: "Tensor", pairs: int) -> None:
-    from torch import Tensor
+    import torch
 
-    name, device, (batch, seq, _) = "position_embeddings", hidden_states.device, hidden_states.shape
-    wanted = f"cosines and sines of position_tables, floating-point numbers ({batch} or 1, {seq}, {pairs}) on {device}"
-    if not isinstance(position_embeddings, tuple | list) or len(position_embeddings) != 2:
-        reject(name, position_embeddings, wanted)
-    for table in position_embeddings:
-        fits = isinstance(table, Tensor) and table.is_floating_point() and table.device == device and table.ndim == 3
-        if not fits or (len(table) != 1 and len(table) != batch) or table.shape[1] != seq or table.shape[2] != pairs:
-            reject(name, table, wanted)
+    (batch, seq, _), device = hidden_states.shape, hidden_states.device
+    two = isinstance(position_embeddings, tuple | list) and len(position_embeddings) == 2
+    for table in position_embeddings if two else [position_embeddings]:  # type: ignore[attr-defined]
+        fits = two and isinstance(table, torch.Tensor) and table.ndim == 3 and table.device == device
+        fits = fits and table.dtype in (torch.float32, torch.float64)
+        if fits:
+            rows, columns, width = table.shape  # `in` knows no symbolic sizes
+            fits = (rows == 1 or rows == batch) and columns == seq and width == pairs
+        if not fits:
+            wanted = f"cosines and sines of position_tables, float32 ({batch} or 1, {seq}, {pairs}) on {device}"
+            reject("position_embeddings", table, wanted)
 
 
 def _mask(attention_mask: "Tensor", batch: int, heads: int, seq: int, kv_seq: int, device: "torch.device") -> None:
@@ -836,11 +840,6 @@ def model_call(
         if (layer := _within(wrapped, "self_attn")) is not None:
             layer_call(layer, hidden_states, attention_mask, position_ids, cache, whole=model)
             attention_mask = position_ids = None  # looked at once
-    seen = [getattr(cache, "seen", 0) for cache in past_key_values or ()]
-    for index, tokens in enumerate(seen):
-        if tokens != seen[0]:  # all layers share the positions
-            wanted = f"{seen[0]}, as that of layer 0"
-            reject(f"past_key_values: tokens that the cache of layer {index} has seen", tokens, wanted)
 
 
 def _takes_one(function: Any) -> bool:

@@ -88,6 +88,9 @@ class DeepseekV2DecoderLayer(PretrainedLayer, nn.Module):
             ``(hidden_states, attn_weights?, present_key_value?)``, the last two where
             asked for.
         """
+        tables: dict[str, Any] = {}
+        if position_embeddings is not None:
+            tables["position_embeddings"] = position_embeddings
         residual = hidden_states  # (B, S, D)
         hidden_states = self.input_layernorm(hidden_states)
         hidden_states, attn_weights, present_key_value = self.self_attn(
@@ -97,7 +100,7 @@ class DeepseekV2DecoderLayer(PretrainedLayer, nn.Module):
             past_key_value=past_key_value,
             output_attentions=bool(output_attentions),
             use_cache=bool(use_cache),
-            position_embeddings=position_embeddings,
+            **tables,
         )
         hidden_states = residual + hidden_states
 

@@ -11,7 +11,7 @@ from dsv2_ref import checks, ops
 from dsv2_ref.cache import LayerCache
 from dsv2_ref.checkpoint import tie_head
 from dsv2_ref.config import DeepseekV2Config
-from dsv2_ref.layer import DeepseekV2DecoderLayer
+from dsv2_ref.layer import ATTENTION_CLASSES, DeepseekV2DecoderLayer
 from dsv2_ref.linear import linear
 from dsv2_ref.pretrained import PretrainedModel
 from dsv2_ref.recompute import GradientCheckpointing, checkpointed
@@ -80,10 +80,15 @@ class DeepseekV2Model(GradientCheckpointing):
         mode = self.gradient_checkpointing if self.training else None
         if use_cache or past_key_values is not None:
             mode = None
-        past = past_key_values[0] if past_key_values else None
-        tables = position_tables(self.config, hidden_states, position_ids, past)
+        tables: dict[str, Any] = {}  # of the positions, the same for layers as made
+        tabled = None  # for how many tokens seen
         for index, layer in enumerate(self.layers):
             past = None if past_key_values is None else past_key_values[index]
+            shared = takes_tables(layer, self.config, hidden_states)
+            seen = getattr(past, "seen", 0)
+            if shared and seen != tabled:
+                made = position_tables(self.config, hidden_states, position_ids, past)
+                tables, tabled = {"position_embeddings": made}, seen
             run = layer if mode is None else checkpointed(layer, mode)
             hidden_states, *cache = run(
                 hidden_states,
@@ -91,10 +96,26 @@ class DeepseekV2Model(GradientCheckpointing):
                 position_ids,
                 past_key_value=past,
                 use_cache=use_cache,
-                position_embeddings=tables,
+                **(tables if shared else {}),
             )
             present += cache
         return self.norm(hidden_states), tuple(present) if use_cache else None
+
+
+OWN_ATTENTION = tuple(ATTENTION_CLASSES.values())
+
+
+def takes_tables(layer: Any, config: DeepseekV2Config, hidden_states: Tensor) -> bool:
+    """Whether a layer takes tables that its model makes: if it is as the model made it,
+    not replaced, wrapped, sharded or of another configuration, and computes them in the
+    same dtype."""
+    attention: Any = getattr(layer, "self_attn", None)
+    own = type(layer) is DeepseekV2DecoderLayer and type(attention) in OWN_ATTENTION
+    norm = checks.first_weight(layer.input_layernorm) if own else None
+    if norm is None or attention.config is not config:
+        return False
+    double = torch.float64
+    return (norm.dtype == double) == (hidden_states.dtype == double)
 
 
 class DeepseekV2ForCausalLM(PretrainedModel, GradientCheckpointing):

@@ -143,8 +143,8 @@ _loaded = False
 def _load_ways() -> None:
     """Let `dsv2_ref.fast` register its ways, at the first call of a definition."""
     global _loaded
-    _loaded = True
     importlib.import_module("dsv2_ref.fast")
+    _loaded = True  # not before: another thread would find no ways
 
 
 def faster(definition: Any, name: str, **rule: Any) -> Callable[..., Any]:

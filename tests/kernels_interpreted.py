@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -548,7 +549,7 @@ def test_quantized_product(name: str, rows: int, dtype: torch.dtype) -> None:
     parts = weight.codes, weight.scales, weight.group
     assert_near([quantized.quantized_product_launch(x, *parts)], [expected])
     assert_near([operators.quantized_product(x, *parts)], [expected])
-    if few_rows.Matrices(*parts).fits:
+    if rows <= 3 and few_rows.Matrices(*parts).fits:
         assert_near([few_rows.product_launch(x, few_rows.Matrices(*parts))], [expected])
 
 
@@ -1060,10 +1061,15 @@ WRONG_EXPERTS: dict[str, tuple[ModuleType, Callable[[Any], None], str, str]] = {
 }  # fmt: skip
 
 
+@cache
+def found_right(check: Callable[[Any], None], module: Any) -> None:
+    check(module)
+
+
 @pytest.mark.parametrize("fault", WRONG_EXPERTS)
 def test_a_wrong_step_on_the_way_through_the_experts_shows(fault: str, tmp_path: Path) -> None:
     module, check, right, wrong = WRONG_EXPERTS[fault]
-    check(module)
+    found_right(check, module)
     with OutputsBetweenBands(), pytest.raises(AssertionError):  # a wrong place may lie behind the last
         check(altered(module, right, wrong, tmp_path))
 

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
+from dsv2_ref.fast import cpu
 from dsv2_ref.fast.cpu import FEW_KEYS, attend_blocks, attend_fused, attend_in_float32, attend_rounded_up, rotate
 from dsv2_ref.fast.processor import has_amx, has_bfloat16
 from dsv2_ref.masks import Visibility
@@ -83,9 +85,42 @@ def test_one_query_is_fused_over_few_keys(kv_seq: int) -> None:
         attend(query, key, value, Visibility(1, kv_seq, query.device), SCALE, 0.5, implementation="products")
         attend(query, key, key, Visibility(1, kv_seq, query.device), SCALE, implementation="products")
         attend(query, key, value.clone(), Visibility(1, kv_seq, query.device), SCALE, implementation="products")
+        attend(query, key, value, Visibility(1, kv_seq, query.device), SCALE, dropout=0.5, implementation="products")
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            attend(query, key, value, Visibility(1, kv_seq, query.device), SCALE, implementation="products")
     fused = kv_seq <= FEW_KEYS or not has_bfloat16()
     served = [choice.way == "cpu fused query" for choice in choices]
-    assert served == [fused, False, fused, False]
+    assert served == [fused, False, fused, False, False, False]
+
+
+@torch.no_grad()
+def test_without_bfloat16_products_one_query_is_always_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    query, key, value = drawn(1, 2 * FEW_KEYS, 1)
+    with ops.watch() as choices:
+        attend(query, key, value, Visibility(1, 2 * FEW_KEYS, query.device), SCALE, implementation="products")
+    assert choices[0].way == "cpu fused query"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seq", [1, 5])
+def test_rotation_takes_any_layout_and_leaves_other_dtypes_to_the_definition(seq: int) -> None:
+    torch.manual_seed(0)
+    q_pe = torch.randn(2, HEADS, 8, seq).bfloat16().mT
+    k_pe = torch.randn(2, 8, seq).bfloat16().mT
+    cos, sin = rotary_tables(torch.arange(seq)[None], 8, 10000.0)
+    for given in (
+        (q_pe, k_pe, cos, sin),
+        (q_pe, k_pe.float(), cos, sin),
+        (q_pe, k_pe, cos.double(), sin.double()),
+        (q_pe, k_pe, cos.bfloat16(), sin.bfloat16()),
+    ):
+        found = apply_rotary(*given)
+        with ops.plain():
+            expected = apply_rotary(*given)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
 
 
 @torch.no_grad()

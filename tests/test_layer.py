@@ -24,6 +24,7 @@ from dsv2_ref import (
     DeepseekV2MoE,
 )
 from dsv2_ref.mha import MultiHeadAttention, MultiHeadFlashAttention2
+from dsv2_ref.rope import position_tables
 from tests.examples import thorough
 from tests.peers import SMALL, assert_close, randomised, tokens
 
@@ -108,6 +109,18 @@ def test_signatures_are_the_cards() -> None:
         "use_cache": False,
         "position_embeddings": None,
     }
+
+
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, use_mla=False)], ids=["mla", "mha"])
+@torch.no_grad()
+def test_tables_of_positions_may_be_given(config: DeepseekV2Config, as_shipped: None) -> None:
+    layer, x = randomised(DeepseekV2DecoderLayer(config, 1), torch.float64), torch.randn(2, 5, 48).double()
+    places = torch.arange(7, 12).expand(2, -1)
+    tables = position_tables(config, x, places)
+    assert torch.equal(layer(x, position_embeddings=tables)[0], layer(x, position_ids=places)[0])
+    for wrong in (tables[0], tables[:1], (tables[0], tables[1][:, :4]), (tables[0].bfloat16(), tables[1]), "tables"):
+        with pytest.raises(ValueError, match="position_embeddings is .*; wanted cosines and sines of position_tables"):
+            layer(x, position_embeddings=wrong)
 
 
 def test_initial_weights() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
+from torch.nn.utils import prune
 
 from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pack_weights
 from dsv2_ref.fast.processor import has_bfloat16
@@ -226,6 +227,35 @@ def test_the_gate_is_widened_once_and_saved_as_it_was(fields: dict[str, Any]) ->
     gate.load_state_dict({name: 2 * weight for name, weight in before.state_dict().items()})
     assert torch.equal(gate.weight, 2 * before.weight.float())
     assert gate.to(torch.float64).state_dict()["weight"].dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_packed_mixture_takes_the_tokens_that_it_took(as_shipped: None) -> None:
+    """Called by itself, where only its gate tells a dtype."""
+    plain = quantize(DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), 1).bfloat16().eval(), "int8").mlp
+    packed, tokens = pack_weights(copy.deepcopy(plain)), torch.randn(2, 5, 64).bfloat16()
+    assert_near(packed(tokens), plain(tokens))
+    with pytest.raises(ValueError, match=r"hidden_states is .*float32.*; wanted .*bfloat16 on cpu, as the weights"):
+        packed(tokens.float())
+
+
+@torch.no_grad()
+def test_a_gate_that_others_changed_stays_as_it_is() -> None:
+    layer = DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), 1).bfloat16().eval()
+    prune.l1_unstructured(layer.mlp.gate, "weight", 0.5)
+    tokens = torch.randn(2, 5, 64).bfloat16()
+    expected, gate = layer.mlp.gate(tokens)[1], layer.mlp.gate
+    pack_weights(quantize(layer, "int8"))
+    assert layer.mlp.gate is gate
+    assert torch.equal(gate(tokens)[1], expected)
+
+
+def test_a_gate_that_two_share_stays_one() -> None:
+    layers = torch.nn.ModuleList(DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), 1).bfloat16() for _ in range(2))
+    layers[1].mlp.gate = layers[0].mlp.gate
+    pack_weights(quantize(layers, "int8"))
+    assert layers[1].mlp.gate is layers[0].mlp.gate
+    assert layers[1].mlp.gate.weight.dtype == torch.float32
 
 
 def without_hooks(module: torch.nn.Module) -> torch.nn.Module:

@@ -127,19 +127,43 @@ def attend_rounded_up(
     return attend_products(query, key, key[..., : value.shape[-1]], *rest, **options)
 
 
+def _has_bfloat16(*_: Any, **__: Any) -> str:
+    return "this processor has bfloat16 products" if has_bfloat16() else ""
+
+
+@ops.faster(attend, "cpu float32", where={"implementation": "products"}, why_not=_has_bfloat16, **HALF_ON_CPU)
+def attend_in_float32(
+    query: Float[Tensor, "batch heads seq width"],
+    key: Float[Tensor, "batch 1 kv_seq width"],
+    value: Float[Tensor, "batch 1 kv_seq value_width"],
+    *rest: Any,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch heads seq value_width"], None]:
+    """`attend` with products in float32, rounded once at the end. Where no instruction multiplies bfloat16, torch's own
+    product does so one number at a time, 40 to 60 times slower."""
+    wide = key.float()
+    value = wide[..., : value.shape[-1]] if _begins(key, value) else value.float()
+    out, _ = attend_products(query.float(), wide, value, *rest, **options)
+    return out.to(query.dtype), None
+
+
 FEW_KEYS = 512
 """Keys up to which torch's fused attention is the fastest for one query. For 65 it took 78 µs against 218 with an EPYC's
 AVX-512, for 1,000 366 against 356. Where no instruction multiplies bfloat16, it always is."""
 
 
-def _not_fused(query: Tensor, key: Tensor, value: Tensor, visible: Visibility, *rest: float, **_: Any) -> str:
+def _not_fused(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visibility, scale: float, dropout: float = 0.0, **_: Any
+) -> str:
     if query.shape[2] != 1:
         return "for one query at a time"
     if not _begins(key, value):
         return "the value is not the beginning of the key"
     if has_bfloat16() and key.shape[2] > FEW_KEYS:
         return f"more than {FEW_KEYS} keys suit plain products better"
-    return "no dropout" if any(rest[1:]) else ""
+    if not torch.backends.cuda.flash_sdp_enabled():  # the switch of all devices
+        return "torch.nn.attention.sdpa_kernel leaves that kernel out"
+    return "no dropout" if dropout else ""
 
 
 @ops.faster(attend, "cpu fused query", where={"implementation": "products"}, why_not=_not_fused, **HALF_ON_CPU)
@@ -162,27 +186,12 @@ def attend_fused(
     return out if sees_any is None else out.where(sees_any, 0), None
 
 
-def _has_bfloat16(*_: Any, **__: Any) -> str:
-    return "this processor has bfloat16 products" if has_bfloat16() else ""
+def _not_complex(q_pe: Tensor, k_pe: Tensor, cos: Tensor, sin: Tensor) -> str:
+    fits = cos.dtype == sin.dtype == torch.float32 and q_pe.dtype == k_pe.dtype
+    return "" if fits else "for float32 tables, and queries and keys of one dtype"
 
 
-@ops.faster(attend, "cpu float32", where={"implementation": "products"}, why_not=_has_bfloat16, **HALF_ON_CPU)
-def attend_in_float32(
-    query: Float[Tensor, "batch heads seq width"],
-    key: Float[Tensor, "batch 1 kv_seq width"],
-    value: Float[Tensor, "batch 1 kv_seq value_width"],
-    *rest: Any,
-    **options: Any,
-) -> tuple[Float[Tensor, "batch heads seq value_width"], None]:
-    """`attend` with products in float32, rounded once at the end. Where no instruction multiplies bfloat16, torch's own
-    product does so one number at a time, 40 to 60 times slower."""
-    wide = key.float()
-    value = wide[..., : value.shape[-1]] if _begins(key, value) else value.float()
-    out, _ = attend_products(query.float(), wide, value, *rest, **options)
-    return out.to(query.dtype), None
-
-
-@ops.faster(apply_rotary, "cpu complex", **HALF_ON_CPU)
+@ops.faster(apply_rotary, "cpu complex", why_not=_not_complex, **HALF_ON_CPU)
 def rotate(
     q_pe: Float[Tensor, "batch heads seq rope"],
     k_pe: Float[Tensor, "batch seq rope"],
@@ -193,7 +202,7 @@ def rotate(
     turns = torch.complex(cos, sin)[:, None]
 
     def rotated(x: Tensor) -> Tensor:  # (B, heads, S, R)
-        pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(x.to(cos.dtype).contiguous().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
     if q_pe.shape[2] > 1:

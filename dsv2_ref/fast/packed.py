@@ -174,23 +174,24 @@ class PackedGate(MoEGate):
     def __init__(self, gate: MoEGate) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(gate.__dict__)
-        self.dtype = gate.weight.dtype
+        self.like = torch.empty(0, dtype=gate.weight.dtype)  # as it is saved
         wide = nn.Parameter(gate.weight.detach().float(), requires_grad=gate.weight.requires_grad)
         self._parameters = {"weight": wide}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.like = fn(self.like)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = destination[prefix + "weight"].to(self.dtype)
+        destination[prefix + "weight"] = destination[prefix + "weight"].to(self.like.dtype)
 
 
 def _is_plain_gate(module: nn.Module) -> bool:
-    if type(module) is not MoEGate or "forward" in module.__dict__:
+    if type(module) is not MoEGate or "forward" in module.__dict__ or module._parameters.keys() != {"weight"}:
         return False
-    return module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -237,8 +238,9 @@ def pack_weights(module: Module) -> Module:
             held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
         if can_lay_out(held):
             lay_out_codes(held)
+    made = {gate: PackedGate(gate) for _, _, gate in gates}  # one for a gate that several share
     for parent, name, gate in gates:
-        setattr(parent, name, PackedGate(gate))
+        setattr(parent, name, made[gate])
     for parent, name, child in places:
         if isinstance(child, RoutedExperts):
             packed: nn.Module = PackedExperts(child)

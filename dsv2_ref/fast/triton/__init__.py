@@ -282,6 +282,7 @@ def _layer(
     position_embeddings: Any = None,
 ) -> tuple[Any, ...]:
     """The layer with its first addition and its second norm in one pass over memory."""
+    tables = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
     attn_output, attn_weights, present = layer.self_attn(
         hidden_states=layer.input_layernorm(hidden_states),
         attention_mask=attention_mask,
@@ -289,7 +290,7 @@ def _layer(
         past_key_value=past_key_value,
         output_attentions=bool(output_attentions),
         use_cache=bool(use_cache),
-        position_embeddings=position_embeddings,
+        **tables,
     )
     norm = layer.post_attention_layernorm
     if _not_for_norms(attn_output, hidden_states, norm.weight) or attn_output.shape != hidden_states.shape:
