@@ -119,7 +119,7 @@ def test_tables_of_positions_may_be_given(config: DeepseekV2Config, as_shipped: 
     tables = position_tables(config, x, places)
     assert torch.equal(layer(x, position_embeddings=tables)[0], layer(x, position_ids=places)[0])
     for wrong in (tables[0], tables[:1], (tables[0], tables[1][:, :4]), (tables[0].bfloat16(), tables[1]), "tables"):
-        with pytest.raises(ValueError, match="position_embeddings is .*; wanted cosines and sines of position_tables"):
+        with pytest.raises(ValueError, match=r"position_embeddings is .*; wanted cosines and sines of position_tables"):
             layer(x, position_embeddings=wrong)
 
 
