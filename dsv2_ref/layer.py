@@ -88,9 +88,8 @@ class DeepseekV2DecoderLayer(PretrainedLayer, nn.Module):
             ``(hidden_states, attn_weights?, present_key_value?)``, the last two where
             asked for.
         """
-        tables: dict[str, Any] = {}
-        if position_embeddings is not None:
-            tables["position_embeddings"] = position_embeddings
+        own = position_embeddings is None  # attention that others put here may take none
+        tables = {} if own else {"position_embeddings": position_embeddings}
         residual = hidden_states  # (B, S, D)
         hidden_states = self.input_layernorm(hidden_states)
         hidden_states, attn_weights, present_key_value = self.self_attn(
