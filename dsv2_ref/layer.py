@@ -88,7 +88,7 @@ class DeepseekV2DecoderLayer(PretrainedLayer, nn.Module):
             ``(hidden_states, attn_weights?, present_key_value?)``, the last two where
             asked for.
         """
-        own = position_embeddings is None  # attention that others put here may take none
+        own = position_embeddings is None  # others' attention may not take them
         tables = {} if own else {"position_embeddings": position_embeddings}
         residual = hidden_states  # (B, S, D)
         hidden_states = self.input_layernorm(hidden_states)

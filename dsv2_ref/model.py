@@ -105,7 +105,9 @@ class DeepseekV2Model(GradientCheckpointing):
 OWN_ATTENTION = tuple(ATTENTION_CLASSES.values())
 
 
-def takes_tables(layer: Any, config: DeepseekV2Config, hidden_states: Tensor) -> bool:
+def takes_tables(
+    layer: Any, config: DeepseekV2Config, hidden_states: Float[Tensor, "..."]
+) -> bool:
     """Whether a layer takes tables that its model makes: if it is as the model made it,
     not replaced, wrapped, sharded or of another configuration, and computes them in the
     same dtype."""
