@@ -19,7 +19,7 @@ from dsv2_ref.fast.cpu import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, kernel_block_rows, lay_out, lay_out_codes
 from dsv2_ref.masks import Visibility
 from dsv2_ref.quantize import KINDS, quantize
-from dsv2_ref.quantized import QuantizedWeight, in_rows, quantized_product
+from dsv2_ref.quantized import QuantizedWeight, dense_weight, in_rows, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import attend_records
 
@@ -70,6 +70,22 @@ def test_a_product_is_that_of_the_dense_matrix(kind: str, packed: bool, rows: in
     expected = {"int8": "cpu int8" if few else None, "int4": "cpu int4" if few and held.block_rows else None}
     assert way == (expected.get(kind) or way)
     assert ("cpu int" in way) == (expected.get(kind) is not None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_nibbles_are_written_out_as_by_the_definition(dtype: torch.dtype) -> None:
+    """To the bit, of a stack, of some of its rows, and of every byte there is."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 2, 1)
+    scales = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for part in ((codes, scales), (codes[1, 1:], scales[1, 1:]), (codes.mT.contiguous().mT, scales)):
+        with ops.watch() as choices:
+            found = dense_weight(*part, 64, dtype)
+        with ops.plain():
+            expected = dense_weight(*part, 64, dtype)
+        assert (choices[0].way == "cpu nibbles") == (part[0].stride(-1) == 1)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
 
 
 def test_strided_rows_and_one_expert_of_a_stack() -> None:

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from dsv2_ref import ops
-from dsv2_ref.codes import pack_nibbles
+from dsv2_ref.codes import from_codes, pack_nibbles
 from dsv2_ref.fast.cpu import HALF_ON_CPU
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.products import all_experts, combine, in_float32, needs_vmap, scaled_product, sort_by_expert
 from dsv2_ref.masks import Visibility
-from dsv2_ref.quantized import QuantizedWeight, quantized_product
+from dsv2_ref.quantized import QuantizedWeight, dense_weight, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
 from dsv2_ref.records import QuantizedLatentCache, attend_records
 
@@ -95,6 +95,24 @@ def _not_in_float32(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> 
 @ops.faster(quantized_product, "cpu float32", why_not=_not_in_float32, **ALSO_FLOAT32)
 def _some_rows_at_once(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
     return in_float32(rows, weight.shape[-2], lambda some: weight.dense((place, some)))
+
+
+def _not_nibbles(codes: Tensor, *_: Any) -> str:
+    return "" if codes.dtype == torch.uint8 and codes.stride(-1) == 1 else "for codes of four bits side by side"
+
+
+@ops.faster(dense_weight, "cpu nibbles", device="cpu", gradients=False, compiles=False, why_not=_not_nibbles)
+def dense_from_nibbles(
+    codes: UInt8[Tensor, "*stack outputs half"],
+    scales: Float[Tensor, "*stack outputs groups"],
+    group: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*stack outputs inputs"]:
+    """`dense_weight` of four bits. Shifts spread the halves of a byte over the two bytes of an int16, six times as fast as
+    interleaving them."""
+    pairs = codes.to(torch.int16)
+    pairs = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)  # the lower half first
+    return from_codes(pairs.view(torch.int8).sub_(8), scales).to(dtype)
 
 
 def _not_few(rows: Tensor, weight: QuantizedWeight, kind: str) -> str:
