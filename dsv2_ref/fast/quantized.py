@@ -108,8 +108,8 @@ def dense_from_nibbles(
     group: int,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*stack outputs inputs"]:
-    """`dense_weight` of four bits. Shifts spread the halves of a byte over the two bytes of an int16, six times as fast as
-    interleaving them."""
+    """`dsv2_ref.quantized.dense_weight` of four bits. Shifts spread the halves of a byte over the two bytes of an int16,
+    six times as fast as interleaving them."""
     pairs = codes.to(torch.int16)
     pairs = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)  # the lower half first
     return from_codes(pairs.view(torch.int8).sub_(8), scales).to(dtype)
