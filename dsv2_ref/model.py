@@ -81,14 +81,15 @@ class DeepseekV2Model(GradientCheckpointing):
         if use_cache or past_key_values is not None:
             mode = None
         tables: dict[str, Any] = {}  # of the positions, the same for layers as made
-        tabled = None  # for how many tokens seen
+        tabled: Any = None  # what they were made for
         for index, layer in enumerate(self.layers):
             past = None if past_key_values is None else past_key_values[index]
             shared = takes_tables(layer, self.config, hidden_states)
-            seen = getattr(past, "seen", 0)
-            if shared and seen != tabled:
+            new = hidden_states.shape[1], hidden_states.dtype, hidden_states.device
+            call = getattr(past, "seen", 0), *new
+            if shared and call != tabled:
                 made = position_tables(self.config, hidden_states, position_ids, past)
-                tables, tabled = {"position_embeddings": made}, seen
+                tables, tabled = {"position_embeddings": made}, call
             run = layer if mode is None else checkpointed(layer, mode)
             hidden_states, *cache = run(
                 hidden_states,
@@ -109,15 +110,22 @@ def takes_tables(
     layer: Any, config: DeepseekV2Config, hidden_states: Float[Tensor, "..."]
 ) -> bool:
     """Whether a layer takes tables that its model makes: if it is as the model made it,
-    not replaced, wrapped, sharded or of another configuration, and computes them in the
-    same dtype."""
+    not replaced, wrapped, sharded, of another configuration or with hooks that may
+    change what it is given (but for those that say ``looks_only``), and computes them
+    in the same dtype."""
     attention: Any = getattr(layer, "self_attn", None)
     own = type(layer) is DeepseekV2DecoderLayer and type(attention) in OWN_ATTENTION
-    norm = checks.first_weight(layer.input_layernorm) if own else None
-    if norm is None or attention.config is not config:
+    if not own or attention.config is not config:
         return False
-    double = torch.float64
-    return (norm.dtype == double) == (hidden_states.dtype == double)
+    for module in (layer, attention):
+        changed = [*module._forward_pre_hooks.values()]
+        changed += [module.forward] if "forward" in module.__dict__ else []
+        if any(not hasattr(function, "looks_only") for function in changed):
+            return False
+    norm, wide = checks.first_weight(layer.input_layernorm), torch.float64
+    if norm is None:
+        return False
+    return (norm.dtype == wide) == (hidden_states.dtype == wide)
 
 
 class DeepseekV2ForCausalLM(PretrainedModel, GradientCheckpointing):

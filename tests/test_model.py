@@ -84,7 +84,7 @@ def test_positions_are_turned_into_tables_once_for_all_layers(
 class AsBefore(nn.Module):
     """What a user puts around a layer or its attention: it knows no tables, and casts what it is given."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
         self.layer_idx = getattr(inner, "layer_idx", 0)
@@ -96,13 +96,14 @@ class AsBefore(nn.Module):
         return self.inner(hidden_states, attention_mask, position_ids, past_key_value, output_attentions, use_cache)
 
 
-def casting(layer: nn.Module) -> None:
+def casting(layer: nn.Module, sharded: bool = True) -> None:
     """As a layer that is sharded with mixed precision: another class, and all it is given in bfloat16."""
 
     def cast(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tree_map_only(Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, (args, kwargs))
 
-    layer.__class__ = type("Sharded", (type(layer),), {})
+    if sharded:
+        layer.__class__ = type("Sharded", (type(layer),), {})
     layer.register_forward_pre_hook(cast, with_kwargs=True)
 
 
@@ -112,15 +113,26 @@ CHANGES: dict[str, Callable[[DeepseekV2Model], Any]] = {
     "an attention replaced": lambda model: setattr(model.layers[1], "self_attn", AsBefore(model.layers[1].self_attn)),
     "another theta": lambda model: setattr(model.layers[1].self_attn, "config", replace(model.config, rope_theta=77.0)),
     "sharded": lambda model: casting(model.layers[1]),
+    "a hook that casts": lambda model: casting(model.layers[1], sharded=False),
+    "a hook that moves positions": lambda model: model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: (args[:1], kwargs | {"position_ids": 3 * torch.arange(args[0].shape[1])[None]}),
+        with_kwargs=True,
+    ),
+    "a forward of its own": lambda model: setattr(
+        model.layers[1], "forward", AsBefore(model.layers[1].forward).forward
+    ),
+    "fewer tokens from layer 1 on": lambda model: model.layers[0].register_forward_hook(
+        lambda _, __, out: (out[0][:, 2:], *out[1:])
+    ),
     "double layers under single embeddings": lambda model: model.embed_tokens.float(),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_a_layer_that_is_not_as_made_makes_its_own_tables(change: str) -> None:
+def test_a_layer_that_is_not_as_made_makes_its_own_tables(change: str, as_shipped: None) -> None:
     """It computes what it computes alone, whatever the model makes for the others."""
-    ours = model(dtype=torch.bfloat16 if change == "sharded" else torch.float64).model
+    ours = model(dtype=torch.bfloat16 if change in ("sharded", "a hook that casts") else torch.float64).model
     CHANGES[change](ours)
     tokens = ids(2, 9)
     found, _ = ours(tokens)

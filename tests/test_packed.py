@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.utils import prune
 
-from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, pack_weights
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2ForCausalLM, MoEGate, pack_weights
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.quantize import quantize
 
@@ -253,8 +253,11 @@ def test_a_gate_that_others_changed_stays_as_it_is() -> None:
 def test_a_gate_that_two_share_stays_one() -> None:
     layers = torch.nn.ModuleList(DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), 1).bfloat16() for _ in range(2))
     layers[1].mlp.gate = layers[0].mlp.gate
+    layers.append(torch.nn.ModuleDict({"one": layers[0].mlp.gate, "other": MoEGate(DeepseekV2Config.tiny())}))
+    layers[2]["other"].weight = layers[0].mlp.gate.weight
     pack_weights(quantize(layers, "int8"))
-    assert layers[1].mlp.gate is layers[0].mlp.gate
+    assert layers[1].mlp.gate is layers[0].mlp.gate is layers[2]["one"]
+    assert layers[2]["other"].weight is layers[0].mlp.gate.weight
     assert layers[1].mlp.gate.weight.dtype == torch.float32
 
 

@@ -195,6 +195,7 @@ def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointin
     other layer of its kind has as much beside it."""
     (last, alike), *others = layers_alike(config)
     model = DeepseekV2ForCausalLM(replace(config, num_hidden_layers=1))
+    model.model.config = config  # that of the layers, which come next
     layers, caches = zip(*(layer_and_cache(config, call, i) for i in (last, *(i for i, _ in others))), strict=True)
     model.model.layers = nn.ModuleList(layers)
     model.train(training)
@@ -213,6 +214,7 @@ def _of_model(config: DeepseekV2Config, call: Call, training: bool, checkpointin
             (x,) = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             x.register_hook(lambda gradient: ends.update({index: len(live.totals)}))
 
+    started.looks_only = True  # type: ignore[attr-defined]  # so that layers share tables as without it
     for module in (*layers, model.model.norm):
         module.register_forward_pre_hook(started, with_kwargs=True)
     for layer in layers if checkpointing else ():

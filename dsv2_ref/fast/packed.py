@@ -171,12 +171,16 @@ class PackedGate(MoEGate):
     """The gate with its weight in float32, in which it is multiplied: widening it takes longer than the product. It is
     saved as it was."""
 
-    def __init__(self, gate: MoEGate) -> None:
+    def __init__(self, gate: MoEGate, wide: nn.Parameter) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(gate.__dict__)
         self.like = torch.empty(0, dtype=gate.weight.dtype)  # as it is saved
-        wide = nn.Parameter(gate.weight.detach().float(), requires_grad=gate.weight.requires_grad)
         self._parameters = {"weight": wide}
+
+    @staticmethod
+    def widened(gate: MoEGate) -> nn.Parameter:
+        """The weight in float32."""
+        return nn.Parameter(gate.weight.detach().float(), requires_grad=gate.weight.requires_grad)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.like = fn(self.like)
@@ -187,7 +191,7 @@ class PackedGate(MoEGate):
         destination[prefix + "weight"] = destination[prefix + "weight"].to(self.like.dtype)
 
 
-def _is_plain_gate(module: nn.Module) -> bool:
+def _is_plain_gate(module: nn.Module | None) -> bool:
     if type(module) is not MoEGate or "forward" in module.__dict__ or module._parameters.keys() != {"weight"}:
         return False
     weight = module.weight
@@ -218,7 +222,10 @@ def pack_weights(module: Module) -> Module:
     """
     is_module(module)
     children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
-    gates: list[Any] = [place for place in children if _is_plain_gate(place[2])]
+    named = [
+        (parent, *named) for parent in module.modules() for named in parent._modules.items()
+    ]  # one may be twice there
+    gates: list[Any] = [place for place in named if _is_plain_gate(place[2])]
     places = [(parent, name, child) for parent, name, child in children if is_plain(child)]
     quantised = [child for child in module.modules() if isinstance(child, QuantizedWeight)]
     if quantised and not has_bfloat16():  # the others stay as they are
@@ -238,7 +245,8 @@ def pack_weights(module: Module) -> Module:
             held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
         if can_lay_out(held):
             lay_out_codes(held)
-    made = {gate: PackedGate(gate) for _, _, gate in gates}  # one for a gate that several share
+    wide = {gate.weight: PackedGate.widened(gate) for _, _, gate in gates}  # one for what several share
+    made = {gate: PackedGate(gate, wide[gate.weight]) for _, _, gate in gates}
     for parent, name, gate in gates:
         setattr(parent, name, made[gate])
     for parent, name, child in places:

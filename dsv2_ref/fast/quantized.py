@@ -110,7 +110,7 @@ def dense_from_nibbles(
 ) -> Float[Tensor, "*stack outputs inputs"]:
     """`dsv2_ref.quantized.dense_weight` of four bits. Shifts spread the halves of a byte over the two bytes of an int16,
     six times as fast as interleaving them."""
-    pairs = codes.to(torch.int16)
+    pairs = codes.to(torch.int16, memory_format=torch.contiguous_format)
     pairs = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)  # the lower half first
     return from_codes(pairs.view(torch.int8).sub_(8), scales).to(dtype)
 
