@@ -1030,7 +1030,8 @@ print(peak() - before)
     taken = int(run.stdout)
     slack = 16_000_000  # what layer 0 left to be used again, and back; the layer in bfloat16 would be 100 MB
     assert size < taken + slack, f"{taken:,} for {size:,}"
-    assert taken <= size + 4 * largest + slack, f"{taken:,} for {size:,}"
+    kept = 8_000_000  # by the allocator, of what it had to give: 3 MB in one run of forty
+    assert taken <= size + 4 * largest + slack + kept, f"{taken:,} for {size:,}"
 
 
 # From afar
