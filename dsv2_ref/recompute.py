@@ -81,7 +81,6 @@ def checkpointed(
         again = layer if is_compiling() else ops.as_now(layer)
         return checkpoint(again, *args, use_reentrant=False, **options, **kwargs)
 
-    run.looks_only = True  # type: ignore[attr-defined]  # it hands on what it is given
     return run
 
 

@@ -77,6 +77,7 @@ def timeline(config: DeepseekV2Config, call: Call, mode: str | None) -> Curve:
         order += [first] + [first + 1] * (number - 2) * (number > 1) + [first + fewer - 1] * (number > 1)
     with without_memory(call, training=True):
         model = DeepseekV2ForCausalLM(replace(config, num_hidden_layers=1)).train()
+        model.model.config = config  # that of the layers
         layers = [DeepseekV2DecoderLayer(config, index).train() for index in run]
         model.model.layers = nn.ModuleList(layers)
         ids = torch.zeros(call.batch, call.seq, dtype=torch.long)
@@ -90,6 +91,7 @@ def timeline(config: DeepseekV2Config, call: Call, mode: str | None) -> Curve:
             (x,) = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             x.register_hook(lambda gradient: ends.update({index: len(live.totals)}))
 
+        started.looks_only = True  # type: ignore[attr-defined]  # so that layers share tables as without it
         for module in (*layers, model.model.norm):
             module.register_forward_pre_hook(started, with_kwargs=True)
         for layer in layers if mode else ():

@@ -168,7 +168,9 @@ def checkpoint_in_place(layer: DeepseekV2DecoderLayer, mode: str) -> None:
         first, again = CONTEXTS.get(mode, noop_context_fn)()
         return first, _both(again, Fused())  # function modes are off in a backward pass
 
-    layer.forward = checkpointed(layer.forward, mode, preserve_rng_state=False, context_fn=contexts)
+    run: Any = checkpointed(layer.forward, mode, preserve_rng_state=False, context_fn=contexts)
+    run.looks_only = True  # it hands on what it is given
+    layer.forward = run
 
 
 @contextmanager
