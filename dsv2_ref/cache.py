@@ -208,3 +208,7 @@ class KeyValueCache(LayerCache):
     def values(self) -> Float[Tensor, "batch kv_seq kv_heads head_dim"]:
         """View of the values."""
         return self.tokens[:, :, 1]
+
+
+Caches = tuple[LayerCache, ...]
+"""The cache of every layer of a model, in the order of the layers."""

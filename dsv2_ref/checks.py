@@ -729,7 +729,7 @@ def chosen_rows(rows: "Tensor", kv_seq: int) -> None:
 
 
 def after_policy(shortened: Any, cache: Any) -> None:
-    """Check of what a ``policy`` of `DeepseekV2ForCausalLM.stream` returns for a layer's cache."""
+    """Check of what a ``policy`` of `Generation.stream` returns for a layer's cache."""
     kept = type(shortened) is type(cache) and shortened.layer_idx == cache.layer_idx and shortened.like == cache.like
     if not (kept and shortened.seen == cache.seen):
         wanted = "layer {}'s {}, perhaps with fewer rows (`keep`), and as many tokens seen"
@@ -876,7 +876,7 @@ def generation(
     cache_format: str | None,
     policy: object,
 ) -> None:
-    """Check of `DeepseekV2ForCausalLM.stream`; the model checks the tokens themselves."""
+    """Check of `Generation.stream`; the model checks the tokens themselves."""
     from torch import Generator
 
     latent_format(config, "cache_format", cache_format)

@@ -46,7 +46,7 @@ class HeavyHitters:
         totals: the attention that each kept row has received, (B, K); None before the
             first step.
 
-    `DeepseekV2ForCausalLM.generate` has no attention weights, so it takes no such policy:
+    `Generation.generate` has no attention weights, so it takes no such policy:
     call the layers one by one.
 
     Source: H2O (arXiv 2306.14048), whose totals are per head; one row of a latent cache

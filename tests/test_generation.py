@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv2_ref import DeepseekV2ForCausalLM
-from dsv2_ref.model import choose
+from dsv2_ref.generation import choose
 from tests.peers import SMALL, V3_GATE, YARN, native_config, native_of, randomised, with_weights_of
 
 PROMPTS = [[5, 9, 2, 33, 7], [11, 4], [60]]
