@@ -42,7 +42,7 @@ test: $(INSTALLED) ## lint, types, unit, property and notebook tests, and the ch
 lint: $(INSTALLED)
 	@$(BIN)ruff check .
 	@$(BIN)ruff format --check .
-	@$(BIN)ruff format --check --line-length 120 $(addprefix dsv2_ref/,__main__.py checkpoint.py checks.py files.py loading.py pretrained.py published.py saving.py strict_json.py tensors.py training_checks.py)
+	@$(BIN)ruff format --check --line-length 120 $(addprefix dsv2_ref/,__main__.py checkpoint.py checks.py config_checks.py files.py loading.py pretrained.py published.py saving.py strict_json.py tensors.py training_checks.py)
 	@$(BIN)mypy
 	@$(BIN)zizmor --offline --quiet --no-progress --strict-collection .github/workflows
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from dsv2_ref import checks, published, strict_json
+from dsv2_ref import checks, config_checks, published, strict_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.rope_scaling(self)
+        config_checks.rope_scaling(self)
 
     @classmethod
     def from_dict(cls, scaling: Mapping[str, Any]) -> Self | None:
@@ -112,7 +112,7 @@ class DeepseekV2Config:
             object.__setattr__(self, "topk_method", "greedy")
         known = scaling is None or isinstance(scaling, RopeScaling)
         checks.require(known, "rope_scaling", scaling, "a dict or None")
-        checks.configuration(self)
+        config_checks.configuration(self)
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether the layer of this index holds experts rather than a dense MLP (the

@@ -22,7 +22,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from dsv2_ref import checks, published
+from dsv2_ref import checks, config_checks, published
 from dsv2_ref.config import DeepseekV2Config, RopeScaling
 from experiments.cast import SYMBOLS, sizes_of
 from tools.budget import budget_of, chapters
@@ -187,7 +187,7 @@ def keep_numbers_whole(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def known_configurations() -> str:
-    """A script that gives published-reader.js what `dsv2_ref.published` and `dsv2_ref.checks` know, as the text of JSON:
+    """A script that gives published-reader.js what `dsv2_ref.published` and the checks know, as the text of JSON:
     read there as any file, it keeps 1 and 1.0 apart."""
     defaults = {field.name: field.default for field in fields(RopeScaling) if field.name not in ("type", "factor")}
     known = {
@@ -202,8 +202,8 @@ def known_configurations() -> str:
         "smallest eps": checks.SMALLEST_EPS,
         "implementations": checks.IMPLEMENTATIONS,
         "forms": checks.MLA_FORMS,
-        "scores": checks.SCORES,
-        "methods": checks.TOPK_METHODS,
+        "scores": config_checks.SCORES,
+        "methods": config_checks.TOPK_METHODS,
     }
     text = json.dumps(json.dumps(known, separators=(",", ":")))
     return f"// Written by tools/pages.py when the book is built.\nconst PUBLISHED = {text};\n"
