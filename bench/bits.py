@@ -1,7 +1,7 @@
 """``python -m bench.bits``: what fewer bits do to the time of V2-Lite's layer, of its cache, and of the whole model.
 
-Caches are timed in turn. Weights are timed one kind after the other, as they do not fit into memory together. They are
-random: the time does not depend on them.
+Caches are timed in turn, and so is what `pack_weights` makes of the same weights. Weights of other kinds follow, as they do
+not fit into memory together. They are random: the time does not depend on them.
 """
 
 import argparse
@@ -29,24 +29,26 @@ from dsv2_ref.quantize import KINDS
 from dsv2_ref.rope import position_tables
 
 CONFIG = DeepseekV2Config.deepseek_v2_lite()
-LAYERS = 4  # one after the other, as in a model: more weights than the processor caches
+LAYERS = 2  # one after the other, as in a model: more weights than the processor caches
 SHORT, LONG, PREFILL = 64, 8192, 2048
 FORMATS = (None, "fp8", "int8", "int4")
 
 
-def _layers(weights: str | None, packed: bool, config: DeepseekV2Config) -> list[DeepseekV2DecoderLayer]:
+def _layers(weights: str | None, how: str, config: DeepseekV2Config) -> list[Any]:
     layers = [DeepseekV2DecoderLayer.random(config, 1 + i, weights, dtype=torch.bfloat16) for i in range(LAYERS)]
-    return [pack_weights(layer) for layer in layers] if packed else layers
+    if how:
+        pack_weights(torch.nn.ModuleList(layers), compiled=how == "compiled")
+    return layers
 
 
-def contestants(config: DeepseekV2Config) -> dict[str, tuple[str | None, bool]]:
-    """Weights, and whether they are packed, by name. Plain bfloat16 is packed where the processor multiplies it."""
-    found: dict[str, tuple[str | None, bool]] = {"bfloat16": (None, False)}
-    if has_bfloat16():
-        found["bfloat16 packed"] = None, True
-    for kind in KINDS:
-        if kind != "fp8" or config.moe_intermediate_size % 128 == 0:
-            found |= {kind: (kind, False)} | ({f"{kind} packed": (kind, True)} if kind != "fp8" else {})
+def contestants(config: DeepseekV2Config) -> dict[str | None, list[str]]:
+    """What `pack_weights` makes of weights of each kind (None: bfloat16), and ``""`` for weights as they are. Plain
+    bfloat16 is packed where the processor multiplies it."""
+    found = {None: ["", "packed", "compiled"], "int8": ["", "packed", "compiled"], "int4": ["", "packed"], "fp8": [""]}
+    if not has_bfloat16():
+        found[None].remove("packed")
+    if config.moe_intermediate_size % 128:
+        del found["fp8"]
     return found
 
 
@@ -85,17 +87,18 @@ def _steps(layers: list[Any], past: int, seq: int, format: str | None = None) ->
 def weights_table(config: DeepseekV2Config, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
     """Milliseconds of a layer per token, decoding and in a prompt, by the bits of its weights."""
     rows: list[dict[str, Any]] = []
-    for name, (kind, packed) in contestants(config).items():
-        layers = _layers(kind, packed, config)
-        nbytes = active_bytes(layers[0], config)
-        decode = median(in_turn({name: _steps(layers, SHORT, 1)}, rounds)[name]) / LAYERS
-        prompt = _steps(layers[:1], 0, PREFILL)
-        prompt()
-        start = time.perf_counter()
-        prompt()
-        prefill = (time.perf_counter() - start) / PREFILL
-        limit = nbytes / bandwidth
-        rows.append({"weights": name, "active_bytes": nbytes, "decode": decode, "limit": limit, "prefill": prefill})
+    for kind, ways in contestants(config).items():
+        layers = {how: _layers(kind, how, config) for how in ways}
+        nbytes = active_bytes(layers[""][0], config)
+        decode = in_turn({how: _steps(layers[how], SHORT, 1) for how in ways}, rounds)
+        for how in ways:
+            prompt = _steps(layers[how][:1], 0, PREFILL)
+            prompt()
+            start = time.perf_counter()
+            prompt()
+            prefill = (time.perf_counter() - start) / PREFILL
+            times = {"decode": median(decode[how]) / LAYERS, "limit": nbytes / bandwidth, "prefill": prefill}
+            rows.append({"weights": f"{kind or 'bfloat16'} {how}".strip(), "active_bytes": nbytes, **times})
         del layers
     return rows
 
@@ -114,7 +117,7 @@ def _whole(weights: str, tokens: int, threads: int, config: DeepseekV2Config) ->
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     start = time.perf_counter()
-    model = pack_weights(DeepseekV2ForCausalLM.random(config, weights, dtype=torch.bfloat16))
+    model = pack_weights(DeepseekV2ForCausalLM.random(config, weights, dtype=torch.bfloat16), compiled=True)
     built = time.perf_counter() - start
     prompt = torch.randint(config.vocab_size, (1, 16))
     times = [time.perf_counter() for _ in model.stream(prompt, tokens)]

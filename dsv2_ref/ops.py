@@ -88,7 +88,7 @@ def defines(
 
     def decorate(definition: Callable[..., Any]) -> Callable[..., Any]:
         ways: list[Way] = []
-        devices: set[str | None] = set()  # that a way is for; None: one is for any
+        served: set[Any] = set()  # devices and dtypes of ways; None: any
 
         @functools.wraps(definition)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -105,8 +105,9 @@ def defines(
                         break
                 device = first.device.type if isinstance(first, Tensor) else "cpu"
                 device = _state.device or device
-                chosen = definition
-                if device in devices or None in devices or _state.choices is not None:
+                dtype, chosen = getattr(first, "dtype", None), definition
+                here = {(device, dtype), (device, None), (None, dtype), (None, None)}
+                if here & served or _state.choices is not None:
                     chosen = _choose(definition, ways, device, first, args, kwargs)
                 keeps_dtypes = (
                     not autocast and chosen is definition and device != "meta"
@@ -121,7 +122,7 @@ def defines(
 
         def register(way: Way) -> None:
             ways.insert(0, way)
-            devices.add(way.device)
+            served.update((way.device, dtype) for dtype in way.dtypes or (None,))
 
         run.register = register  # type: ignore[attr-defined]
         return run

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.checks import is_module, require
+from dsv2_ref.fast.compiled import Step, find_compiler, steps_of
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
@@ -201,7 +202,7 @@ def _is_plain_gate(module: nn.Module | None) -> bool:
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def pack_weights(module: Module) -> Module:
+def pack_weights(module: Module, compiled: bool = False) -> Module:
     """Pack the linear maps and experts of a layer, or of any module that holds some, in place; for inference only.
 
     Everything else stays as it is: forms, kernels and caches of attention, and the names and values of `state_dict`.
@@ -215,12 +216,19 @@ def pack_weights(module: Module) -> Module:
 
     Args:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
+        compiled: leave the weights of MLPs and MoE in bfloat16, or in int8 over it, as they lie, and make one graph of a
+            token's way through each (``torch.compile``, at the first token: some 6 seconds for each kind). Other calls take
+            the usual way. The fastest way to decode one sequence with such weights. It needs a C++ compiler.
 
     Raises:
         ValueError: for what is no module, and weights of another dtype or device, before anything is packed.
-        RuntimeError: for bfloat16 where the processor has no instructions for it that oneDNN can use.
+        RuntimeError: for bfloat16 where the processor has no instructions for it that oneDNN can use, unless ``compiled``;
+            and for ``compiled`` without a C++ compiler.
     """
     is_module(module)
+    steps = steps_of(module) if compiled else []
+    if steps:
+        find_compiler()
     children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
     named = [
         (parent, *named) for parent in module.modules() for named in parent._modules.items()
@@ -228,7 +236,7 @@ def pack_weights(module: Module) -> Module:
     gates: list[Any] = [place for place in named if _is_plain_gate(place[2])]
     places = [(parent, name, child) for parent, name, child in children if is_plain(child)]
     quantised = [child for child in module.modules() if isinstance(child, QuantizedWeight)]
-    if quantised and not has_bfloat16():  # the others stay as they are
+    if (quantised or compiled) and not has_bfloat16():  # the others stay as they are
         places = [place for place in places if next(place[2].parameters()).dtype != torch.bfloat16]
     for _, name, child in places:
         for weight in child.parameters():
@@ -245,11 +253,18 @@ def pack_weights(module: Module) -> Module:
             held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
         if can_lay_out(held):
             lay_out_codes(held)
+    whole, step = {child for part in steps for child in part.modules()}, Step()
+    for part in module.modules():
+        part.__dict__.pop("step", None)  # of an earlier call
+    for part in steps:
+        part.step = step
     wide = {gate.weight: PackedGate.widened(gate) for _, _, gate in gates}  # one for what several share
     made = {gate: PackedGate(gate, wide[gate.weight]) for _, _, gate in gates}
     for parent, name, gate in gates:
         setattr(parent, name, made[gate])
     for parent, name, child in places:
+        if child in whole:
+            continue
         if isinstance(child, RoutedExperts):
             packed: nn.Module = PackedExperts(child)
         elif isinstance(parent, DeepseekV2Attention) and name == "kv_b_proj" and offers_matrices(child):

@@ -1,0 +1,226 @@
+"""One token through an MLP or MoE as one compiled graph: the same numbers, and whatever it cannot keep goes the usual way.
+`test_layer` runs these in a process without the checker of signatures.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, DeepseekV2MLP, DeepseekV2MoE, ops, pack_weights
+from dsv2_ref.fast import compiled, packed
+from dsv2_ref.quantize import quantize
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
+
+TOKEN = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def layer_of(weights: str | None = None, layer_idx: int = 1, **fields: Any) -> DeepseekV2DecoderLayer:
+    torch.manual_seed(0)
+    config = DeepseekV2Config(**DeepseekV2Config.tiny().to_dict() | fields)
+    layer = DeepseekV2DecoderLayer(config, layer_idx).bfloat16().eval()
+    return layer if weights is None else quantize(layer, weights, group=32, parts=("experts", "mlp"))
+
+
+def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `torch.compile` leave functions as they are, for tests of what is chosen."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def ways(call: Callable[[], Any]) -> dict[str, str]:
+    with ops.watch() as choices:
+        call()
+    return {choice.definition: choice.way for choice in choices}
+
+
+V3 = {
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "n_routed_experts": 8, "norm_topk_prob": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("weights", "layer_idx", "fields"),
+    [
+        pytest.param(None, 1, {}, id="bfloat16"),
+        pytest.param(None, 0, {}, id="dense"),
+        pytest.param("int8", 1, {}, id="int8"),
+        pytest.param("int8", 1, V3, id="V3's gate"),
+        pytest.param(None, 1, {"n_shared_experts": None}, id="nothing shared"),
+    ],
+)
+@torch.no_grad()
+def test_a_step_gives_what_the_definition_gives(weights: str | None, layer_idx: int, fields: dict[str, Any]) -> None:
+    plain = layer_of(weights, layer_idx, **fields).mlp
+    step = pack_weights(copy.deepcopy(plain), compiled=True)
+    exact = copy.deepcopy(plain).double()
+    assert ways(lambda: step(TOKEN))[type(step).__qualname__ + ".forward"] == "cpu compiled"
+    counters.clear()
+    step.step = compiled.Step()  # compiles again, to be counted
+    for seed in range(4):
+        token = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        with ops.plain():
+            expected, rounded = exact(token.double()), plain(token)
+        # Roundings to bfloat16 on the way: as near to the exact result as the definition comes, within one step of it.
+        error = (rounded - expected).abs().max() + expected.abs().max() * 2**-7
+        assert (step(token) - expected).abs().max() <= error
+        assert torch.equal(step(token), step(token))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@torch.no_grad()
+def test_layers_packed_in_one_call_share_their_graphs() -> None:
+    layers = nn.ModuleList(layer_of(layer_idx=1, num_hidden_layers=4) for _ in range(3))
+    pack_weights(layers, compiled=True)
+    counters.clear()
+    for layer in layers:
+        layer(TOKEN)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+def test_what_is_no_single_token_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiling(monkeypatch)
+    moe = pack_weights(layer_of().mlp, compiled=True)
+    name = "DeepseekV2MoE.forward"
+    assert ways(lambda: moe(TOKEN))[name] == "cpu compiled"
+    assert ways(lambda: moe(TOKEN.expand(1, 2, -1)))[name] == "definition"
+    assert ways(lambda: moe(TOKEN.expand(2, 1, -1)))[name] == "definition"
+    with torch.autocast("cpu"):
+        assert ways(lambda: moe(TOKEN))[name] == "definition"
+    with torch.enable_grad():
+        assert ways(lambda: moe(TOKEN))[name] == "definition"
+    with ops.without("cpu compiled"):
+        assert ways(lambda: moe(TOKEN))[name] == "definition"
+    moe.train()
+    assert ways(lambda: moe(TOKEN))[name] == "definition"
+
+
+@torch.no_grad()
+def test_hooks_and_forwards_that_came_later_keep_their_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiling(monkeypatch)
+    moe = pack_weights(layer_of().mlp, compiled=True)
+    before = moe(TOKEN)
+    for part in (moe, moe.gate, moe.experts, moe.shared_experts, moe.shared_experts.down_proj):
+        seen: list[Any] = []
+        for register in (part.register_forward_hook, part.register_forward_pre_hook):
+            with register(lambda *_, seen=seen: seen.append(1)):
+                assert "cpu compiled" not in {ways(lambda: moe(TOKEN)).get("DeepseekV2MoE.forward")}
+            assert seen.pop()
+        own = part.forward
+        part.forward = lambda *args, own=own, seen=seen: (seen.append(1), own(*args))[1]
+        moe(TOKEN)
+        assert seen
+        del part.forward
+    assert ways(lambda: moe(TOKEN))["DeepseekV2MoE.forward"] == "cpu compiled"
+    torch.testing.assert_close(moe(TOKEN), before)
+
+
+@torch.no_grad()
+def test_what_changes_after_the_first_token_counts() -> None:
+    moe = pack_weights(layer_of().mlp, compiled=True)
+    moe(TOKEN)
+    changes: list[Callable[[], Any]] = [
+        lambda: setattr(moe.gate, "routed_scaling_factor", 3.0),
+        lambda: setattr(moe.gate, "norm_topk_prob", True),
+        lambda: moe.experts.down_proj.mul_(2),
+        lambda: setattr(moe.shared_experts, "down_proj", nn.Linear(64, 64, bias=True, dtype=torch.bfloat16)),
+        lambda: setattr(moe, "shared_experts", None),
+    ]
+    for change in changes:
+        earlier = moe(TOKEN)
+        change()
+        with ops.plain():
+            expected = moe(TOKEN)
+        assert not torch.allclose(earlier, expected, rtol=0.05), "the change shows"
+        torch.testing.assert_close(moe(TOKEN), expected, rtol=2**-6, atol=float(expected.abs().max()) * 2**-7)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@torch.no_grad()
+def test_copies_compile_their_own(copied: Callable[[Any], Any]) -> None:
+    moe = pack_weights(layer_of().mlp, compiled=True)
+    expected = moe(TOKEN)
+    other = copied(moe)
+    assert other.step is not moe.step
+    moe.experts.down_proj.zero_()
+    assert torch.equal(other(TOKEN), expected)
+
+
+def test_what_is_saved_stays() -> None:
+    plain = layer_of("int8")
+    expected = {name: x.clone() for name, x in plain.state_dict().items()}
+    given = pack_weights(plain, compiled=True).state_dict()
+    assert given.keys() == expected.keys()
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        lambda: layer_of().float(),
+        lambda: layer_of("fp8", moe_intermediate_size=128),
+        lambda: layer_of("int4", moe_intermediate_size=64, intermediate_size=128),
+        lambda: layer_of("int8").float(),
+    ],
+    ids=["float32", "fp8", "int4", "int8 over float32"],
+)
+def test_what_the_compiler_makes_no_faster_is_packed_as_ever(prepared: Callable[[], Any]) -> None:
+    layer = pack_weights(prepared(), compiled=True)
+    assert not any(hasattr(part, "step") for part in layer.modules())
+
+
+@torch.no_grad()
+def test_parts_that_became_others_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiling(monkeypatch)
+    name = "DeepseekV2MoE.forward"
+    layer = pack_weights(layer_of(), compiled=True)
+    quantize(layer, "int4", group=32, parts=["experts"])
+    assert ways(lambda: layer.mlp(TOKEN))[name] == "definition"
+    layer = pack_weights(layer_of(), compiled=True)
+    layer.mlp.shared_experts.up_proj = nn.Sequential(layer.mlp.shared_experts.up_proj)
+    assert ways(lambda: layer.mlp(TOKEN))[name] == "definition"
+    layer = pack_weights(pack_weights(layer_of(), compiled=True))
+    assert ways(lambda: layer.mlp(TOKEN))[name] == "definition"
+    assert type(layer.mlp.shared_experts.up_proj) is packed.PackedLinear
+
+
+def test_without_bfloat16_instructions_maps_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "has_bfloat16", lambda: False)
+    with pytest.raises(RuntimeError, match="pack_weights needs a processor with bfloat16 instructions"):
+        pack_weights(layer_of())
+    layer = pack_weights(layer_of(), compiled=True)
+    assert type(layer.self_attn.o_proj) is nn.Linear
+    assert isinstance(layer.mlp.step, compiled.Step)
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> None:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    layer = layer_of()
+    with pytest.raises(RuntimeError, match=r"^compiled is True; wanted a C\+\+ compiler that torch can call"):
+        pack_weights(layer, compiled=True)
+    assert type(layer.self_attn.o_proj) is nn.Linear
+    assert not hasattr(layer.mlp, "step")
+
+
+def test_a_moe_is_what_it_was() -> None:
+    """Packing with ``compiled`` leaves classes and weights of an MoE in place."""
+    layer = layer_of()
+    weights = dict(layer.mlp.named_parameters())
+    layer = pack_weights(layer, compiled=True)
+    assert type(layer.mlp) is DeepseekV2MoE
+    assert type(layer.mlp.shared_experts) is DeepseekV2MLP
+    kept = dict(layer.mlp.named_parameters())
+    assert all(kept[name] is weight for name, weight in weights.items() if name != "gate.weight")
