@@ -44,7 +44,12 @@ def _layers(weights: str | None, how: str, config: DeepseekV2Config) -> list[Any
 def contestants(config: DeepseekV2Config) -> dict[str | None, list[str]]:
     """What `pack_weights` makes of weights of each kind (None: bfloat16), and ``""`` for weights as they are. Plain
     bfloat16 is packed where the processor multiplies it."""
-    found = {None: ["", "packed", "compiled"], "int8": ["", "packed", "compiled"], "int4": ["", "packed"], "fp8": [""]}
+    found = {
+        None: ["", "packed", "compiled"],
+        "int8": ["", "packed", "compiled"],
+        "int4": ["", "packed", "compiled"],
+        "fp8": [""],
+    }
     if not has_bfloat16():
         found[None].remove("packed")
     if config.moe_intermediate_size % 128:

@@ -246,6 +246,16 @@ def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def unwatched(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a compiled function: what it notes while it is traced, it would note ever
+    after."""
+    choices, _state.choices = _state.choices, None
+    try:
+        return function(*args)
+    finally:
+        _state.choices = choices
+
+
 @contextmanager
 def watch(device: str | None = None) -> Iterator[list[Choice]]:
     """Note the choice of every call inside the ``with`` block, in order.

@@ -394,7 +394,15 @@ def test_the_benchmark_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         rows = {row["weights"]: row for row in bits.weights_table(replace(CONFIG, num_hidden_layers=3), 1, 1e9)}
         caches = {row["cache"]: row["bytes"] for row in bits.cache_table(CONFIG, 1)}
-    assert {"bfloat16", "bfloat16 compiled", "int8", "int8 compiled", "int4", "int4 packed"} <= rows.keys()
+    assert {
+        "bfloat16",
+        "bfloat16 compiled",
+        "int8",
+        "int8 compiled",
+        "int4",
+        "int4 packed",
+        "int4 compiled",
+    } <= rows.keys()
     assert rows["int4"]["active_bytes"] < rows["int8"]["active_bytes"] < rows["bfloat16"]["active_bytes"]
     assert all(row["limit"] == row["active_bytes"] / 1e9 for row in rows.values())
     assert caches == {"bfloat16": 144, "fp8": 64 + 4 + 16, "int8": 64 + 4 + 16, "int4": 32 + 4 + 16}

@@ -1,4 +1,4 @@
-"""One token through a feed-forward part of a layer as one compiled graph, for CPUs.
+"""One token through a layer as compiled graphs, for CPUs.
 
 A step of decoding multiplies one row by many matrices, which costs what reading them costs. torch's products read no faster
 than a sum that the compiler writes, and between two of them stand operations that take longer to start than to run. In a
@@ -16,12 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref import ops
+from dsv2_ref.attention import attend
 from dsv2_ref.fast.cpu import HALF_ON_CPU
-from dsv2_ref.mla import is_plain_linear
+from dsv2_ref.fast.products import as_operator
+from dsv2_ref.layer import DeepseekV2DecoderLayer
+from dsv2_ref.masks import Visibility
+from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear
 from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, MoEGate, RoutedExperts
 from dsv2_ref.quantize import is_plain
 from dsv2_ref.quantized import QuantizedWeight, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts, QuantizedLinear
+from dsv2_ref.records import attend_records
+from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
+from dsv2_ref.rope import apply_rotary, position_tables
 
 # Ways for one row, which only the compiler makes fast
 
@@ -43,10 +50,10 @@ def _not_one_row(hidden_states: Tensor) -> str:
 
 
 def takes_rows(weight: nn.Module | None) -> bool:
-    """Whether this is a plain linear map without a bias, or int8 codes. (Four bits gain nothing: the compiler writes slower
-    code for them than torch's own kernel.)"""
+    """Whether this is a plain linear map without a bias, or codes that can be multiplied as they are: int8, or four bits
+    laid out for torch's kernel, which is faster than what the compiler writes."""
     if isinstance(weight, QuantizedWeight):
-        return weight.kind == "int8"
+        return weight.kind == "int8" or weight.block_rows > 0
     return weight is not None and is_plain_linear(weight) and weight.bias is None
 
 
@@ -55,22 +62,44 @@ def _not_plain(mlp: DeepseekV2MLP, hidden_states: Tensor) -> str:
     return _not_one_row(hidden_states) or ("" if plain else "for linear maps without more to them")
 
 
+def _linear(linear: Any, x: Float[Tensor, "1 1 inputs"]) -> Float[Tensor, "1 1 outputs"]:
+    if not (isinstance(linear, nn.Linear) and is_plain_linear(linear)):
+        return linear(x)
+    out = row_product(x, linear.weight)
+    return (out if linear.bias is None else out + linear.bias).to(x.dtype)
+
+
 @ops.faster(DeepseekV2MLP.forward, "cpu row", why_not=_not_plain, **TRACED)
 def _mlp_row(mlp: DeepseekV2MLP, hidden_states: Tensor) -> Tensor:
-    def product(linear: Any, x: Tensor) -> Tensor:
-        return linear(x) if isinstance(linear, QuantizedWeight) else row_product(x, linear.weight).to(x.dtype)
+    gate = F.silu(_linear(mlp.gate_proj, hidden_states))
+    return _linear(mlp.down_proj, gate * _linear(mlp.up_proj, hidden_states))
 
-    return product(mlp.down_proj, F.silu(product(mlp.gate_proj, hidden_states)) * product(mlp.up_proj, hidden_states))
+
+def _no_gradients(*_: Any) -> None:
+    raise NotImplementedError("the product with laid-out codes of four bits gives no gradients")
+
+
+def _four_bits(row: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    product: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return product(row, codes, group, scales)
+
+
+@as_operator(lambda rows, chosen, codes, *_: rows.new_empty(len(chosen), codes.shape[1]), _no_gradients)
+def _chosen_four_bits(rows: Tensor, chosen: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
+    parts = zip(rows.expand(len(chosen), -1).split(1), chosen.tolist(), strict=True)
+    return torch.cat([_four_bits(row, codes[expert], scales[expert], group) for row, expert in parts])
 
 
 def chosen_product(
     rows: Float[Tensor, "#choices inputs"], weight: Any, chosen: Int[Tensor, "choices"]
 ) -> Float[Tensor, "choices outputs"]:
-    """The product of a row, or of one for each choice, with the matrices of the chosen experts, of a stack or of int8
+    """The product of a row, or of one for each choice, with the matrices of the chosen experts, of a stack or of
     codes."""
     if not isinstance(weight, QuantizedWeight):
         return row_product(rows, weight[chosen]).to(rows.dtype)
-    return (row_product(rows, weight.codes[chosen]) * weight.scales[chosen][..., 0]).to(rows.dtype)
+    if weight.kind == "int8":
+        return (row_product(rows, weight.codes[chosen]) * weight.scales[chosen][..., 0]).to(rows.dtype)
+    return _chosen_four_bits(rows, chosen, weight.codes, weight.scales_and_zeros, weight.group)
 
 
 def _not_one_choice(experts: Any, hidden_states: Tensor, *_: Any) -> str:
@@ -95,7 +124,10 @@ def _not_one_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) ->
 
 @ops.faster(quantized_product, "cpu row", why_not=_not_one_product, **TRACED)
 def _quantized_row(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
-    return (row_product(rows, weight.codes) * weight.scales[:, 0]).to(rows.dtype)
+    if weight.kind == "int8":
+        return (row_product(rows, weight.codes) * weight.scales[:, 0]).to(rows.dtype)
+    out = _four_bits(rows.flatten()[None], weight.codes, weight.scales_and_zeros, weight.group)
+    return out.view(*rows.shape[:-1], -1)
 
 
 # The compiled step
@@ -117,20 +149,20 @@ class Step:
     def __init__(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, definition: Any, module: nn.Module, hidden_states: Tensor) -> Tensor:
-        """``definition(module, hidden_states)``."""
+    def __call__(self, definition: Any, *args: Any) -> Any:
+        """What the function, or the definition behind it, gives."""
         if definition not in self._compiled:
-            plain = definition.__wrapped__
+            plain = getattr(definition, "__wrapped__", definition)
             code = plain.__code__.replace()  # the compiler counts the graphs of a code, and stops at the eighth
             own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
             self._compiled[definition] = torch.compile(own, dynamic=False, options=GUARDS)
-        return self._compiled[definition](module, hidden_states)
+        return ops.unwatched(self._compiled[definition], *args)
 
     def __reduce__(self) -> Any:
         return Step, ()
 
 
-def _without_step(module: nn.Module, hidden_states: Tensor) -> str:
+def _without_step(module: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> str:
     if not hasattr(module, "step"):
         return "not packed with compiled=True"
     if hidden_states.numel() != hidden_states.shape[-1]:
@@ -143,18 +175,22 @@ def _without_step(module: nn.Module, hidden_states: Tensor) -> str:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-KNOWN: tuple[Any, ...] = (DeepseekV2MLP, DeepseekV2MoE, MoEGate, RoutedExperts, QuantizedExperts, QuantizedLinear)
-FORWARDS = {kind.forward for kind in (*KNOWN, QuantizedWeight, nn.Linear)}
+KNOWN: tuple[Any, ...] = (
+    DeepseekV2DecoderLayer, DeepseekV2RMSNorm, DeepseekV2Attention, DeepseekV2MLP, DeepseekV2MoE, MoEGate,
+    RoutedExperts, QuantizedExperts, QuantizedLinear, QuantizedWeight, nn.Linear,
+)  # fmt: skip
+FORWARDS = {kind.forward for kind in KNOWN}
 
 
 def runs_as_made(module: nn.Module) -> bool:
-    """Whether no part runs more than the ``forward`` of a known class, over weights that are no codes but int8. The compiler
+    """Whether no part runs more than the ``forward`` of a known class, over weights that the ways for one row take. The compiler
     has no guards for hooks."""
     own = module.__dict__
     if "forward" in own or type(module).forward not in FORWARDS or any(own[hooks] for hooks in HOOKS):
         return False
-    parts = (part for part in own["_modules"].values() if part is not None)
-    return own.get("kind", "int8") == "int8" and all(runs_as_made(part) for part in parts)
+    if own.get("kind", "int8") != "int8" and not own.get("block_rows"):
+        return False
+    return all(runs_as_made(part) for part in own["_modules"].values() if part is not None)
 
 
 @ops.faster(DeepseekV2MLP.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
@@ -167,9 +203,93 @@ def _moe_step(moe: Any, hidden_states: Tensor) -> Tensor:
     return moe.step(DeepseekV2MoE.forward, moe, hidden_states)
 
 
+# A whole layer: its attention is between two graphs, as the number of its keys varies
+
+
+def _not_absorbed(
+    layer: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_value: Any = None,
+    output_attentions: bool | None = False,
+    *_: Any,
+    **__: Any,
+) -> str:
+    if reason := _without_step(layer, hidden_states):
+        return reason
+    if past_key_value is None or attention_mask is not None or output_attentions:
+        return "for one token after others, without a mask, that returns no attention weights"
+    attention = layer.self_attn
+    form = attention.form if attention.form != "auto" else attention.cheaper_form(1, past_key_value.length + 1)
+    return "" if form == "absorbed" else "for the absorbed form"
+
+
+def before_attention(
+    layer: Any,
+    hidden_states: Float[Tensor, "1 1 hidden"],
+    cos: Float[Tensor, "1 1 pairs"],
+    sin: Float[Tensor, "1 1 pairs"],
+) -> tuple[Float[Tensor, "1 heads 1 features"], Float[Tensor, "1 1 features"]]:
+    """The absorbed query of every head, and what is cached of the token, as `DeepseekV2Attention.forward` makes them."""
+    attention: Any = layer.self_attn
+    H, C, R, N = attention.num_heads, attention.kv_lora_rank, attention.rotary_dim, attention.qk_nope_head_dim
+    x = layer.input_layernorm(hidden_states)
+    if attention.config.q_lora_rank is None:
+        query = _linear(attention.q_proj, x)
+    else:
+        query = _linear(attention.q_b_proj, attention.q_a_layernorm(_linear(attention.q_a_proj, x)))
+    q_nope, q_pe = query.view(1, 1, H, N + R).transpose(1, 2).split((N, R), dim=-1)
+    compressed_kv, k_pe = _linear(attention.kv_a_proj_with_mqa, x).split((C, R), dim=-1)
+    q_pe, k_pe = apply_rotary(q_pe, k_pe, cos, sin)
+    w_uk, _ = attention.up_matrices()  # (H, N, C)
+    absorbed = (q_nope[0].mT.float() * w_uk.float()).sum(dim=1)[None, :, None].to(q_pe.dtype)  # (1, H, 1, C)
+    return torch.cat((absorbed, q_pe), dim=-1), torch.cat((attention.kv_a_layernorm(compressed_kv), k_pe), dim=-1)
+
+
+def after_attention(
+    layer: Any,
+    hidden_states: Float[Tensor, "1 1 hidden"],
+    out: Float[Tensor, "1 heads 1 latent"],
+) -> Float[Tensor, "1 1 hidden"]:
+    """The rest of the layer, from the mixed latents of every head on."""
+    attention: Any = layer.self_attn
+    _, w_uv = attention.up_matrices()  # (H, V, C)
+    out = row_product(out[0, :, 0], w_uv).to(out.dtype)  # (H, V)
+    hidden_states = hidden_states + _linear(attention.o_proj, out.view(1, 1, -1))
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+@ops.faster(DeepseekV2DecoderLayer.forward, "cpu compiled", why_not=_not_absorbed, **HALF_ON_CPU)
+def _layer_step(
+    layer: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_value: Any = None,
+    output_attentions: bool | None = False,
+    use_cache: bool | None = False,
+    position_embeddings: Any = None,
+) -> tuple[Any, ...]:
+    attention, tables = layer.self_attn, position_embeddings
+    if tables is None:
+        tables = position_tables(attention.config, hidden_states, position_ids, past_key_value)
+    query, new = layer.step(before_attention, layer, hidden_states, *tables)
+    present = past_key_value.append(new)
+    how = "eager" if attention.implementation == "eager" else "products"
+    rest = Visibility(1, present.length, hidden_states.device), attention.softmax_scale
+    if present.record is None:
+        key = present.tokens[:, None]
+        out, _ = attend(query, key, key[..., : attention.kv_lora_rank], *rest, implementation=how)
+    else:
+        out, _ = attend_records(query, present, *rest, implementation=how)
+    hidden_states = layer.step(after_attention, layer, hidden_states, out.contiguous())
+    return (hidden_states, present) if use_cache else (hidden_states,)
+
+
 def steps_of(module: nn.Module) -> list[Any]:
-    """The MLPs and MoE in it of which the compiler makes one graph for one token: with plain bfloat16 weights or int8 codes,
-    on the CPU, that do no more than multiply."""
+    """The layers, MLPs and MoE in it that the compiler can make into graphs for one token: with plain bfloat16 weights, or
+    codes over it that the ways for one row take, on the CPU, that run no more than was made of them."""
 
     def fits(part: nn.Module) -> bool:
         if isinstance(part, RoutedExperts | nn.Linear) and not is_plain(part):
@@ -181,7 +301,8 @@ def steps_of(module: nn.Module) -> list[Any]:
             weights.append(part.like)  # of the dtype that the codes stand for
         return all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in weights)
 
-    found = (part for part in module.modules() if isinstance(part, DeepseekV2MLP | DeepseekV2MoE))
+    kinds = DeepseekV2DecoderLayer | DeepseekV2MLP | DeepseekV2MoE
+    found = (part for part in module.modules() if isinstance(part, kinds))
     return [part for part in found if runs_as_made(part) and all(fits(x) for x in part.modules())]
 
 

@@ -216,9 +216,10 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
 
     Args:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
-        compiled: leave the weights of MLPs and MoE in bfloat16, or in int8 over it, as they lie, and make one graph of a
-            token's way through each (``torch.compile``, at the first token: some 6 seconds for each kind). Other calls take
-            the usual way. The fastest way to decode one sequence with such weights. It needs a C++ compiler.
+        compiled: leave the weights of layers in bfloat16, or in codes over it, as they lie, and make graphs of a token's way
+            through each layer (``torch.compile``, at the first token: some 10 seconds for each kind of layer). The fastest
+            way to decode one sequence; it needs a C++ compiler. Calls with more tokens, sequences or a mask take the usual
+            ways, over weights that are not rearranged.
 
     Raises:
         ValueError: for what is no module, and weights of another dtype or device, before anything is packed.
@@ -226,8 +227,7 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
             and for ``compiled`` without a C++ compiler.
     """
     is_module(module)
-    steps = steps_of(module) if compiled else []
-    if steps:
+    if compiled:
         find_compiler()
     children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
     named = [
@@ -253,6 +253,7 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
             held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
         if can_lay_out(held):
             lay_out_codes(held)
+    steps = steps_of(module) if compiled else []
     whole, step = {child for part in steps for child in part.modules()}, Step()
     for part in module.modules():
         part.__dict__.pop("step", None)  # of an earlier call

@@ -100,6 +100,7 @@ def should_serve(
 
     count = len(rows) if choices is None else choices
     known = rows.dtype in triton.HALF_AND_SINGLE and not triton.alike(rows, weights)
+    known = known and rows.shape[-1] == weights.shape[-1]  # else it would read past the end
     if ops.is_off("triton experts") or not known or most_tiles(count, len(weights), rows.element_size()) > MOST_TILES:
         return False
     if triton.DEVICE == "cpu" or rows.dtype != torch.bfloat16:  # interpreted, or looped over
