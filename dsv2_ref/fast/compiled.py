@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dsv2_ref import ops
@@ -36,10 +36,10 @@ TRACED: dict[str, Any] = HALF_ON_CPU | {"compiles": True}
 
 
 def row_product(
-    row: Float[Tensor, "*#stack inputs"], weight: Float[Tensor, "*stack outputs inputs"]
-) -> Float[Tensor, "*stack outputs"]:
-    """``weight @ row``, in float32, of any dtype with whole numbers or floats, codes too: a sum, which the compiler fuses
-    with what makes the weight."""
+    row: Float[Tensor, "*batch inputs"], weight: Shaped[Tensor, "*stack outputs inputs"]
+) -> Float[Tensor, "*products outputs"]:
+    """``weight @ row`` in float32, of one row or one for each matrix; the weight may be int8 codes. A sum, which the compiler
+    fuses with what makes the weight."""
     return (weight.float() * row.float()[..., None, :]).sum(dim=-1)
 
 

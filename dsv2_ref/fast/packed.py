@@ -218,7 +218,7 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
         compiled: leave the weights of layers in bfloat16, or in codes over it, as they lie, and make graphs of a token's way
             through each layer (``torch.compile``, at the first token: some 10 seconds for each kind of layer). The fastest
-            way to decode one sequence; it needs a C++ compiler. Calls with more tokens, sequences or a mask take the usual
+            way to decode one sequence; it needs a C++ compiler and Python's headers. Calls with more tokens, sequences or a mask take the usual
             ways, over weights that are not rearranged.
 
     Raises:
