@@ -165,9 +165,30 @@ def test_other_calls_of_a_layer_go_the_usual_way(monkeypatch: pytest.MonkeyPatch
     for part in (layer, layer.self_attn, layer.self_attn.kv_b_proj, layer.input_layernorm, layer.self_attn.o_proj):
         with part.register_forward_pre_hook(lambda *_: None):
             assert ways(lambda: layer(TOKEN, past_key_value=cache))[name] == "definition"
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert ways(lambda: layer(TOKEN, past_key_value=cache))[name] == "definition"
+    layer.self_attn.train()
+    assert ways(lambda: layer(TOKEN, past_key_value=cache))[name] == "definition"
+    layer.eval()
     layer.self_attn.form = "expanded"
     assert ways(lambda: layer(TOKEN, past_key_value=cache))[name] == "definition"
     assert ways(lambda: layer(TOKEN))["DeepseekV2MoE.forward"] == "cpu compiled"
+
+
+@torch.no_grad()
+def test_tokens_that_are_parts_of_longer_texts_share_graphs() -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    counters.clear()
+    for length in range(2, 8):
+        layer(torch.randn(1, length, 64).bfloat16()[:, -1:], past_key_value=cache)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_an_attribute_of_the_same_name_stays() -> None:
+    holder = nn.ModuleDict({"layer": layer_of()})
+    holder.step = 3
+    assert pack_weights(holder).step == 3
 
 
 @torch.no_grad()

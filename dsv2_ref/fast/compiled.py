@@ -149,8 +149,9 @@ class Step:
     def __init__(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, definition: Any, *args: Any) -> Any:
+    def __call__(self, definition: Any, module: nn.Module, *tensors: Tensor) -> Any:
         """What the function, or the definition behind it, gives."""
+        args = module, *(x.flatten().view(x.shape) for x in tensors)  # else strides of sizes of 1 would count
         if definition not in self._compiled:
             plain = getattr(definition, "__wrapped__", definition)
             code = plain.__code__.replace()  # the compiler counts the graphs of a code, and stops at the eighth
@@ -171,7 +172,8 @@ def _without_step(module: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) 
         return "for inference without torch.autocast"
     if type(hidden_states) is not Tensor:
         return "for plain tensors"
-    return "" if runs_as_made(module) else "a part of it has a hook, or became another"
+    hooked = nn.modules.module._has_any_global_hook()
+    return "" if runs_as_made(module) and not hooked else "a part of it has a hook, or became another"
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -221,6 +223,8 @@ def _not_absorbed(
     if past_key_value is None or attention_mask is not None or output_attentions:
         return "for one token after others, without a mask, that returns no attention weights"
     attention = layer.self_attn
+    if attention.training:
+        return "for inference"
     form = attention.form if attention.form != "auto" else attention.cheaper_form(1, past_key_value.length + 1)
     return "" if form == "absorbed" else "for the absorbed form"
 
@@ -283,7 +287,7 @@ def _layer_step(
         out, _ = attend(query, key, key[..., : attention.kv_lora_rank], *rest, implementation=how)
     else:
         out, _ = attend_records(query, present, *rest, implementation=how)
-    hidden_states = layer.step(after_attention, layer, hidden_states, out.contiguous())
+    hidden_states = layer.step(after_attention, layer, hidden_states, out)
     return (hidden_states, present) if use_cache else (hidden_states,)
 
 

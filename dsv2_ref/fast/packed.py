@@ -256,7 +256,8 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
     steps = steps_of(module) if compiled else []
     whole, step = {child for part in steps for child in part.modules()}, Step()
     for part in module.modules():
-        part.__dict__.pop("step", None)  # of an earlier call
+        if isinstance(part.__dict__.get("step"), Step):  # of an earlier call
+            del part.step
     for part in steps:
         part.step = step
     wide = {gate.weight: PackedGate.widened(gate) for _, _, gate in gates}  # one for what several share
