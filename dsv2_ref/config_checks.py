@@ -15,8 +15,12 @@ SCORES = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
-def _require_numbers(holder: object, names: tuple[str, ...], least: float, below: float = math.inf) -> None:
-    wanted = f"a finite number, at least {least:g}" + (f", below {below:g}" if below < math.inf else "")
+def _require_numbers(
+    holder: object, names: tuple[str, ...], least: float, below: float = math.inf, above: bool = False
+) -> None:
+    wanted = f"a finite number, {'above' if above else 'at least'} {least:g}"
+    wanted += f", below {below:g}" if below < math.inf else ""
+    least = math.nextafter(least, math.inf) if above else least
     require_each(holder, names, lambda x: is_number(x) and least <= x < below, wanted)
 
 
@@ -45,7 +49,7 @@ def configuration(config: "DeepseekV2Config") -> None:
     _require_numbers(config, ("routed_scaling_factor", "initializer_range", *alphas), 0)
     _require_numbers(config, ("attention_dropout",), 0, below=1)
     _require_numbers(config, ("rms_norm_eps",), checks.SMALLEST_EPS)
-    _require_numbers(config, ("rope_theta",), math.nextafter(1, 2))
+    _require_numbers(config, ("rope_theta",), 1, above=True)
     flags = ("norm_topk_prob", "seq_aux", "tie_word_embeddings", "attention_bias", "use_mla")
     require_each(config, flags, lambda flag: isinstance(flag, bool), "True or False")
     require_each(config, ("hidden_act",), lambda act: act == "silu", "silu, as in every published model")

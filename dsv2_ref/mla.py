@@ -176,9 +176,9 @@ class DeepseekV2Attention(nn.Module):
 
         A head costs K·C(N+V) + P(N+R+V) expanded and S·C(N+V) + P(2C+R) absorbed, where
         P is the number of query-key pairs; what both share is left out. Without a
-        cache, S = K, the widths alone decide, so a prompt of any length can be exported
-        as one graph. A ``kv_b_proj`` that does more than multiply by its matrix, as
-        with an adapter, is always called: expanded.
+        cache S = K, so the first terms are equal and the widths decide: a prompt of any
+        length can be exported as one graph. A ``kv_b_proj`` that does more than
+        multiply by its matrix, as with an adapter, is always called: expanded.
         """
         C, N, V = self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
         more_per_pair = 2 * C - N - V  # of the absorbed form

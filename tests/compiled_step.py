@@ -2,17 +2,21 @@
 `test_layer` runs these in a process without the checker of signatures.
 """
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsv2_ref import (
+    DeepseekV2Attention,
     DeepseekV2Config,
     DeepseekV2DecoderLayer,
     DeepseekV2ForCausalLM,
@@ -347,6 +351,72 @@ def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
         pack_weights(layer, compiled=True)
     assert type(layer.self_attn.o_proj) is nn.Linear
     assert not hasattr(layer.mlp, "step")
+
+
+def test_without_headers_of_python_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"^compiled is True; wanted Python's headers .*python3-dev.* is missing$"):
+        pack_weights(layer_of(), compiled=True)
+
+
+def test_what_is_packed_already_is_refused_by_name() -> None:
+    layer = pack_weights(layer_of())
+    before = dict(layer.named_modules())
+    with pytest.raises(
+        ValueError, match=r"^compiled is True, and self_attn.*; wanted weights that are not packed yet$"
+    ):
+        pack_weights(layer, compiled=True)
+    assert dict(layer.named_modules()) == before
+    twice = pack_weights(pack_weights(layer_of(), compiled=True), compiled=True)
+    assert isinstance(twice.step, compiled.Step)
+
+
+@torch.no_grad()
+def test_whoever_counts_operations_sees_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiling(monkeypatch)
+    moe = pack_weights(layer_of().mlp, compiled=True)
+    with FlopCounterMode(display=False) as counted:
+        moe(TOKEN)
+    config = DeepseekV2Config.tiny()
+    experts = config.num_experts_per_tok + config.n_shared_experts
+    products = 3 * experts * config.moe_intermediate_size + config.n_routed_experts
+    assert counted.get_total_flops() == 2 * 64 * products
+
+
+@torch.no_grad()
+def test_graphs_keep_to_the_ways_that_are_on() -> None:
+    moe = pack_weights(layer_of().mlp, compiled=True)
+    first = moe(TOKEN)
+    step = moe.step
+    with ops.without("cpu row"):
+        moe(TOKEN)
+        assert len(step._compiled) == 2
+    assert torch.equal(moe(TOKEN), first)
+    assert len(step._compiled) == 2
+
+
+@torch.no_grad()
+def test_classes_of_others_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Louder(DeepseekV2Attention):
+        def up_matrices(self) -> Any:
+            w_uk, w_uv = super().up_matrices()
+            return w_uk, 2 * w_uv
+
+    without_compiling(monkeypatch)
+    layer = pack_weights(layer_of(), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    layer.self_attn.__class__ = Louder
+    assert ways(lambda: layer(TOKEN, past_key_value=cache))["DeepseekV2DecoderLayer.forward"] == "definition"
+
+
+@torch.no_grad()
+def test_a_part_of_another_dtype_is_rejected_as_by_the_definition() -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    layer.mlp.shared_experts.down_proj.float()
+    for way in (ops.plain, contextlib.nullcontext):
+        with way(), pytest.raises(RuntimeError, match="dtype"):
+            layer(TOKEN, past_key_value=cache)
 
 
 def test_a_moe_is_what_it_was() -> None:

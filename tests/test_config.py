@@ -267,6 +267,11 @@ def test_bounds_of_numbers(name: str, value: float) -> None:
     check_refusal("a finite number", **{name: value})
 
 
+def test_a_bound_that_is_no_value_is_named_as_one() -> None:
+    check_refusal("a finite number, above 1", rope_theta=1)
+    check_refusal("a finite number, at least 0, below 1", attention_dropout=1)
+
+
 @pytest.mark.parametrize("value", [None, 1, 0, "true", float("nan")], ids=repr)
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags(name: str, value: Any) -> None:

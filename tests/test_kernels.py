@@ -625,10 +625,10 @@ def norm_on_cuda(features: int = 8, dtype: torch.dtype = torch.float16) -> Deeps
 @pytest.fixture
 def gpu() -> Iterator[None]:
     """Fake tensors, and what was found out of this machine forgotten before and after."""
-    triton.cannot_compile.cache_clear()
+    triton.available.cannot_compile.cache_clear()
     with fake_cuda():
         yield
-    triton.cannot_compile.cache_clear()
+    triton.available.cannot_compile.cache_clear()
 
 
 @needs_triton
@@ -983,7 +983,7 @@ def test_a_machine_that_cannot_compile_gets_plain_pytorch_and_one_warning(
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    triton.cannot_compile.cache_clear()
+    triton.available.cannot_compile.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"plain PyTorch is used; .*gcc python3-dev") as caught:
             assert triton.cannot_run(torch.device("cuda")) == "Triton cannot compile here"
@@ -997,15 +997,15 @@ def test_a_machine_that_cannot_compile_gets_plain_pytorch_and_one_warning(
                 with torch.no_grad():
                     assert decoding()["way"] == "definition"
     finally:
-        triton.cannot_compile.cache_clear()
+        triton.available.cannot_compile.cache_clear()
 
 
 def test_a_compiled_step_asks_once_for_the_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """And not in its graph, where the question would run in every step."""
     asked: list[torch.device] = []
     gpu = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda x: (asked.append(x), (9, 0))[1])
-    monkeypatch.setattr(triton, "torch", SimpleNamespace(cuda=gpu))
-    monkeypatch.setattr(triton, "cannot_compile", lambda: "")
+    monkeypatch.setattr(triton.available, "torch", SimpleNamespace(cuda=gpu))
+    monkeypatch.setattr(triton.available, "cannot_compile", lambda: "")
     step = torch.compile(lambda x: x if triton.cannot_run(x.device) else x + 1, backend="eager", fullgraph=True)
     assert torch.equal(step(torch.ones(2)), step(torch.ones(2)))
     assert asked == [torch.device("cpu")]
@@ -1023,7 +1023,7 @@ class Causal:
 @pytest.mark.usefixtures("as_shipped")
 def test_a_compiled_step_may_be_of_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second number on the compiler takes it for a variable, which it gives to no function whose result it keeps."""
-    monkeypatch.setattr(triton, "cannot_compile", lambda: "")
+    monkeypatch.setattr(triton.available, "cannot_compile", lambda: "")
 
     def step(query: Tensor, key: Tensor) -> Tensor:
         visible: Any = Causal(key.shape[2])

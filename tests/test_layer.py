@@ -222,15 +222,14 @@ def test_gradient_checkpointing_changes_no_gradient(config: DeepseekV2Config, us
 # Compiling
 
 
-def run_without_signatures(name: str, *options: str) -> None:
+def run_without_signatures(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run a file of tests in a process of its own: the compiler cannot see through the checker of signatures, even where
     it is off."""
     file = Path(__file__).with_name(name)
     options = ("-q", "--noconftest", "-p", "no:cacheprovider", "--color=no", *options)
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(file)], cwd=file.parent.parent, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 AT_LENGTH = "few_graphs and mha or records and int or compiled_training and expanded or checkpointed and full"
@@ -240,12 +239,14 @@ AT_LENGTH = "few_graphs and mha or records and int or compiled_training and expa
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen", [f"not ({AT_LENGTH})", *thorough(AT_LENGTH)])
 def test_compiling_and_exporting(chosen: str) -> None:
-    run_without_signatures("compiled_layer.py", "-k", chosen)
+    done = run_without_signatures("compiled_layer.py", "-k", chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_one_token_through_compiled_parts() -> None:
-    run_without_signatures("compiled_step.py")
+    done = run_without_signatures("compiled_step.py")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # Dtypes

@@ -105,7 +105,7 @@ def test_a_listing_for_cuda_asks_the_gpu_of_this_machine(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", of_device((9, 0)))
     monkeypatch.setattr(torch.cuda, "get_device_properties", of_device(hopper))
-    monkeypatch.setattr(triton, "cannot_compile", lambda: "")
+    monkeypatch.setattr(triton.available, "cannot_compile", lambda: "")
     monkeypatch.setattr("dsv2_ref.fast.cudnn._takes", lambda *_: True)
     plan.gpu_of.cache_clear()
     try:

@@ -352,9 +352,11 @@ const publishedReader = (() => {
     requireEach(config, names, (value) => isInt(value, least) || (optional && value === null), wanted);
   }
 
-  function requireNumbers(config, names, least, below = Infinity) {
-    const wanted = `a finite number, at least ${inShort(least)}${below < Infinity ? `, below ${inShort(below)}` : ""}`;
-    requireEach(config, names, (value) => isNumber(value) && least <= value && value < below, wanted);
+  function requireNumbers(config, names, least, below = Infinity, above = false) {
+    const from = `${above ? "above" : "at least"} ${inShort(least)}`;
+    const wanted = `a finite number, ${from}${below < Infinity ? `, below ${inShort(below)}` : ""}`;
+    const fits = (value) => (above ? least < value : least <= value) && value < below;
+    requireEach(config, names, (value) => isNumber(value) && fits(value), wanted);
   }
 
   function requireStretch(given) {
@@ -380,7 +382,7 @@ const publishedReader = (() => {
     requireNumbers(config, ["routed_scaling_factor", "initializer_range", ...alphas], 0);
     requireNumbers(config, ["attention_dropout"], 0, 1);
     requireNumbers(config, ["rms_norm_eps"], known.get("smallest eps"));
-    requireNumbers(config, ["rope_theta"], 1 + Number.EPSILON);
+    requireNumbers(config, ["rope_theta"], 1, Infinity, true);
     const flags = ["norm_topk_prob", "seq_aux", "tie_word_embeddings", "attention_bias", "use_mla"];
     requireEach(config, flags, (flag) => typeof flag === "boolean", "True or False");
     requireEach(config, ["hidden_act"], (act) => act === "silu", "silu, as in every published model");

@@ -3,134 +3,33 @@
 A step of decoding multiplies one row by many matrices, which costs what reading them costs. torch's products read no faster
 than a sum that the compiler writes, and between two of them stand operations that take longer to start than to run. In a
 graph of its own the compiler also reads the chosen experts where they lie. `dsv2_ref.fast.packed.pack_weights` with
-``compiled=True`` gives modules a `Step`; whoever compiles a layer gets the ways for one row as well.
+``compiled=True`` gives modules a `Step`. The products in its graphs are those of `dsv2_ref.fast.rows`.
 """
 
+import sysconfig
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast.cpu import HALF_ON_CPU
-from dsv2_ref.fast.products import as_operator
+from dsv2_ref.fast.rows import linear_row, row_product
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
-from dsv2_ref.mla import DeepseekV2Attention, is_plain_linear
+from dsv2_ref.mla import DeepseekV2Attention
 from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, MoEGate, RoutedExperts
 from dsv2_ref.quantize import is_plain
-from dsv2_ref.quantized import QuantizedWeight, quantized_product
+from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.quantized_modules import QuantizedExperts, QuantizedLinear
 from dsv2_ref.records import attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary, position_tables
-
-# Ways for one row, which only the compiler makes fast
-
-TRACED: dict[str, Any] = HALF_ON_CPU | {"compiles": True}
-
-
-def row_product(
-    row: Float[Tensor, "*batch inputs"], weight: Shaped[Tensor, "*stack outputs inputs"]
-) -> Float[Tensor, "*products outputs"]:
-    """``weight @ row`` in float32, of one row or one for each matrix; the weight may be int8 codes. A sum, which the compiler
-    fuses with what makes the weight."""
-    return (weight.float() * row.float()[..., None, :]).sum(dim=-1)
-
-
-def _not_one_row(hidden_states: Tensor) -> str:
-    if not torch.compiler.is_compiling():
-        return "for compiled graphs"
-    return "" if hidden_states.numel() == hidden_states.shape[-1] else "for one token"
-
-
-def takes_rows(weight: nn.Module | None) -> bool:
-    """Whether this is a plain linear map without a bias, or codes that can be multiplied as they are: int8, or four bits
-    laid out for torch's kernel, which is faster than what the compiler writes."""
-    if isinstance(weight, QuantizedWeight):
-        return weight.kind == "int8" or weight.block_rows > 0
-    return weight is not None and is_plain_linear(weight) and weight.bias is None
-
-
-def _not_plain(mlp: DeepseekV2MLP, hidden_states: Tensor) -> str:
-    plain = all(takes_rows(x) for x in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    return _not_one_row(hidden_states) or ("" if plain else "for linear maps without more to them")
-
-
-def _linear(linear: Any, x: Float[Tensor, "1 1 inputs"]) -> Float[Tensor, "1 1 outputs"]:
-    if not (isinstance(linear, nn.Linear) and is_plain_linear(linear)):
-        return linear(x)
-    out = row_product(x, linear.weight)
-    return (out if linear.bias is None else out + linear.bias).to(x.dtype)
-
-
-@ops.faster(DeepseekV2MLP.forward, "cpu row", why_not=_not_plain, **TRACED)
-def _mlp_row(mlp: DeepseekV2MLP, hidden_states: Tensor) -> Tensor:
-    gate = F.silu(_linear(mlp.gate_proj, hidden_states))
-    return _linear(mlp.down_proj, gate * _linear(mlp.up_proj, hidden_states))
-
-
-def _no_gradients(*_: Any) -> None:
-    raise NotImplementedError("the product with laid-out codes of four bits gives no gradients")
-
-
-def _four_bits(row: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
-    product: Any = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return product(row, codes, group, scales)
-
-
-@as_operator(lambda rows, chosen, codes, *_: rows.new_empty(len(chosen), codes.shape[1]), _no_gradients)
-def _chosen_four_bits(rows: Tensor, chosen: Tensor, codes: Tensor, scales: Tensor, group: int) -> Tensor:
-    parts = zip(rows.expand(len(chosen), -1).split(1), chosen.tolist(), strict=True)
-    return torch.cat([_four_bits(row, codes[expert], scales[expert], group) for row, expert in parts])
-
-
-def chosen_product(
-    rows: Float[Tensor, "#choices inputs"], weight: Any, chosen: Int[Tensor, "choices"]
-) -> Float[Tensor, "choices outputs"]:
-    """The product of a row, or of one for each choice, with the matrices of the chosen experts, of a stack or of
-    codes."""
-    if not isinstance(weight, QuantizedWeight):
-        return row_product(rows, weight[chosen]).to(rows.dtype)
-    if weight.kind == "int8":
-        return (row_product(rows, weight.codes[chosen]) * weight.scales[chosen][..., 0]).to(rows.dtype)
-    return _chosen_four_bits(rows, chosen, weight.codes, weight.scales_and_zeros, weight.group)
-
-
-def _not_one_choice(experts: Any, hidden_states: Tensor, *_: Any) -> str:
-    quantised = isinstance(experts, QuantizedExperts)
-    fits = not quantised or (takes_rows(experts.gate_up_proj) and takes_rows(experts.down_proj))
-    return _not_one_row(hidden_states) or ("" if fits else "for int8")
-
-
-@ops.faster(QuantizedExperts.forward, "cpu row", why_not=_not_one_choice, **TRACED)
-@ops.faster(RoutedExperts.forward, "cpu row", why_not=_not_one_choice, **TRACED)
-def _experts_row(experts: Any, hidden_states: Tensor, topk_idx: Tensor, topk_weight: Tensor) -> Tensor:
-    chosen = topk_idx[0]
-    gate, up = chosen_product(hidden_states, experts.gate_up_proj, chosen).chunk(2, dim=-1)
-    out = chosen_product(F.silu(gate) * up, experts.down_proj, chosen)
-    return (out * topk_weight[0, :, None]).sum(dim=0, keepdim=True).to(hidden_states.dtype)
-
-
-def _not_one_product(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> str:
-    fits = takes_rows(weight) and place is ...
-    return _not_one_row(rows) or ("" if fits else "for int8")
-
-
-@ops.faster(quantized_product, "cpu row", why_not=_not_one_product, **TRACED)
-def _quantized_row(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> Tensor:
-    if weight.kind == "int8":
-        return (row_product(rows, weight.codes) * weight.scales[:, 0]).to(rows.dtype)
-    out = _four_bits(rows.flatten()[None], weight.codes, weight.scales_and_zeros, weight.group)
-    return out.view(*rows.shape[:-1], -1)
-
-
-# The compiled step
 
 
 def _may_change(guards: Any) -> list[bool]:
@@ -152,12 +51,13 @@ class Step:
     def __call__(self, definition: Any, module: nn.Module, *tensors: Tensor) -> Any:
         """What the function, or the definition behind it, gives."""
         args = module, *(x.flatten().view(x.shape) for x in tensors)  # else strides of sizes of 1 would count
-        if definition not in self._compiled:
+        key = definition, ops.is_off("cpu row")  # a graph keeps the ways that it was made of
+        if key not in self._compiled:
             plain = getattr(definition, "__wrapped__", definition)
             code = plain.__code__.replace()  # the compiler counts the graphs of a code, and stops at the eighth
             own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
-            self._compiled[definition] = torch.compile(own, dynamic=False, options=GUARDS)
-        return ops.unwatched(self._compiled[definition], *args)
+            self._compiled[key] = torch.compile(own, dynamic=False, options=GUARDS)
+        return ops.unwatched(self._compiled[key], *args)
 
     def __reduce__(self) -> Any:
         return Step, ()
@@ -170,8 +70,8 @@ def _without_step(module: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) 
         return "for one token"
     if module.training or torch.is_autocast_enabled("cpu"):
         return "for inference without torch.autocast"
-    if type(hidden_states) is not Tensor:
-        return "for plain tensors"
+    if type(hidden_states) is not Tensor or torch._C._len_torch_dispatch_stack():
+        return "for plain tensors, whose operations nothing watches"
     hooked = nn.modules.module._has_any_global_hook()
     return "" if runs_as_made(module) and not hooked else "a part of it has a hook, or became another"
 
@@ -188,7 +88,9 @@ def runs_as_made(module: nn.Module) -> bool:
     """Whether no part runs more than the ``forward`` of a known class, over weights that the ways for one row take. The compiler
     has no guards for hooks."""
     own = module.__dict__
-    if "forward" in own or type(module).forward not in FORWARDS or any(own[hooks] for hooks in HOOKS):
+    kind = type(module)
+    known = kind.forward in FORWARDS and kind.__module__.startswith(("dsv2_ref.", "torch."))
+    if "forward" in own or not known or any(own[hooks] for hooks in HOOKS):
         return False
     if own.get("kind", "int8") != "int8" and not own.get("block_rows"):
         return False
@@ -240,11 +142,11 @@ def before_attention(
     H, C, R, N = attention.num_heads, attention.kv_lora_rank, attention.rotary_dim, attention.qk_nope_head_dim
     x = layer.input_layernorm(hidden_states)
     if attention.config.q_lora_rank is None:
-        query = _linear(attention.q_proj, x)
+        query = linear_row(attention.q_proj, x)
     else:
-        query = _linear(attention.q_b_proj, attention.q_a_layernorm(_linear(attention.q_a_proj, x)))
+        query = linear_row(attention.q_b_proj, attention.q_a_layernorm(linear_row(attention.q_a_proj, x)))
     q_nope, q_pe = query.view(1, 1, H, N + R).transpose(1, 2).split((N, R), dim=-1)
-    compressed_kv, k_pe = _linear(attention.kv_a_proj_with_mqa, x).split((C, R), dim=-1)
+    compressed_kv, k_pe = linear_row(attention.kv_a_proj_with_mqa, x).split((C, R), dim=-1)
     q_pe, k_pe = apply_rotary(q_pe, k_pe, cos, sin)
     w_uk, _ = attention.up_matrices()  # (H, N, C)
     absorbed = (q_nope[0].mT.float() * w_uk.float()).sum(dim=1)[None, :, None].to(q_pe.dtype)  # (1, H, 1, C)
@@ -260,7 +162,7 @@ def after_attention(
     attention: Any = layer.self_attn
     _, w_uv = attention.up_matrices()  # (H, V, C)
     out = row_product(out[0, :, 0], w_uv).to(out.dtype)  # (H, V)
-    hidden_states = hidden_states + _linear(attention.o_proj, out.view(1, 1, -1))
+    hidden_states = hidden_states + linear_row(attention.o_proj, out.view(1, 1, -1))
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
@@ -311,7 +213,7 @@ def steps_of(module: nn.Module) -> list[Any]:
 
 
 def find_compiler() -> None:
-    """Raise RuntimeError where torch finds no C++ compiler."""
+    """Raise RuntimeError where torch finds no C++ compiler, or no headers of Python."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -321,3 +223,8 @@ def find_compiler() -> None:
         raise RuntimeError(
             "compiled is True; wanted a C++ compiler that torch can call, such as g++, for it"
         ) from error
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise RuntimeError(
+            f"compiled is True; wanted Python's headers for it (Debian: python3-dev); {header} is missing"
+        )

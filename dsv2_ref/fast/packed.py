@@ -218,17 +218,21 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
         compiled: leave the weights of layers in bfloat16, or in codes over it, as they lie, and make graphs of a token's way
             through each layer (``torch.compile``, at the first token: some 10 seconds for each kind of layer). The fastest
-            way to decode one sequence; it needs a C++ compiler and Python's headers. Calls with more tokens, sequences or a mask take the usual
-            ways, over weights that are not rearranged.
+            way to decode one sequence; it needs a C++ compiler and Python's headers. Calls with more tokens, sequences or
+            a mask take the usual ways, over weights that are not rearranged.
 
     Raises:
-        ValueError: for what is no module, and weights of another dtype or device, before anything is packed.
+        ValueError: for what is no module, weights of another dtype or device, and ``compiled`` where some are packed
+            already, before anything is packed.
         RuntimeError: for bfloat16 where the processor has no instructions for it that oneDNN can use, unless ``compiled``;
-            and for ``compiled`` without a C++ compiler.
+            and for ``compiled`` without a C++ compiler or Python's headers.
     """
     is_module(module)
     if compiled:
         find_compiler()
+        for name, part in module.named_modules():
+            again = isinstance(part, PackedLinear | PackedExperts)
+            require(not again, f"compiled is True, and {name or 'the module'}", part, "weights that are not packed yet")
     children = [(parent, *named) for parent in module.modules() for named in parent.named_children()]
     named = [
         (parent, *named) for parent in module.modules() for named in parent._modules.items()

@@ -266,9 +266,9 @@ def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | N
 
 @as_operator(lambda rows, weights, _: rows.new_empty(rows.shape[0], weights.shape[1]), _product_backward, _save)
 def _grouped_product(rows: Tensor, weights: Tensor, group_ends: Tensor) -> Tensor:
-    from dsv2_ref.fast import triton
+    from dsv2_ref.fast.triton import available
 
-    if rows.device.type == triton.DEVICE:
+    if rows.device.type == available.DEVICE:
         from dsv2_ref.fast.triton import experts
 
         if experts.should_serve(rows, weights):

@@ -849,7 +849,7 @@ def test_a_pasted_file_fills_the_fields_that_its_model_has(page: Page, name: str
         ('{"model_type": "deepseek_v2", "hidden_size": 2.048e3}', "hidden_size is 2048.0; wanted an integer of at least 1"),
         ('{"model_type": "deepseek_v2", "hidden_size": -0}', "hidden_size is 0; wanted"),
         ('{"model_type": "deepseek_v2", "hidden_size": -0.0}', "hidden_size is -0.0; wanted"),
-        ('{"model_type": "deepseek_v2", "rope_theta": 1e400}', "rope_theta is inf; wanted a finite number, at least 1"),
+        ('{"model_type": "deepseek_v2", "rope_theta": 1e400}', "rope_theta is inf; wanted a finite number, above 1"),
         ('{"model_type": "deepseek_v2", "rms_norm_eps": 1E-30}', "rms_norm_eps is 1e-30; wanted a finite number, at least 5.16988e-26"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.fast.products import torch_can_group
+from dsv2_ref.fast.triton.available import DEVICE, HALF_AND_SINGLE, alike
 from dsv2_ref.fast.triton.language import jit, power_of_two, tl
 
 FEW_ROWS = 96
@@ -96,14 +97,12 @@ def should_serve(
     """Whether the kernel is to multiply these: on GPUs where torch would loop over the groups and wait for their sizes,
     which are all but bfloat16 on sm_90 and sm_100, and for few rows on sm_90; up to some four million rows, as one
     launch takes no more. With ``choices`` so many of these rows, which are not gathered yet."""
-    from dsv2_ref.fast import triton
-
     count = len(rows) if choices is None else choices
-    known = rows.dtype in triton.HALF_AND_SINGLE and not triton.alike(rows, weights)
+    known = rows.dtype in HALF_AND_SINGLE and not alike(rows, weights)
     known = known and rows.shape[-1] == weights.shape[-1]  # else it would read past the end
     if ops.is_off("triton experts") or not known or most_tiles(count, len(weights), rows.element_size()) > MOST_TILES:
         return False
-    if triton.DEVICE == "cpu" or rows.dtype != torch.bfloat16:  # interpreted, or looped over
+    if DEVICE == "cpu" or rows.dtype != torch.bfloat16:  # interpreted, or looped over
         return True
     generation = torch.cuda.get_device_capability(rows.device)[0]
     if generation == 9 and count <= FEW_ROWS * len(weights):
