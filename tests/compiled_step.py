@@ -25,7 +25,7 @@ from dsv2_ref import (
     ops,
     pack_weights,
 )
-from dsv2_ref.fast import compiled, packed
+from dsv2_ref.fast import compiled, native, packed
 from dsv2_ref.quantize import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
@@ -354,7 +354,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_headers_of_python_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(native.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(RuntimeError, match=r"^compiled is True; wanted Python's headers .*python3-dev.* is missing$"):
         pack_weights(layer_of(), compiled=True)
 

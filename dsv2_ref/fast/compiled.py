@@ -1,15 +1,12 @@
 """One token through a layer as compiled graphs, for CPUs.
 
-A step of decoding multiplies one row by many matrices, which costs what reading them costs. torch's products read no faster
-than a sum that the compiler writes, and between two of them stand operations that take longer to start than to run. In a
-graph of its own the compiler also reads the chosen experts where they lie. `dsv2_ref.fast.packed.pack_weights` with
-``compiled=True`` gives modules a `Step`. The products in its graphs are those of `dsv2_ref.fast.rows`.
+A step of decoding multiplies one row by many matrices, which costs what reading them costs, and between two products stand
+operations that take longer to start than to run. `dsv2_ref.fast.packed.pack_weights` with ``compiled=True`` gives modules a
+`Step`: graphs in which the products are those of `dsv2_ref.fast.rows`, and the compiler fuses the rest.
 """
 
-import sysconfig
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,8 @@ from torch import Tensor, nn
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast.cpu import HALF_ON_CPU
-from dsv2_ref.fast.rows import linear_row, row_product
+from dsv2_ref.fast.native import row_products, takes
+from dsv2_ref.fast.rows import linear_row
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
 from dsv2_ref.mla import DeepseekV2Attention
@@ -161,7 +159,9 @@ def after_attention(
     """The rest of the layer, from the mixed latents of every head on."""
     attention: Any = layer.self_attn
     _, w_uv = attention.up_matrices()  # (H, V, C)
-    out = row_product(out[0, :, 0], w_uv).to(out.dtype)  # (H, V)
+    mixed = out[0, :, 0]  # (H, C)
+    out = row_products(mixed, w_uv) if takes(w_uv) else (w_uv.float() * mixed[:, None].float()).sum(dim=-1)
+    out = out.to(hidden_states.dtype)
     hidden_states = hidden_states + linear_row(attention.o_proj, out.view(1, 1, -1))
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
@@ -210,21 +210,3 @@ def steps_of(module: nn.Module) -> list[Any]:
     kinds = DeepseekV2DecoderLayer | DeepseekV2MLP | DeepseekV2MoE
     found = (part for part in module.modules() if isinstance(part, kinds))
     return [part for part in found if runs_as_made(part) and all(fits(x) for x in part.modules())]
-
-
-def find_compiler() -> None:
-    """Raise RuntimeError where torch finds no C++ compiler, or no headers of Python."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise RuntimeError(
-            "compiled is True; wanted a C++ compiler that torch can call, such as g++, for it"
-        ) from error
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        raise RuntimeError(
-            f"compiled is True; wanted Python's headers for it (Debian: python3-dev); {header} is missing"
-        )

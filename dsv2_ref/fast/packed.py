@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.checks import is_module, require
-from dsv2_ref.fast.compiled import Step, find_compiler, steps_of
+from dsv2_ref.fast.compiled import Step, steps_of
+from dsv2_ref.fast.native import find_compiler
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices

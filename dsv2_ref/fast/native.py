@@ -1,0 +1,120 @@
+"""Products of one row in C++ (``rows.cpp``), which torch's compiler of graphs builds at the first use.
+
+torch's own products read a matrix for one row at half of what memory gives, and so do sums that its compiler writes. These
+read it once, as it lies, and only the matrices that are chosen of a stack.
+"""
+
+import ctypes
+import sysconfig
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from dsv2_ref import ops
+from dsv2_ref.fast.products import as_operator
+
+
+def find_compiler() -> None:
+    """Raise RuntimeError where torch finds no C++ compiler, or no headers of Python."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise RuntimeError(
+            "compiled is True; wanted a C++ compiler that torch can call, such as g++, for it"
+        ) from error
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise RuntimeError(
+            f"compiled is True; wanted Python's headers for it (Debian: python3-dev); {header} is missing"
+        )
+
+
+@ops.once_when_compiling
+def cannot_build() -> str:
+    """Why nothing can be built here; an empty string if it can."""
+    try:
+        find_compiler()
+    except RuntimeError:
+        return "no C++ compiler, or no headers of Python"
+    return ""
+
+
+FLAGS = "-ftree-loop-vectorize", "-ffp-contract=fast"
+"""Beside those of torch, which leave loops to its own code."""
+
+
+POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
+BEFORE, AFTER = [POINTER, POINTER, SIZE], [POINTER, SIZE, SIZE, SIZE, SIZE]
+ARGUMENTS = {
+    torch.bfloat16: ("product_bf16", [*BEFORE, POINTER, SIZE, *AFTER]),
+    torch.int8: ("product_int8", [*BEFORE, POINTER, SIZE, *AFTER]),
+    torch.uint8: ("product_int4", [*BEFORE, POINTER, POINTER, SIZE, SIZE, *AFTER]),
+}
+
+
+@cache
+def functions() -> dict[torch.dtype, Any]:
+    """The compiled functions, by what weights are stored in."""
+    from torch._inductor.codecache import CppCodeCache
+
+    source = resources.files("dsv2_ref.fast").joinpath("rows.cpp").read_text()
+    library = CppCodeCache.load(source, extra_flags=FLAGS)
+    found = {dtype: library[name] for dtype, (name, _) in ARGUMENTS.items()}
+    for dtype, function in found.items():
+        function.argtypes, function.restype = ARGUMENTS[dtype][1], None
+    return found
+
+
+def _multiply(rows: Tensor, weight: Tensor, layout: list[int], chosen: Tensor | None) -> Tensor:
+    if chosen is not None and not all(0 <= index < len(weight) for index in chosen.tolist()):
+        raise IndexError(f"chosen is {chosen.tolist()}; wanted indices from 0 to {len(weight) - 1}")
+    rows, indices = rows.contiguous(), None if chosen is None else chosen.contiguous()
+    out = torch.empty(len(weight if chosen is None else chosen), weight.shape[1])
+    step = rows.stride(0) if len(rows) > 1 else 0
+    pointers = [None if x is None else x.data_ptr() for x in (out, rows, weight, indices)]
+    sizes = *out.shape, rows.shape[1], torch.get_num_threads()
+    functions()[weight.dtype](*pointers[:2], step, pointers[2], *layout, pointers[3], *sizes)
+    return out
+
+
+def _no_gradients(*_: Any) -> None:
+    raise NotImplementedError("products of one row give no gradients")
+
+
+def _empty(rows: Tensor, weight: Tensor, chosen: Tensor | None = None, *_: Any) -> Tensor:
+    return rows.new_empty(len(weight if chosen is None else chosen), weight.shape[1], dtype=torch.float32)
+
+
+@as_operator(_empty, _no_gradients)
+def row_products(rows: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """``weight[chosen] @ rows`` in float32, where ``weight`` is a stack of matrices in bfloat16, or of int8 codes.
+
+    Args:
+        rows: (1 or choices, inputs) bfloat16: one row, or one for each choice. weight: (stack, outputs, inputs), see
+            `takes`. chosen: (choices,) int64; None takes every matrix in its turn.
+
+    Returns:
+        (choices, outputs).
+    """
+    return _multiply(rows, weight, [weight.stride(0)], chosen)
+
+
+@as_operator(_empty, _no_gradients)
+def row_products_of_int4(
+    rows: Tensor, codes: Tensor, chosen: Tensor | None, scales_and_zeros: Tensor, group: int, block_rows: int
+) -> Tensor:
+    """`row_products` of four bits, as `dsv2_ref.fast.quantized.lay_out_codes` lays them out."""
+    return _multiply(rows, codes, [scales_and_zeros.data_ptr(), group, block_rows], chosen)
+
+
+def takes(weight: Shaped[Tensor, "... outputs inputs"]) -> bool:
+    """Whether these are matrices in bfloat16, or of int8 codes, whose rows lie one behind the other."""
+    return weight.dtype in (torch.bfloat16, torch.int8) and weight.stride()[-2:] == (weight.shape[-1], 1)

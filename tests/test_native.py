@@ -1,0 +1,120 @@
+"""Products of one row in C++: against float64, for every layout, and without the instructions that some processors lack."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv2_ref.codes import pack_nibbles, to_codes
+from dsv2_ref.fast import native
+from dsv2_ref.fast.quantized import lay_out
+
+PORTABLE = "-mno-avx512bf16"
+
+
+@pytest.fixture(params=["as found", "portable"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As this processor has them, and without those that multiply pairs in bfloat16."""
+    if request.param == "portable":
+        if not torch.cpu._is_avx512_bf16_supported():
+            pytest.skip("as found")
+        monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, PORTABLE))
+    native.functions.cache_clear()
+    yield
+    native.functions.cache_clear()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def assert_exact(actual: Tensor, rows: Tensor, matrices: Tensor) -> None:
+    """Sums in float32: off by roundings of their terms, whose sizes add up."""
+    terms = matrices.double() * rows.double()[:, None]
+    bound = terms.abs().sum(dim=-1) * terms.shape[-1] ** 0.5 * 2**-23
+    assert actual.dtype == torch.float32
+    assert ((actual - terms.sum(dim=-1)).abs() <= bound + 1e-30).all()
+
+
+CHOSEN = torch.tensor([3, 0, 4, 3])
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("inputs", [1, 31, 32, 96, 1000])
+@pytest.mark.parametrize("chosen", [None, CHOSEN])
+@pytest.mark.parametrize("alike", [True, False])
+def test_products(kind: str, inputs: int, chosen: Tensor | None, alike: bool) -> None:
+    weight = normal(5, 7, inputs, seed=1)
+    if kind == "int8":
+        weight = (weight * 40).clamp(-127, 127).to(torch.int8)
+    matrices = weight if chosen is None else weight[chosen]
+    rows = normal(1 if alike else len(matrices), inputs)
+    assert_exact(native.row_products(rows, weight, chosen), rows.expand(len(matrices), -1), matrices)
+
+
+def test_matrices_may_be_parts_of_larger_ones() -> None:
+    weight, rows = normal(4, 24, 64, seed=1), normal(4, 64)
+    lower = weight[:, 16:]
+    assert native.takes(lower)
+    assert_exact(native.row_products(rows, lower), rows, lower)
+    assert not native.takes(weight.mT)
+    assert not native.takes(weight[..., ::2])
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("chosen", [None, CHOSEN])
+@pytest.mark.parametrize("alike", [True, False])
+def test_four_bits(block: int, group: int, chosen: Tensor | None, alike: bool) -> None:
+    codes, scales = to_codes(normal(5, 128, 192, seed=1), "int4", group, torch.bfloat16)
+    exact = (codes.unflatten(-1, (-1, group)).double() * scales.double()[..., None]).flatten(-2)
+    matrices = exact if chosen is None else exact[chosen]
+    rows = normal(1 if alike else len(matrices), 192)
+    laid_out = torch.stack([lay_out(x, block) for x in pack_nibbles(codes)])
+    beside = torch.stack((scales.mT, torch.full_like(scales.mT, torch.nan)), dim=-1).contiguous()
+    found = native.row_products_of_int4(rows, laid_out, chosen, beside, group, block)
+    assert_exact(found, rows.expand(len(matrices), -1), matrices)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_any_number_of_threads_gives_the_same(threads: int) -> None:
+    weight, rows, before = normal(3, 50, 300, seed=1), normal(1, 300), torch.get_num_threads()
+    expected = native.row_products(rows, weight)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(native.row_products(rows, weight), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_infinite_or_nan_stays_in_its_row() -> None:
+    weight, rows = normal(1, 3, 40, seed=1), normal(1, 40)
+    weight[0, 1, 35] = torch.inf
+    weight[0, 2, 3] = torch.nan
+    found = native.row_products(rows, weight)[0]
+    assert found[0].isfinite()
+    assert found[1].isinf()
+    assert found[2].isnan()
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_an_index_of_no_matrix_is_rejected(index: int) -> None:
+    with pytest.raises(IndexError, match=rf"^chosen is \[0, {index}\]; wanted indices from 0 to 4$"):
+        native.row_products(normal(1, 8), normal(5, 2, 8), torch.tensor([0, index]))
+
+
+def test_they_are_operators_of_torch() -> None:
+    weight, rows = normal(5, 7, 40, seed=1), normal(1, 40)
+    utils: Any = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(native.row_products, (rows, weight, CHOSEN), test_utils=utils)
+    codes, beside = torch.zeros(5, 64, 32, dtype=torch.uint8), torch.ones(5, 2, 64, 2).bfloat16()
+    torch.library.opcheck(native.row_products_of_int4, (normal(1, 64), codes, CHOSEN, beside, 32, 64), test_utils=utils)
+
+
+def test_gradients_are_refused() -> None:
+    rows = normal(1, 8).requires_grad_()
+    with pytest.raises(NotImplementedError, match="give no gradients"):
+        native.row_products(rows, normal(1, 2, 8)).sum().backward()
