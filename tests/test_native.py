@@ -10,6 +10,7 @@ from torch import Tensor
 from dsv2_ref.codes import pack_nibbles, to_codes
 from dsv2_ref.fast import native
 from dsv2_ref.fast.quantized import lay_out
+from dsv2_ref.records import CACHE_FORMATS, Record
 
 PORTABLE = "-mno-avx512bf16"
 
@@ -112,6 +113,20 @@ def test_they_are_operators_of_torch() -> None:
     torch.library.opcheck(native.row_products, (rows, weight, CHOSEN), test_utils=utils)
     codes, beside = torch.zeros(5, 64, 32, dtype=torch.uint8), torch.ones(5, 2, 64, 2).bfloat16()
     torch.library.opcheck(native.row_products_of_int4, (normal(1, 64), codes, CHOSEN, beside, 32, 64), test_utils=utils)
+
+
+@pytest.mark.parametrize("kind", CACHE_FORMATS)
+@pytest.mark.parametrize(("latent", "rope"), [(512, 64), (32, 8), (130, 2)])
+def test_records_are_decoded_bit_for_bit(kind: str, latent: int, rope: int) -> None:
+    record = Record(kind, latent, rope, torch.bfloat16)
+    tokens = normal(1, 37, latent + rope) * torch.logspace(-6, 3, 37)[:, None].bfloat16()
+    tokens[0, 5, :latent] = 0
+    tokens[0, 6, 0] *= 1e5  # leaves little to the others of its tile: the smallest codes
+    records = record.encode(tokens)
+    held = torch.cat((records, records), dim=1)[:, :37]  # with room behind them
+    out = torch.empty_like(tokens)
+    native.decode_records(record, held, out)
+    assert torch.equal(out.view(torch.int16), record.decode(records).view(torch.int16))
 
 
 def test_gradients_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Products of one row in C++ (``rows.cpp``), which torch's compiler of graphs builds at the first use.
+"""Products of one row in C++ (``rows.cpp``), and decoded records, which torch's compiler of graphs builds at the first use.
 
 torch's own products read a matrix for one row at half of what memory gives, and so do sums that its compiler writes. These
 read it once, as it lies, and only the matrices that are chosen of a stack.
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import BFloat16, Shaped, UInt8
 from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.fast.products import as_operator
+from dsv2_ref.records import CACHE_FORMATS, Record
 
 
 def find_compiler() -> None:
@@ -57,19 +58,20 @@ ARGUMENTS = {
     torch.bfloat16: ("product_bf16", [*BEFORE, POINTER, SIZE, *AFTER]),
     torch.int8: ("product_int8", [*BEFORE, POINTER, SIZE, *AFTER]),
     torch.uint8: ("product_int4", [*BEFORE, POINTER, POINTER, SIZE, SIZE, *AFTER]),
+    "records": ("decode_records", [POINTER, POINTER, *7 * [SIZE]]),
 }
 
 
 @cache
-def functions() -> dict[torch.dtype, Any]:
-    """The compiled functions, by what weights are stored in."""
+def functions() -> dict[Any, Any]:
+    """The compiled functions: by what weights are stored in, those that multiply."""
     from torch._inductor.codecache import CppCodeCache
 
     source = resources.files("dsv2_ref.fast").joinpath("rows.cpp").read_text()
     library = CppCodeCache.load(source, extra_flags=FLAGS)
-    found = {dtype: library[name] for dtype, (name, _) in ARGUMENTS.items()}
-    for dtype, function in found.items():
-        function.argtypes, function.restype = ARGUMENTS[dtype][1], None
+    found = {key: library[name] for key, (name, _) in ARGUMENTS.items()}
+    for key, function in found.items():
+        function.argtypes, function.restype = ARGUMENTS[key][1], None
     return found
 
 
@@ -118,3 +120,12 @@ def row_products_of_int4(
 def takes(weight: Shaped[Tensor, "... outputs inputs"]) -> bool:
     """Whether these are matrices in bfloat16, or of int8 codes, whose rows lie one behind the other."""
     return weight.dtype in (torch.bfloat16, torch.int8) and weight.stride()[-2:] == (weight.shape[-1], 1)
+
+
+def decode_records(
+    record: Record, records: UInt8[Tensor, "1 kv_seq bytes"], out: BFloat16[Tensor, "1 kv_seq features"]
+) -> None:
+    """`Record.decode` of a cache in bfloat16, written to ``out``."""
+    sizes = record.latent, record.rope, record.tile, torch.get_num_threads()
+    kind, tokens = CACHE_FORMATS.index(record.format), records.shape[1]
+    functions()["records"](out.data_ptr(), records.data_ptr(), records.stride(1), kind, tokens, *sizes)

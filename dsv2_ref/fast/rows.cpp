@@ -145,3 +145,50 @@ extern "C" void product_int4(float* out, const bfloat16* rows, int64_t row_step,
                  scales + 2 * (matrix * outputs * (inputs / group) + first), 2 * outputs, inputs, group);
     }
 }
+
+// The tokens that records of a cache stand for: codes of a latent, a float32 scale for each tile of it, and a rotated key in
+// bfloat16.
+
+enum Format : int64_t { FP8, INT8, INT4 };  // as in CACHE_FORMATS
+
+static inline bfloat16 rounded(float number) {  // to the nearest, halves to the even neighbour
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline float fp8_value(uint8_t code) {  // s eeee mmm lies in a float as it is; the exponent's bias is 120 larger there
+    uint32_t bits = (code & 128u) << 24 | (code & 127u) << 20;
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number * 0x1p120f;
+}
+
+extern "C" void decode_records(bfloat16* out, const uint8_t* records, int64_t record_bytes, int64_t format, int64_t tokens,
+                               int64_t latent, int64_t rope, int64_t tile, int64_t threads) {
+    const int64_t code_bytes = format == INT4 ? latent / 2 : latent;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t token = 0; token < tokens; token++) {
+        const uint8_t* codes = records + token * record_bytes;
+        const uint8_t* scales = codes + code_bytes;
+        bfloat16* to = out + token * (latent + rope);
+        for (int64_t start = 0; start < latent; start += tile, scales += sizeof(float), to += tile) {
+            float scale;
+            std::memcpy(&scale, scales, sizeof scale);
+            if (format == FP8) {
+#pragma omp simd
+                for (int64_t i = 0; i < tile; i++) to[i] = rounded(fp8_value(codes[start + i]) * scale);
+            } else if (format == INT8) {
+#pragma omp simd
+                for (int64_t i = 0; i < tile; i++) to[i] = rounded(int8_t(codes[start + i]) * scale);
+            } else {
+#pragma omp simd
+                for (int64_t i = 0; i < tile / 2; i++) {
+                    to[2 * i] = rounded(((codes[start / 2 + i] & 15) - 8) * scale);
+                    to[2 * i + 1] = rounded(((codes[start / 2 + i] >> 4) - 8) * scale);
+                }
+            }
+        }
+        std::memcpy(to, scales, rope * sizeof(bfloat16));
+    }
+}
