@@ -236,8 +236,8 @@ def test_blocks_that_a_multiprocessor_keeps() -> None:
 def test_the_command_prints_a_row_for_each_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--kernel", "rotate"]) == 0
     title, *rows = capsys.readouterr().out.splitlines()
-    assert title.split() == ["bf16", "registers", "spilled", "shared", "at", "once"]
-    assert [row.split()[-5] for row in rows] == ["sm_80", "sm_89", "sm_90", "sm_100"]
+    assert title.split() == ["bf16", "registers", "spilled", "shared", "warps", "at", "once"]
+    assert [row.split()[-6] for row in rows] == ["sm_80", "sm_89", "sm_90", "sm_100"]
     assert rows[0].split()[2] == str(resources("rotate", 80).registers)
     assert main(["--kernel", "mla_partial", "--set", "KEYS=256"]) == 1
     assert capsys.readouterr().out.count("none") == 4

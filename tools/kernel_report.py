@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.set and len(chosen.kernel or ()) != 1:
         parser.error("--set is for one kernel: say which with --kernel")
-    print(f"{chosen.dtype:26}{'registers':>10}{'spilled':>9}{'shared':>9}{'at once':>9}")
+    print(f"{chosen.dtype:26}{'registers':>10}{'spilled':>9}{'shared':>9}{'warps':>7}{'at once':>9}")
     good = True
     some = [kernel for kernel in KERNELS if chosen.dtype != "fp32" or kernel not in HALF_ONLY]
     for kernel in chosen.kernel or some:
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             at_once = found.at_once if found.fits else "none"
             place = f"sm_{capability}"
             row = f"{kernel if capability == min(SHARED_BYTES) else '':24} {place:6}"
-            print(f"{row}{found.registers:5}{found.stack:9}{found.shared:9,}{at_once:>9}")
+            print(f"{row}{found.registers:5}{found.stack:9}{found.shared:9,}{found.warps:7}{at_once:>9}")
     return 0 if good else 1
 
 
