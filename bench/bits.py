@@ -19,7 +19,6 @@ import torch
 from bench.machine import in_turn, median, read_bandwidth
 from bench.memory import status
 from dsv2_ref import (
-    DeepseekV2Attention,
     DeepseekV2Config,
     DeepseekV2DecoderLayer,
     DeepseekV2ForCausalLM,
@@ -110,13 +109,13 @@ def weights_table(config: DeepseekV2Config, rounds: int, bandwidth: float) -> li
 
 
 def cache_table(config: DeepseekV2Config, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of attention for one token over `LONG` cached ones, by the bits of the cache."""
-    attention = DeepseekV2Attention(config, 0).bfloat16().eval()
-    attention = pack_weights(attention) if has_bfloat16() else attention
-    steps = {format or "bfloat16": _steps([attention], LONG - 1, 1, format) for format in FORMATS}
+    """Milliseconds of a compiled layer per token over `LONG` cached ones, by the bits of the cache."""
+    layers = _layers(None, "compiled", config)
+    steps = {format or "bfloat16": _steps(layers, LONG - 1, 1, format) for format in FORMATS}
     seconds = in_turn(steps, rounds)
+    attention = layers[0].self_attn
     sizes = {format or "bfloat16": attention.empty_cache(1, 1, format).reserved_nbytes for format in FORMATS}
-    return [{"cache": name, "bytes": sizes[name], "decode": median(samples)} for name, samples in seconds.items()]
+    return [{"cache": name, "bytes": sizes[name], "decode": median(seconds[name]) / LAYERS} for name in seconds]
 
 
 def _whole(weights: str, tokens: int, threads: int, config: DeepseekV2Config) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def main() -> None:
         times = f"{1e3 * row['decode']:12.2f}{1e3 * row['limit']:12.2f}{1e3 * row['prefill']:12.3f}"
         print(f"{row['weights']:32}{row['active_bytes'] / 1e6:14.1f}{times}")
     if caches:
-        print(f"\n{f'attention to {LONG} tokens, cache in':32}{'bytes per token':>16}{'decode ms':>12}")
+        print(f"\n{f'over {LONG} tokens, cache in':32}{'bytes per token':>16}{'decode ms':>12}")
     for row in caches:
         print(f"{row['cache']:32}{row['bytes']:16}{1e3 * row['decode']:12.2f}")
     whole = [whole_model(kind, args.tokens, args.threads) for kind in args.whole]

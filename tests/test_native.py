@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv2_ref.codes import pack_nibbles, to_codes
+from dsv2_ref.cache import LatentCache
+from dsv2_ref.codes import from_codes, pack_nibbles, to_codes
 from dsv2_ref.fast import native
 from dsv2_ref.fast.quantized import lay_out
-from dsv2_ref.records import CACHE_FORMATS, Record
+from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache, Record
 
 PORTABLE = "-mno-avx512bf16"
 
@@ -116,17 +117,43 @@ def test_they_are_operators_of_torch() -> None:
 
 
 @pytest.mark.parametrize("kind", CACHE_FORMATS)
-@pytest.mark.parametrize(("latent", "rope"), [(512, 64), (32, 8), (130, 2)])
-def test_records_are_decoded_bit_for_bit(kind: str, latent: int, rope: int) -> None:
+@pytest.mark.parametrize(("heads", "latent", "rope"), [(16, 512, 64), (3, 32, 8), (1, 130, 2)])
+@pytest.mark.parametrize("keys", [1, 7, 8, 255, 256, 257, 700])
+def test_attention_to_records(kind: str, heads: int, latent: int, rope: int, keys: int) -> None:
+    tokens, query = normal(1, keys, latent + rope, seed=1), normal(1, heads, 1, latent + rope)
+    cache = cache_of(kind, latent, rope, keys)
+    tokens[0, ::5] *= 1e-3
+    tokens[0, 3:, :latent] *= torch.logspace(-6, 0, latent).bfloat16()  # down to the smallest codes
+    tokens[0, 1::9, :latent] = 0
+    cache = cache.append(tokens[:, : keys // 2]).append(tokens[:, keys // 2 :])
+    found = native.attend(query, cache, 0.3)
+    codes, scales, k_pe = cache.record.split(cache.stored)
+    exact = torch.cat((from_codes(codes, scales), k_pe), dim=-1).double()[0]
+    weights = (query[0, :, 0].double() @ exact.mT * 0.3).softmax(dim=-1)
+    expected = weights @ exact[:, :latent]
+    # One rounding to bfloat16 at the end, and sums in float32, relative to what is summed.
+    bound = expected.abs() * 2**-8 + weights @ exact[:, :latent].abs() * 2**-15
+    assert found.dtype == torch.bfloat16
+    assert ((found[0, :, 0] - expected).abs() <= bound).all()
+
+
+def cache_of(kind: str, latent: int, rope: int, room: int) -> QuantizedLatentCache:
     record = Record(kind, latent, rope, torch.bfloat16)
-    tokens = normal(1, 37, latent + rope) * torch.logspace(-6, 3, 37)[:, None].bfloat16()
-    tokens[0, 5, :latent] = 0
-    tokens[0, 6, 0] *= 1e5  # leaves little to the others of its tile: the smallest codes
-    records = record.encode(tokens)
-    held = torch.cat((records, records), dim=1)[:, :37]  # with room behind them
-    out = torch.empty_like(tokens)
-    native.decode_records(record, held, out)
-    assert torch.equal(out.view(torch.int16), record.decode(records).view(torch.int16))
+    held = LatentCache.empty(0, 1, (sum(record.parts),), capacity=room + 3, dtype=torch.uint8, device="cpu")
+    return QuantizedLatentCache(0, held.stored, held._storage, record=record)
+
+
+def test_sharp_attention_reads_one_record() -> None:
+    cache = cache_of("int8", 32, 8, 600).append(normal(1, 600, 40, seed=1))
+    key = cache.tokens[0, 431]
+    found = native.attend(1000 * key[None, None, None], cache, 1.0)
+    torch.testing.assert_close(found.flatten(), key[:32], rtol=2**-7, atol=0)
+
+
+def test_a_record_that_is_nan_shows() -> None:
+    tokens = normal(1, 20, 40, seed=1)
+    tokens[0, 4, 3] = torch.nan
+    assert native.attend(normal(1, 2, 1, 40), cache_of("int8", 32, 8, 20).append(tokens), 0.3).isnan().all()
 
 
 def test_gradients_are_refused() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
+from dsv2_ref.fast import native
 from dsv2_ref.fast.cpu import HALF_ON_CPU
-from dsv2_ref.fast.native import decode_records, row_products, takes
-from dsv2_ref.fast.quantized import attend_in_pieces
+from dsv2_ref.fast.native import row_products, takes
 from dsv2_ref.fast.rows import linear_row
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
@@ -189,7 +189,7 @@ def _layer_step(
         key = present.tokens[:, None]
         out, _ = attend(query, key, key[..., : attention.kv_lora_rank], *rest, implementation=how)
     elif how == "products":
-        out, _ = attend_in_pieces(query, present, *rest, decode=decode_records)
+        out = native.attend(query, present, attention.softmax_scale)
     else:
         out, _ = attend_records(query, present, *rest, implementation=how)
     hidden_states = layer.step(after_attention, layer, hidden_states, out)

@@ -1,4 +1,5 @@
-"""Products of one row in C++ (``rows.cpp``), and decoded records, which torch's compiler of graphs builds at the first use.
+"""Decoding in C++ (``rows.cpp``), which torch's compiler of graphs builds at the first use: products of one row, and attention
+to a cache in fewer bits.
 
 torch's own products read a matrix for one row at half of what memory gives, and so do sums that its compiler writes. These
 read it once, as it lies, and only the matrices that are chosen of a stack.
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import BFloat16, Shaped, UInt8
+from jaxtyping import BFloat16, Shaped
 from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.fast.products import as_operator
-from dsv2_ref.records import CACHE_FORMATS, Record
+from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache
 
 
 def find_compiler() -> None:
@@ -58,7 +59,7 @@ ARGUMENTS = {
     torch.bfloat16: ("product_bf16", [*BEFORE, POINTER, SIZE, *AFTER]),
     torch.int8: ("product_int8", [*BEFORE, POINTER, SIZE, *AFTER]),
     torch.uint8: ("product_int4", [*BEFORE, POINTER, POINTER, SIZE, SIZE, *AFTER]),
-    "records": ("decode_records", [POINTER, POINTER, *7 * [SIZE]]),
+    "records": ("attend_records", [POINTER, POINTER, ctypes.c_float, POINTER, *8 * [SIZE]]),
 }
 
 
@@ -122,10 +123,14 @@ def takes(weight: Shaped[Tensor, "... outputs inputs"]) -> bool:
     return weight.dtype in (torch.bfloat16, torch.int8) and weight.stride()[-2:] == (weight.shape[-1], 1)
 
 
-def decode_records(
-    record: Record, records: UInt8[Tensor, "1 kv_seq bytes"], out: BFloat16[Tensor, "1 kv_seq features"]
-) -> None:
-    """`Record.decode` of a cache in bfloat16, written to ``out``."""
-    sizes = record.latent, record.rope, record.tile, torch.get_num_threads()
-    kind, tokens = CACHE_FORMATS.index(record.format), records.shape[1]
-    functions()["records"](out.data_ptr(), records.data_ptr(), records.stride(1), kind, tokens, *sizes)
+def attend(
+    query: BFloat16[Tensor, "1 heads 1 features"], cache: QuantizedLatentCache, scale: float
+) -> BFloat16[Tensor, "1 heads 1 latent"]:
+    """`dsv2_ref.records.attend_records` of one token that sees every record, with sums in float32. Records are read once and
+    never stand decoded in memory."""
+    record, stored, rows = cache.record, cache.stored, query[0, :, 0].contiguous()
+    out = torch.empty(len(rows), record.latent)
+    kind, sizes = CACHE_FORMATS.index(record.format), (record.latent, record.rope, record.tile)
+    pointers = out.data_ptr(), rows.data_ptr(), scale, stored.data_ptr()
+    functions()["records"](*pointers, stored.stride(1), kind, cache.length, len(rows), *sizes, torch.get_num_threads())
+    return out.to(query.dtype)[None, :, None]

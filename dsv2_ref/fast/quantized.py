@@ -22,7 +22,7 @@ from dsv2_ref.fast.products import all_experts, combine, in_float32, needs_vmap,
 from dsv2_ref.masks import Visibility
 from dsv2_ref.quantized import QuantizedWeight, dense_weight, quantized_product
 from dsv2_ref.quantized_modules import QuantizedExperts
-from dsv2_ref.records import QuantizedLatentCache, Record, attend_records
+from dsv2_ref.records import QuantizedLatentCache, attend_records
 
 FEW_ROWS = 16
 """Up to so many rows torch's kernels over codes are used. They read a code once per row."""
@@ -161,8 +161,7 @@ def _by_rows(rows: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
 # The latent cache in fewer bits
 
 RECORDS_AT_ONCE = 2048
-"""Records that are decoded together, so that they stay in the processor's cache (5 MB for V2-Lite in float32). Twice as many
-are fastest where one function decodes them, to half of the bytes."""
+"""Records that are decoded together, so that they stay in the processor's cache (5 MB for V2-Lite in float32)."""
 
 
 def _not_one_query(query: Tensor, cache: QuantizedLatentCache, visible: Visibility, *_: Any, **__: Any) -> str:
@@ -180,26 +179,28 @@ def attend_in_pieces(
     visible: Visibility,
     scale: float,
     *_: Any,
-    decode: Callable[..., None] | None = None,
     **__: Any,
 ) -> tuple[Float[Tensor, "batch heads 1 latent"], None]:
     """`attend_records` of one query, some records at a time, with a running softmax.
 
-    Products are in the dtype of the query, or in float32 where no instruction multiplies bfloat16. ``decode(record, some,
-    out)`` writes the tokens that some records stand for, in bfloat16. Without it, codes become numbers in float32: torch
-    converts them to bfloat16 one at a time.
+    Products are in the dtype of the query, or in float32 where no instruction multiplies bfloat16. Codes become numbers in
+    float32: torch converts them to bfloat16 one at a time.
     """
     record, wide = cache.record, query.dtype if has_bfloat16() else torch.float32
     (B, H), C, rows = query.shape[:2], record.latent, query[:, :, 0].to(wide)
     largest = query.new_full((B, H, 1), -torch.inf, dtype=torch.float32)
     total, out = torch.zeros_like(largest), query.new_zeros(B, H, C, dtype=torch.float32)
-    at_once = RECORDS_AT_ONCE if decode is None else 2 * RECORDS_AT_ONCE
-    keys = out.new_empty(B, min(at_once, cache.length), C + record.rope, dtype=query.dtype if decode else None)
+    keys = out.new_empty(B, min(RECORDS_AT_ONCE, cache.length), C + record.rope)
     rounded = keys if wide == keys.dtype else torch.empty_like(keys, dtype=wide)
-    for some in cache.stored.split(at_once, dim=1):
-        key = keys[:, : some.shape[1]]  # (B, n, C + R)
-        (decode or _decode_in_float32)(record, some, key)
-        key = key if rounded is keys else rounded[:, : some.shape[1]].copy_(key)
+    for start in range(0, cache.length, RECORDS_AT_ONCE):
+        codes, scales, k_pe = record.split(cache.stored[:, start : start + RECORDS_AT_ONCE])
+        key = keys[:, : codes.shape[1]]  # (B, n, C + R)
+        latent = key[..., :C]
+        if record.format == "fp8":
+            codes, scales = as_float16(codes), scales * 2**8
+        latent.copy_(codes).unflatten(-1, (-1, record.tile)).mul_(scales[..., None])
+        key[..., C:] = k_pe
+        key = key if rounded is keys else rounded[:, : codes.shape[1]].copy_(key)
         scores = scaled_product(rows, key.mT).float() * scale  # (B, H, n)
         new = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
         weights, shrink = (scores - new).exp(), (largest - new).exp()
@@ -207,14 +208,6 @@ def attend_in_pieces(
         out = out * shrink + scaled_product(weights.to(wide), key[..., :C]).float()  # (B, H, C)
         largest = new
     return (out / total)[:, :, None].to(query.dtype), None
-
-
-def _decode_in_float32(record: Record, records: Tensor, out: Tensor) -> None:
-    codes, scales, k_pe = record.split(records)
-    if record.format == "fp8":
-        codes, scales = as_float16(codes), scales * 2**8
-    out[..., : record.latent].copy_(codes).unflatten(-1, (-1, record.tile)).mul_(scales[..., None])
-    out[..., record.latent :] = k_pe
 
 
 def as_float16(codes: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -4,6 +4,7 @@
 // `chosen`, choice c takes matrix c.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -146,49 +147,143 @@ extern "C" void product_int4(float* out, const bfloat16* rows, int64_t row_step,
     }
 }
 
-// The tokens that records of a cache stand for: codes of a latent, a float32 scale for each tile of it, and a rotated key in
-// bfloat16.
+// Attention of one token to a cache of records: codes of a latent, a float32 scale for each tile of it, and a rotated key in
+// bfloat16. A record is one key for all heads, whose latent is also the value. Shares of the keys run side by side, each with a
+// running softmax; in a share some keys at a time are decoded, which then stay in the first-level cache for every head.
 
 enum Format : int64_t { FP8, INT8, INT4 };  // as in CACHE_FORMATS
 
-static inline bfloat16 rounded(float number) {  // to the nearest, halves to the even neighbour
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof bits);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+static const int64_t SHARE = 256, KEYS = 8;
 
 static inline float fp8_value(uint8_t code) {  // s eeee mmm lies in a float as it is; the exponent's bias is 120 larger there
-    uint32_t bits = (code & 128u) << 24 | (code & 127u) << 20;
+    uint32_t bits = uint32_t(int8_t(code)) << 20 & 0x87f00000u;  // the sign also fills the bits between
     float number;
     std::memcpy(&number, &bits, sizeof number);
     return number * 0x1p120f;
 }
 
-extern "C" void decode_records(bfloat16* out, const uint8_t* records, int64_t record_bytes, int64_t format, int64_t tokens,
-                               int64_t latent, int64_t rope, int64_t tile, int64_t threads) {
-    const int64_t code_bytes = format == INT4 ? latent / 2 : latent;
+static void decode(float* key, const uint8_t* record, int64_t format, int64_t latent, int64_t rope, int64_t tile) {
+    const uint8_t *codes = record, *scales = record + (format == INT4 ? latent / 2 : latent);
+    for (float* end = key + latent; key < end; key += tile, scales += sizeof(float)) {
+        float scale;
+        std::memcpy(&scale, scales, sizeof scale);
+        if (format == FP8) {
+#pragma omp simd
+            for (int64_t i = 0; i < tile; i++) key[i] = fp8_value(codes[i]) * scale;
+        } else if (format == INT8) {
+#pragma omp simd
+            for (int64_t i = 0; i < tile; i++) key[i] = int8_t(codes[i]) * scale;
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < tile / 2; i++) {
+                key[2 * i] = ((codes[i] & 15) - 8) * scale;
+                key[2 * i + 1] = ((codes[i] >> 4) - 8) * scale;
+            }
+        }
+        codes += format == INT4 ? tile / 2 : tile;
+    }
+    for (int64_t i = 0; i < rope; i++) {
+        bfloat16 bits;
+        std::memcpy(&bits, scales + i * sizeof bits, sizeof bits);
+        key[i] = value(bits);
+    }
+}
+
+static inline float exponential(float x) {  // of at most 0, to the precision of a float
+    float times = std::max(x, -87.0f) * 1.44269504f, whole = std::nearbyint(times), r = (times - whole) * 0.693147181f;
+    float power = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
+    uint32_t bits = uint32_t(int32_t(whole) + 127) << 23;
+    float two;
+    std::memcpy(&two, &bits, sizeof two);
+    return x < -87 ? 0 : power * two;
+}
+
+// Scores of two queries with four keys: eight sums at once keep the processor busy.
+static void two_by_four(float* one, float* other, const float* query, const float* key, int64_t features) {
+    const float *q0 = query, *q1 = q0 + features, *k0 = key, *k1 = k0 + features, *k2 = k1 + features, *k3 = k2 + features;
+    float a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
+#pragma omp simd reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3)
+    for (int64_t i = 0; i < features; i++) {
+        const float x = q0[i], y = q1[i];
+        a0 += x * k0[i], a1 += x * k1[i], a2 += x * k2[i], a3 += x * k3[i];
+        b0 += y * k0[i], b1 += y * k1[i], b2 += y * k2[i], b3 += y * k3[i];
+    }
+    one[0] = a0, one[1] = a1, one[2] = a2, one[3] = a3;
+    other[0] = b0, other[1] = b1, other[2] = b2, other[3] = b3;
+}
+
+// Weights of some keys in place of their scores; all that was summed before is to be multiplied by the result.
+static float soften(float* scores, int64_t count, float& total, float& largest) {
+    const float before = largest;
+    for (int64_t j = count; j < KEYS; j++) scores[j] = -INFINITY;
+    for (int64_t j = 0; j < KEYS; j++) largest = std::max(largest, scores[j]);
+#pragma omp simd
+    for (int64_t j = 0; j < KEYS; j++) scores[j] = exponential(scores[j] - largest);
+    const float shrink = exponential(before - largest);
+    total *= shrink;
+    for (int64_t j = 0; j < KEYS; j++) total += scores[j];
+    return shrink;
+}
+
+static void add_values(float* __restrict sum, float shrink, const float* weights, const float* key, int64_t latent,
+                       int64_t features) {
+    const float w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];
+    const float w4 = weights[4], w5 = weights[5], w6 = weights[6], w7 = weights[7];
+#pragma omp simd
+    for (int64_t i = 0; i < latent; i++) {
+        const float* k = key + i;
+        sum[i] = sum[i] * shrink + w0 * k[0] + w1 * k[features] + w2 * k[2 * features] + w3 * k[3 * features] +
+                 (w4 * k[4 * features] + w5 * k[5 * features] + w6 * k[6 * features] + w7 * k[7 * features]);
+    }
+}
+
+static float* aligned(std::vector<float>& room, int64_t size) {  // at a line of the cache
+    room.resize(size + 16);
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
+}
+
+extern "C" void attend_records(float* out, const bfloat16* queries, float scale, const uint8_t* records,
+                               int64_t record_bytes, int64_t format, int64_t keys, int64_t heads, int64_t latent,
+                               int64_t rope, int64_t tile, int64_t threads) {
+    const int64_t features = latent + rope, shares = (keys + SHARE - 1) / SHARE;
+    const int64_t even = heads + heads % 2, size = (latent + 2 + 15) / 16 * 16;  // a head's sums, total and largest score
+    std::vector<float> room, sums_room;
+    float *query = aligned(room, even * features), *sums = aligned(sums_room, shares * even * size);
+    for (int64_t i = 0; i < heads * features; i++) query[i] = value(queries[i]) * scale;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t token = 0; token < tokens; token++) {
-        const uint8_t* codes = records + token * record_bytes;
-        const uint8_t* scales = codes + code_bytes;
-        bfloat16* to = out + token * (latent + rope);
-        for (int64_t start = 0; start < latent; start += tile, scales += sizeof(float), to += tile) {
-            float scale;
-            std::memcpy(&scale, scales, sizeof scale);
-            if (format == FP8) {
-#pragma omp simd
-                for (int64_t i = 0; i < tile; i++) to[i] = rounded(fp8_value(codes[start + i]) * scale);
-            } else if (format == INT8) {
-#pragma omp simd
-                for (int64_t i = 0; i < tile; i++) to[i] = rounded(int8_t(codes[start + i]) * scale);
-            } else {
-#pragma omp simd
-                for (int64_t i = 0; i < tile / 2; i++) {
-                    to[2 * i] = rounded(((codes[start / 2 + i] & 15) - 8) * scale);
-                    to[2 * i + 1] = rounded(((codes[start / 2 + i] >> 4) - 8) * scale);
+    for (int64_t share = 0; share < shares; share++) {
+        float* mine = sums + share * even * size;
+        for (int64_t head = 0; head < even; head++) mine[head * size + latent + 1] = -INFINITY;
+        std::vector<float> own;
+        float* key = aligned(own, KEYS * features);
+        const int64_t end = std::min(keys, (share + 1) * SHARE);
+        for (int64_t first = share * SHARE; first < end; first += KEYS) {
+            const int64_t count = std::min(KEYS, end - first);
+            for (int64_t j = 0; j < count; j++)
+                decode(key + j * features, records + (first + j) * record_bytes, format, latent, rope, tile);
+            for (int64_t head = 0; head < even; head += 2) {
+                float weights[2][KEYS];
+                for (int64_t j = 0; j < KEYS; j += 4)
+                    two_by_four(weights[0] + j, weights[1] + j, query + head * features, key + j * features, features);
+                for (int64_t h = 0; h < 2; h++) {
+                    float* sum = mine + (head + h) * size;
+                    const float shrink = soften(weights[h], count, sum[latent], sum[latent + 1]);
+                    add_values(sum, shrink, weights[h], key, latent, features);
                 }
             }
         }
-        std::memcpy(to, scales, rope * sizeof(bfloat16));
+    }
+    for (int64_t head = 0; head < heads; head++) {
+        float largest = -INFINITY, total = 0, *to = out + head * latent;
+        for (int64_t share = 0; share < shares; share++)
+            largest = std::max(largest, sums[(share * even + head) * size + latent + 1]);
+        std::fill(to, to + latent, 0.0f);
+        for (int64_t share = 0; share < shares; share++) {
+            const float* sum = sums + (share * even + head) * size;
+            const float weight = exponential(sum[latent + 1] - largest);
+            total += weight * sum[latent];
+            for (int64_t i = 0; i < latent; i++) to[i] += weight * sum[i];
+        }
+        for (int64_t i = 0; i < latent; i++) to[i] /= total;
     }
 }
