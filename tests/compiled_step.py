@@ -419,6 +419,21 @@ def test_a_part_of_another_dtype_is_rejected_as_by_the_definition() -> None:
             layer(TOKEN, past_key_value=cache)
 
 
+@torch.no_grad()
+def test_what_is_exported_needs_no_compiler_of_its_own() -> None:
+    mlp = layer_of(layer_idx=0).mlp
+    exported = torch.export.export(mlp, (TOKEN,))
+    assert not [node for node in exported.graph.nodes if "dsv2_ref" in str(node.target)]
+    served: list[str] = []
+
+    def look(graph: Any, _: Any) -> Any:
+        served.extend(str(node.target) for node in graph.graph.nodes if "dsv2_ref" in str(node.target))
+        return graph.forward
+
+    torch.compile(mlp, backend=look)(TOKEN)
+    assert served == 3 * ["dsv2_ref.row_products.default"], "a user's graph has them"
+
+
 def test_a_moe_is_what_it_was() -> None:
     """Packing with ``compiled`` leaves classes and weights of an MoE in place."""
     layer = layer_of()

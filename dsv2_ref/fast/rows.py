@@ -21,7 +21,8 @@ TRACED: dict[str, Any] = HALF_ON_CPU | {"compiles": True}
 
 
 def _not_one_row(hidden_states: Tensor) -> str:
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    exporting = torch.compiler._is_exporting_flag  # torch 2.11 compiles `is_exporting` as if it were always so
+    if not torch.compiler.is_compiling() or exporting:
         return "for compiled graphs"
     return cannot_build() if hidden_states.numel() == hidden_states.shape[-1] else "for one token"
 
