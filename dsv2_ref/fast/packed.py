@@ -218,9 +218,10 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
     Args:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
         compiled: leave the weights of layers in bfloat16, or in codes over it, as they lie, and make graphs of a token's way
-            through each layer (``torch.compile``, at the first token: some 10 seconds for each kind of layer). The fastest
-            way to decode one sequence; it needs a C++ compiler and Python's headers. Calls with more tokens, sequences or
-            a mask take the usual ways, over weights that are not rearranged.
+            through each layer (``torch.compile``, at the first token: some 10 seconds for each kind of layer), with
+            products and attention to a quantised cache in C++ (`dsv2_ref.fast.native`). The fastest way to decode one
+            sequence; it needs a C++ compiler and Python's headers. Calls with more tokens, sequences or a mask take the
+            usual ways, over weights that are not rearranged.
 
     Raises:
         ValueError: for what is no module, weights of another dtype or device, and ``compiled`` where some are packed
