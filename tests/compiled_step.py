@@ -6,6 +6,7 @@ import contextlib
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dsv2_ref import (
     DeepseekV2ForCausalLM,
     DeepseekV2MLP,
     DeepseekV2MoE,
+    LatentCache,
     ops,
     pack_weights,
 )
@@ -432,6 +434,100 @@ def test_what_is_exported_needs_no_compiler_of_its_own() -> None:
 
     torch.compile(mlp, backend=look)(TOKEN)
     assert served == 3 * ["dsv2_ref.row_products.default"], "a user's graph has them"
+
+
+@torch.no_grad()
+def test_a_weight_of_another_width_is_rejected() -> None:
+    moe = pack_weights(layer_of().mlp, compiled=True)
+    moe(TOKEN)
+    moe.experts.down_proj = nn.Parameter(moe.experts.down_proj[:, :, :16].contiguous(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="rows of 16 features"):
+        moe(TOKEN)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("weights", "fields"), [("int8", {}), ("int4", WIDE)])
+def test_codes_may_come_in_any_strides(weights: str, fields: dict[str, Any]) -> None:
+    plain, other = layer_of(weights, **fields).mlp, layer_of(weights, **fields).mlp
+    turned = {name: x.mT.contiguous().mT if "codes" in name else x for name, x in plain.state_dict().items()}
+    other.load_state_dict(turned, assign=True)
+    expected, found = (pack_weights(mlp, compiled=True)(TOKEN) for mlp in (plain, other))
+    assert torch.equal(found, expected)
+
+
+def test_a_cache_that_wants_gradients_gets_them() -> None:
+    layer = layer_of(mla_form="absorbed").requires_grad_(False)
+    tokens = torch.randn(1, 7, 40).bfloat16()
+    grads = []
+    for step in (copy.deepcopy(layer), pack_weights(layer, compiled=True)):
+        leaf = tokens.clone()[..., : sum(layer.self_attn.cache_features)].requires_grad_()
+        step(TOKEN, past_key_value=LatentCache(1, leaf))[0].sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=2**-5, atol=2**-7)
+
+
+@torch.no_grad()
+def test_threads_that_begin_together_compile_once() -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    caches = [layer(TOKEN.expand(1, 7, -1), use_cache=True)[1] for _ in range(8)]
+    counters.clear()
+
+    def run(cache: Any) -> Any:
+        with torch.no_grad():
+            return layer(TOKEN, past_key_value=cache)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, caches))
+    for out in found[1:]:  # threads may count different numbers of workers
+        torch.testing.assert_close(out, found[0], rtol=2**-6, atol=2**-8)
+    assert counters["stats"]["unique_graphs"] == 2 * len({key[2] for key in layer.step._compiled})
+
+
+@torch.no_grad()
+def test_any_number_of_threads_has_graphs() -> None:
+    mlp, before = pack_weights(layer_of(layer_idx=0).mlp, compiled=True), torch.get_num_threads()
+    try:
+        for threads in range(1, 12):  # the compiler would stop at the eighth
+            torch.set_num_threads(threads)
+            mlp(TOKEN)
+    finally:
+        torch.set_num_threads(before)
+    assert len(mlp.step._compiled) == 11
+    assert not counters["graph_break"]
+
+
+@torch.no_grad()
+def test_an_mlp_by_itself_has_products_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    multiply = native._multiply
+    monkeypatch.setattr(native, "_multiply", lambda *args: (calls.append(1), multiply(*args))[1])
+    pack_weights(layer_of(layer_idx=0).mlp, compiled=True)(TOKEN)
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_a_layer_that_became_float32_goes_the_usual_way() -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    layer.float()
+    token = TOKEN.float()
+    wide = layer(token.expand(1, 7, -1), use_cache=True)[1]
+    for past, given in ((wide, token), (cache, TOKEN)):
+        try:
+            with ops.plain():
+                expected = layer(given, past_key_value=past)
+        except (RuntimeError, ValueError) as error:
+            with pytest.raises(type(error)):
+                layer(given, past_key_value=past)
+        else:
+            torch.testing.assert_close(layer(given, past_key_value=past)[0], expected[0])
+
+
+@torch.no_grad()
+def test_a_copy_on_a_machine_without_a_compiler_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = pickle.loads(pickle.dumps(pack_weights(layer_of().mlp, compiled=True)))
+    monkeypatch.setattr(native, "_missing", lambda: "no C++ compiler")
+    assert ways(lambda: moe(TOKEN))["DeepseekV2MoE.forward"] == "definition"
 
 
 def test_a_moe_is_what_it_was() -> None:

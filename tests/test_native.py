@@ -108,6 +108,31 @@ def test_an_index_of_no_matrix_is_rejected(index: int) -> None:
         native.row_products(normal(1, 8), normal(5, 2, 8), torch.tensor([0, index]))
 
 
+def test_indices_may_be_of_any_integer() -> None:
+    weight, rows = normal(5, 7, 40, seed=1), normal(1, 40)
+    expected = native.row_products(rows, weight, CHOSEN)
+    assert torch.equal(native.row_products(rows, weight, CHOSEN.int()), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight"),
+    [
+        pytest.param(normal(1, 41), normal(2, 3, 40), id="longer rows"),
+        pytest.param(normal(1, 40), normal(2, 3, 80)[..., ::2], id="every second column"),
+        pytest.param(normal(1, 40).float(), normal(2, 3, 40), id="float32"),
+    ],
+)
+def test_what_does_not_fit_is_rejected(rows: Tensor, weight: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="rows of 40 features"):
+        native.row_products(rows, weight)
+
+
+def test_scales_that_do_not_fit_are_rejected() -> None:
+    codes, scales = torch.zeros(1, 64, 32, dtype=torch.uint8), torch.ones(1, 1, 64, 2).bfloat16()
+    with pytest.raises(RuntimeError, match="wanted them, and scales, as pack_weights lays them out"):
+        native.row_products_of_int4(normal(1, 64), codes, None, scales, 32, 64)
+
+
 def test_they_are_operators_of_torch() -> None:
     weight, rows = normal(5, 7, 40, seed=1), normal(1, 40)
     utils: Any = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
@@ -148,6 +173,14 @@ def test_sharp_attention_reads_one_record() -> None:
     key = cache.tokens[0, 431]
     found = native.attend(1000 * key[None, None, None], cache, 1.0)
     torch.testing.assert_close(found.flatten(), key[:32], rtol=2**-7, atol=0)
+
+
+def test_scores_of_minus_infinity_hide_their_records() -> None:
+    tokens, query = normal(1, 20, 40, seed=1), normal(1, 2, 1, 40).abs()
+    tokens[0, :9, 32:] = -torch.inf
+    found = native.attend(query, cache_of("int8", 32, 8, 20).append(tokens), 0.3)
+    alone = native.attend(query, cache_of("int8", 32, 8, 20).append(tokens[:, 9:]), 0.3)
+    torch.testing.assert_close(found, alone, rtol=2**-7, atol=0)
 
 
 def test_a_record_that_is_nan_shows() -> None:

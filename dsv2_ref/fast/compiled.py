@@ -5,6 +5,7 @@ operations that take longer to start than to run. `dsv2_ref.fast.packed.pack_wei
 `Step`: graphs in which the products are those of `dsv2_ref.fast.rows`, and the compiler fuses the rest.
 """
 
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,8 @@ from dsv2_ref import ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast import native
 from dsv2_ref.fast.cpu import HALF_ON_CPU
-from dsv2_ref.fast.native import row_products, takes
-from dsv2_ref.fast.rows import linear_row
+from dsv2_ref.fast.native import cannot_build, row_products, takes
+from dsv2_ref.fast.rows import linear_row, mlp_row
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
 from dsv2_ref.mla import DeepseekV2Attention
@@ -46,17 +47,25 @@ class Step:
 
     def __init__(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._seen: set[Any] = set()  # of which modules there are graphs
+        self._lock = threading.RLock()
 
     def __call__(self, definition: Any, module: nn.Module, *tensors: Tensor) -> Any:
         """What the function, or the definition behind it, gives."""
         args = module, *(x.flatten().view(x.shape) for x in tensors)  # else strides of sizes of 1 would count
-        key = definition, ops.is_off("cpu row")  # a graph keeps the ways that it was made of
-        if key not in self._compiled:
-            plain = getattr(definition, "__wrapped__", definition)
-            code = plain.__code__.replace()  # the compiler counts the graphs of a code, and stops at the eighth
-            own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
-            self._compiled[key] = torch.compile(own, dynamic=False, options=GUARDS)
-        return ops.unwatched(self._compiled[key], *args)
+        # A graph keeps the ways that it was made of, and is made for a number of threads.
+        key = definition, ops.is_off("cpu row"), torch.get_num_threads()
+        if (key, id(module)) in self._seen:
+            return ops.unwatched(self._compiled[key], *args)
+        with self._lock:  # else every thread that waits for the compiler compiles once more
+            if key not in self._compiled:
+                plain = getattr(definition, "__wrapped__", definition)
+                code = plain.__code__.replace()  # the compiler counts the graphs of a code, and stops at the eighth
+                own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+                self._compiled[key] = torch.compile(own, dynamic=False, options=GUARDS)
+            out = ops.unwatched(self._compiled[key], *args)
+            self._seen.add((key, id(module)))
+            return out
 
     def __reduce__(self) -> Any:
         return Step, ()
@@ -71,8 +80,9 @@ def _without_step(module: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) 
         return "for inference without torch.autocast"
     if type(hidden_states) is not Tensor or torch._C._len_torch_dispatch_stack():
         return "for plain tensors, whose operations nothing watches"
-    hooked = nn.modules.module._has_any_global_hook()
-    return "" if runs_as_made(module) and not hooked else "a part of it has a hook, or became another"
+    if nn.modules.module._has_any_global_hook() or not runs_as_made(module):
+        return "a part of it has a hook, or became another"
+    return cannot_build()
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -98,7 +108,7 @@ def runs_as_made(module: nn.Module) -> bool:
 
 @ops.faster(DeepseekV2MLP.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 def _mlp_step(mlp: Any, hidden_states: Tensor) -> Tensor:
-    return mlp.step(DeepseekV2MLP.forward, mlp, hidden_states)
+    return mlp.step(mlp_row, mlp, hidden_states)
 
 
 @ops.faster(DeepseekV2MoE.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
@@ -123,10 +133,12 @@ def _not_absorbed(
         return reason
     if past_key_value is None or attention_mask is not None or output_attentions:
         return "for one token after others, without a mask, that returns no attention weights"
-    attention = layer.self_attn
-    if attention.training:
+    attention, past = layer.self_attn, past_key_value
+    if attention.training or (torch.is_grad_enabled() and past.stored.requires_grad):
         return "for inference"
-    form = attention.form if attention.form != "auto" else attention.cheaper_form(1, past_key_value.length + 1)
+    if layer.input_layernorm.weight.dtype != hidden_states.dtype:
+        return "for weights in the dtype of the token"
+    form = attention.form if attention.form != "auto" else attention.cheaper_form(1, past.length + 1)
     return "" if form == "absorbed" else "for the absorbed form"
 
 
@@ -188,7 +200,7 @@ def _layer_step(
     if present.record is None:
         key = present.tokens[:, None]
         out, _ = attend(query, key, key[..., : attention.kv_lora_rank], *rest, implementation=how)
-    elif how == "products":
+    elif how == "products" and query.dtype == torch.bfloat16:
         out = native.attend(query, present, attention.softmax_scale)
     else:
         out, _ = attend_records(query, present, *rest, implementation=how)

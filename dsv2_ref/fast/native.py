@@ -39,14 +39,19 @@ def find_compiler() -> None:
         )
 
 
-@ops.once_when_compiling
-def cannot_build() -> str:
-    """Why nothing can be built here; an empty string if it can."""
+@cache
+def _missing() -> str:
     try:
         find_compiler()
     except RuntimeError:
         return "no C++ compiler, or no headers of Python"
     return ""
+
+
+@ops.once_when_compiling
+def cannot_build() -> str:
+    """Why nothing can be built here; an empty string if it can. Found out once."""
+    return _missing()
 
 
 FLAGS = "-ftree-loop-vectorize", "-ffp-contract=fast"
@@ -76,10 +81,18 @@ def functions() -> dict[Any, Any]:
     return found
 
 
+def _side_by_side(weight: Tensor) -> bool:
+    return weight.stride()[-2:] == (weight.shape[-1], 1)
+
+
 def _multiply(rows: Tensor, weight: Tensor, layout: list[int], chosen: Tensor | None) -> Tensor:
+    wide = weight.shape[2] * (2 if weight.dtype == torch.uint8 else 1)
+    if rows.dtype != torch.bfloat16 or rows.shape[1] != wide or not _side_by_side(weight):
+        wanted = f"wanted torch.bfloat16 rows of {wide} features, and matrices whose rows lie one behind the other"
+        raise RuntimeError(f"rows are {tuple(rows.shape)} {rows.dtype}, matrices {tuple(weight.shape)}; {wanted}")
     if chosen is not None and not all(0 <= index < len(weight) for index in chosen.tolist()):
         raise IndexError(f"chosen is {chosen.tolist()}; wanted indices from 0 to {len(weight) - 1}")
-    rows, indices = rows.contiguous(), None if chosen is None else chosen.contiguous()
+    rows, indices = rows.contiguous(), None if chosen is None else chosen.to(torch.int64).contiguous()
     out = torch.empty(len(weight if chosen is None else chosen), weight.shape[1])
     step = rows.stride(0) if len(rows) > 1 else 0
     pointers = [None if x is None else x.data_ptr() for x in (out, rows, weight, indices)]
@@ -115,12 +128,16 @@ def row_products_of_int4(
     rows: Tensor, codes: Tensor, chosen: Tensor | None, scales_and_zeros: Tensor, group: int, block_rows: int
 ) -> Tensor:
     """`row_products` of four bits, as `dsv2_ref.fast.quantized.lay_out_codes` lays them out."""
+    stack, outputs, half = codes.shape
+    laid_out = codes.is_contiguous() and scales_and_zeros.is_contiguous() and scales_and_zeros.dtype == torch.bfloat16
+    if not laid_out or scales_and_zeros.numel() != stack * outputs * (2 * half // group) * 2:
+        raise RuntimeError(f"codes are {tuple(codes.shape)}; wanted them, and scales, as pack_weights lays them out")
     return _multiply(rows, codes, [scales_and_zeros.data_ptr(), group, block_rows], chosen)
 
 
 def takes(weight: Shaped[Tensor, "... outputs inputs"]) -> bool:
     """Whether these are matrices in bfloat16, or of int8 codes, whose rows lie one behind the other."""
-    return weight.dtype in (torch.bfloat16, torch.int8) and weight.stride()[-2:] == (weight.shape[-1], 1)
+    return weight.dtype in (torch.bfloat16, torch.int8) and _side_by_side(weight)
 
 
 def attend(

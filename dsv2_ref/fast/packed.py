@@ -252,6 +252,7 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
                 needed = "a processor with bfloat16 instructions that oneDNN can use (AVX-512)"
                 raise RuntimeError(f"pack_weights needs {needed}")
     for held in quantised:
+        held.codes, held.scales = held.codes.contiguous(), held.scales.contiguous()
         if isinstance(held, QuantizedUpProjection):
             w_uk, w_uv = held.matrices()
             if w_uk.dtype == torch.bfloat16 and not has_bfloat16():  # else torch multiplies one number at a time

@@ -217,9 +217,10 @@ static float soften(float* scores, int64_t count, float& total, float& largest) 
     const float before = largest;
     for (int64_t j = count; j < KEYS; j++) scores[j] = -INFINITY;
     for (int64_t j = 0; j < KEYS; j++) largest = std::max(largest, scores[j]);
+    const float base = largest == -INFINITY ? 0 : largest;  // nothing was seen yet
 #pragma omp simd
-    for (int64_t j = 0; j < KEYS; j++) scores[j] = exponential(scores[j] - largest);
-    const float shrink = exponential(before - largest);
+    for (int64_t j = 0; j < KEYS; j++) scores[j] = exponential(scores[j] - base);
+    const float shrink = exponential(before - base);
     total *= shrink;
     for (int64_t j = 0; j < KEYS; j++) total += scores[j];
     return shrink;

@@ -31,7 +31,7 @@ def takes_rows(linear: Any) -> bool:
     """Whether this is a plain linear map without a bias, or codes that can be multiplied as they are: int8, or four bits
     laid out for torch's kernel."""
     if isinstance(linear, QuantizedWeight):
-        return linear.kind == "int8" or linear.block_rows > 0
+        return linear.codes.is_contiguous() and (linear.kind == "int8" or linear.block_rows > 0)
     return linear is not None and is_plain_linear(linear) and linear.bias is None and takes(linear.weight)
 
 
@@ -50,7 +50,8 @@ def linear_row(linear: Any, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, 
 
 
 @ops.faster(DeepseekV2MLP.forward, "cpu row", why_not=_not_plain, **TRACED)
-def _mlp_row(mlp: DeepseekV2MLP, hidden_states: Tensor) -> Tensor:
+def mlp_row(mlp: Any, hidden_states: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+    """`DeepseekV2MLP.forward` of one row."""
     gate = F.silu(linear_row(mlp.gate_proj, hidden_states))
     return linear_row(mlp.down_proj, gate * linear_row(mlp.up_proj, hidden_states))
 
