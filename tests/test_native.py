@@ -151,7 +151,7 @@ def test_attention_to_records(kind: str, heads: int, latent: int, rope: int, key
     tokens[0, 3:, :latent] *= torch.logspace(-6, 0, latent).bfloat16()  # down to the smallest codes
     tokens[0, 1::9, :latent] = 0
     cache = cache.append(tokens[:, : keys // 2]).append(tokens[:, keys // 2 :])
-    found = native.attend(query, cache, 0.3)
+    found = native.attend_to_records(query, cache, 0.3)
     codes, scales, k_pe = cache.record.split(cache.stored)
     exact = torch.cat((from_codes(codes, scales), k_pe), dim=-1).double()[0]
     weights = (query[0, :, 0].double() @ exact.mT * 0.3).softmax(dim=-1)
@@ -171,22 +171,22 @@ def cache_of(kind: str, latent: int, rope: int, room: int) -> QuantizedLatentCac
 def test_sharp_attention_reads_one_record() -> None:
     cache = cache_of("int8", 32, 8, 600).append(normal(1, 600, 40, seed=1))
     key = cache.tokens[0, 431]
-    found = native.attend(1000 * key[None, None, None], cache, 1.0)
+    found = native.attend_to_records(1000 * key[None, None, None], cache, 1.0)
     torch.testing.assert_close(found.flatten(), key[:32], rtol=2**-7, atol=0)
 
 
 def test_scores_of_minus_infinity_hide_their_records() -> None:
     tokens, query = normal(1, 20, 40, seed=1), normal(1, 2, 1, 40).abs()
     tokens[0, :9, 32:] = -torch.inf
-    found = native.attend(query, cache_of("int8", 32, 8, 20).append(tokens), 0.3)
-    alone = native.attend(query, cache_of("int8", 32, 8, 20).append(tokens[:, 9:]), 0.3)
+    found = native.attend_to_records(query, cache_of("int8", 32, 8, 20).append(tokens), 0.3)
+    alone = native.attend_to_records(query, cache_of("int8", 32, 8, 20).append(tokens[:, 9:]), 0.3)
     torch.testing.assert_close(found, alone, rtol=2**-7, atol=0)
 
 
 def test_a_record_that_is_nan_shows() -> None:
     tokens = normal(1, 20, 40, seed=1)
     tokens[0, 4, 3] = torch.nan
-    assert native.attend(normal(1, 2, 1, 40), cache_of("int8", 32, 8, 20).append(tokens), 0.3).isnan().all()
+    assert native.attend_to_records(normal(1, 2, 1, 40), cache_of("int8", 32, 8, 20).append(tokens), 0.3).isnan().all()
 
 
 def test_gradients_are_refused() -> None:

@@ -201,7 +201,7 @@ def _layer_step(
         key = present.tokens[:, None]
         out, _ = attend(query, key, key[..., : attention.kv_lora_rank], *rest, implementation=how)
     elif how == "products" and query.dtype == torch.bfloat16:
-        out = native.attend(query, present, attention.softmax_scale)
+        out = native.attend_to_records(query, present, attention.softmax_scale)
     else:
         out, _ = attend_records(query, present, *rest, implementation=how)
     hidden_states = layer.step(after_attention, layer, hidden_states, out)

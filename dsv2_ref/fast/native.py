@@ -140,7 +140,7 @@ def takes(weight: Shaped[Tensor, "... outputs inputs"]) -> bool:
     return weight.dtype in (torch.bfloat16, torch.int8) and _side_by_side(weight)
 
 
-def attend(
+def attend_to_records(
     query: BFloat16[Tensor, "1 heads 1 features"], cache: QuantizedLatentCache, scale: float
 ) -> BFloat16[Tensor, "1 heads 1 latent"]:
     """`dsv2_ref.records.attend_records` of one token that sees every record, with sums in float32. Records are read once and
