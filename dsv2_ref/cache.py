@@ -115,7 +115,7 @@ class LayerCache:
         grown from this one."""
         return self._storage.buffer.nbytes
 
-    def append(self, new: Float[Tensor, "batch seq *features"]) -> Self:
+    def append(self, new: Shaped[Tensor, "batch seq *features"]) -> Self:
         """The cache with the ``new`` tokens after its own; this one keeps its value.
 
         Raises:

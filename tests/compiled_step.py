@@ -361,6 +361,13 @@ def test_without_headers_of_python_one_line_says_so(monkeypatch: pytest.MonkeyPa
         pack_weights(layer_of(), compiled=True)
 
 
+def test_without_a_folder_to_write_to_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tmp_path.joinpath("file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    with pytest.raises(RuntimeError, match=r"^compiled is True; wanted a folder .* TORCHINDUCTOR_CACHE_DIR: .*file"):
+        pack_weights(layer_of(), compiled=True)
+
+
 def test_what_is_packed_already_is_refused_by_name() -> None:
     layer = pack_weights(layer_of())
     before = dict(layer.named_modules())

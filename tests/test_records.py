@@ -248,6 +248,16 @@ def test_appending_within_the_room_copies_nothing(form_of_cache: str) -> None:
 
 
 @every_format
+def test_records_are_appended_as_they_are(form_of_cache: str) -> None:
+    cache, new = cache_with(form_of_cache)
+    records = cache.record.encode(new[:, 3:9])
+    assert torch.equal(cache.append_records(records).stored, cache.append(new[:, 3:9]).stored)
+    for wrong in (records[..., 1:], records[:1]):
+        with pytest.raises((ValueError, TypeError), match=r"past_key_value|UInt8|bytes"):
+            cache.append_records(wrong)
+
+
+@every_format
 def test_an_older_cache_keeps_its_value_and_goes_on_again(form_of_cache: str) -> None:
     old, new = cache_with(form_of_cache)
     before = old.stored.clone()

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
-from dsv2_ref.fast import native
 from dsv2_ref.fast.cpu import HALF_ON_CPU
+from dsv2_ref.fast.decode import attend_to_cache, serves
 from dsv2_ref.fast.native import cannot_build, row_products, takes
 from dsv2_ref.fast.rows import linear_row, mlp_row
 from dsv2_ref.layer import DeepseekV2DecoderLayer
@@ -27,7 +27,7 @@ from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, MoEGate, RoutedExperts
 from dsv2_ref.quantize import is_plain
 from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.quantized_modules import QuantizedExperts, QuantizedLinear
-from dsv2_ref.records import attend_records
+from dsv2_ref.records import Record, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import apply_rotary, position_tables
 
@@ -50,11 +50,13 @@ class Step:
         self._seen: set[Any] = set()  # of which modules there are graphs
         self._lock = threading.RLock()
 
-    def __call__(self, definition: Any, module: nn.Module, *tensors: Tensor) -> Any:
+    def __call__(self, definition: Any, module: nn.Module, *others: Any) -> Any:
         """What the function, or the definition behind it, gives."""
-        args = module, *(x.flatten().view(x.shape) for x in tensors)  # else strides of sizes of 1 would count
+        tensors = (x.flatten().view(x.shape) if isinstance(x, Tensor) else x for x in others)
+        args = module, *tensors  # else strides of sizes of 1 would count
+        constants = [x for x in others if not isinstance(x, Tensor)]
         # A graph keeps the ways that it was made of, and is made for a number of threads.
-        key = definition, ops.is_off("cpu row"), torch.get_num_threads()
+        key = definition, ops.is_off("cpu row"), torch.get_num_threads(), *constants
         if (key, id(module)) in self._seen:
             return ops.unwatched(self._compiled[key], *args)
         with self._lock:  # else every thread that waits for the compiler compiles once more
@@ -147,7 +149,8 @@ def before_attention(
     hidden_states: Float[Tensor, "1 1 hidden"],
     cos: Float[Tensor, "1 1 pairs"],
     sin: Float[Tensor, "1 1 pairs"],
-) -> tuple[Float[Tensor, "1 heads 1 features"], Float[Tensor, "1 1 features"]]:
+    record: Record | None,
+) -> tuple[Float[Tensor, "1 heads 1 features"], Shaped[Tensor, "1 1 stored"]]:
     """The absorbed query of every head, and what is cached of the token, as `DeepseekV2Attention.forward` makes them."""
     attention: Any = layer.self_attn
     H, C, R, N = attention.num_heads, attention.kv_lora_rank, attention.rotary_dim, attention.qk_nope_head_dim
@@ -161,7 +164,8 @@ def before_attention(
     q_pe, k_pe = apply_rotary(q_pe, k_pe, cos, sin)
     w_uk, _ = attention.up_matrices()  # (H, N, C)
     absorbed = (q_nope[0].mT.float() * w_uk.float()).sum(dim=1)[None, :, None].to(q_pe.dtype)  # (1, H, 1, C)
-    return torch.cat((absorbed, q_pe), dim=-1), torch.cat((attention.kv_a_layernorm(compressed_kv), k_pe), dim=-1)
+    new = torch.cat((attention.kv_a_layernorm(compressed_kv), k_pe), dim=-1)
+    return torch.cat((absorbed, q_pe), dim=-1), new if record is None else record.encode(new)
 
 
 def after_attention(
@@ -179,6 +183,21 @@ def after_attention(
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
+def attend_to_all(
+    query: Float[Tensor, "1 heads 1 features"], cache: Any, attention: Any
+) -> Float[Tensor, "1 heads 1 latent"]:
+    """The mixed latents of every head, from all that is cached."""
+    latent, scale = attention.kv_lora_rank, attention.softmax_scale
+    how = "eager" if attention.implementation == "eager" else "products"
+    if how == "products" and query.dtype == torch.bfloat16 and serves(cache.record) and cache.stored.stride(-1) == 1:
+        return attend_to_cache(query, cache, latent, scale)
+    rest = Visibility(1, cache.length, query.device), scale
+    if cache.record is not None:
+        return attend_records(query, cache, *rest, implementation=how)[0]
+    key = cache.tokens[:, None]
+    return attend(query, key, key[..., :latent], *rest, implementation=how)[0]
+
+
 @ops.faster(DeepseekV2DecoderLayer.forward, "cpu compiled", why_not=_not_absorbed, **HALF_ON_CPU)
 def _layer_step(
     layer: Any,
@@ -193,17 +212,10 @@ def _layer_step(
     attention, tables = layer.self_attn, position_embeddings
     if tables is None:
         tables = position_tables(attention.config, hidden_states, position_ids, past_key_value)
-    query, new = layer.step(before_attention, layer, hidden_states, *tables)
-    present = past_key_value.append(new)
-    how = "eager" if attention.implementation == "eager" else "products"
-    rest = Visibility(1, present.length, hidden_states.device), attention.softmax_scale
-    if present.record is None:
-        key = present.tokens[:, None]
-        out, _ = attend(query, key, key[..., : attention.kv_lora_rank], *rest, implementation=how)
-    elif how == "products" and query.dtype == torch.bfloat16:
-        out = native.attend_to_records(query, present, attention.softmax_scale)
-    else:
-        out, _ = attend_records(query, present, *rest, implementation=how)
+    record = past_key_value.record
+    query, new = layer.step(before_attention, layer, hidden_states, *tables, record)
+    present = past_key_value.append(new) if record is None else past_key_value.append_records(new)
+    out = attend_to_all(query, present, attention)
     hidden_states = layer.step(after_attention, layer, hidden_states, out)
     return (hidden_states, present) if use_cache else (hidden_states,)
 

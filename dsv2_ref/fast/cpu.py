@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -81,7 +81,7 @@ def attend_blocks(
     return out, None
 
 
-def _begins(key: Tensor, value: Tensor) -> bool:
+def begins(key: Shaped[Tensor, "..."], value: Shaped[Tensor, "..."]) -> bool:
     """Whether the value is the beginning of the key, in the same memory."""
     same = StorageWeakRef(key.untyped_storage()) == StorageWeakRef(value.untyped_storage())
     return same and key.storage_offset() == value.storage_offset() and key.stride() == value.stride()
@@ -102,7 +102,7 @@ def _rounded_up(key: Float[Tensor, "batch 1 kv_seq width"]) -> Tensor | None:
 def _no_room_to_round_up(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> str:
     if query.shape[2] != 1:
         return "for one query at a time"
-    if not _begins(key, value):
+    if not begins(key, value):
         return "the value is not the beginning of the key"
     return "no room after the cached tokens" if _rounded_up(key) is None else ""
 
@@ -142,13 +142,13 @@ def attend_in_float32(
     """`attend` with products in float32, rounded once at the end. Where no instruction multiplies bfloat16, torch's own
     product does so one number at a time, 40 to 60 times slower."""
     wide = key.float()
-    value = wide[..., : value.shape[-1]] if _begins(key, value) else value.float()
+    value = wide[..., : value.shape[-1]] if begins(key, value) else value.float()
     out, _ = attend_products(query.float(), wide, value, *rest, **options)
     return out.to(query.dtype), None
 
 
 FEW_KEYS = 512
-"""Keys up to which torch's fused attention is the fastest for one query. For 65 it took 78 µs against 218 with an EPYC's
+"""Keys up to which torch's fused attention is its fastest for one query. For 65 it took 78 µs against 218 with an EPYC's
 AVX-512, for 1,000 366 against 356. Where no instruction multiplies bfloat16, it always is."""
 
 
@@ -157,7 +157,7 @@ def _not_fused(
 ) -> str:
     if query.shape[2] != 1:
         return "for one query at a time"
-    if not _begins(key, value):
+    if not begins(key, value):
         return "the value is not the beginning of the key"
     if has_bfloat16() and key.shape[2] > FEW_KEYS:
         return f"more than {FEW_KEYS} keys suit plain products better"

@@ -1,5 +1,5 @@
-"""Decoding in C++ (``rows.cpp``), which torch's compiler of graphs builds at the first use: products of one row, and attention
-to a cache in fewer bits.
+"""Functions in C++, which torch's compiler of graphs builds at the first use, and the products of one row among them
+(``rows.cpp``).
 
 torch's own products read a matrix for one row at half of what memory gives, and so do sums that its compiler writes. These
 read it once, as it lies, and only the matrices that are chosen of a stack.
@@ -7,24 +7,25 @@ read it once, as it lies, and only the matrices that are chosen of a stack.
 
 import ctypes
 import sysconfig
+import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import BFloat16, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 from dsv2_ref import ops
 from dsv2_ref.fast.products import as_operator
-from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache
 
 
 def find_compiler() -> None:
-    """Raise RuntimeError where torch finds no C++ compiler, or no headers of Python."""
+    """Raise RuntimeError where torch finds no C++ compiler, no headers of Python, or no folder for what it compiles."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     try:
         get_cpp_compiler()
@@ -37,6 +38,12 @@ def find_compiler() -> None:
         raise RuntimeError(
             f"compiled is True; wanted Python's headers for it (Debian: python3-dev); {header} is missing"
         )
+    try:
+        with tempfile.TemporaryFile(dir=cache_dir()):
+            pass
+    except OSError as error:
+        wanted = "wanted a folder to write to, in TORCHINDUCTOR_CACHE_DIR"
+        raise RuntimeError(f"compiled is True; {wanted}: {error}") from error
 
 
 @cache
@@ -44,7 +51,7 @@ def _missing() -> str:
     try:
         find_compiler()
     except RuntimeError:
-        return "no C++ compiler, or no headers of Python"
+        return "no C++ compiler, no headers of Python, or no folder for what is compiled"
     return ""
 
 
@@ -60,29 +67,48 @@ FLAGS = "-ftree-loop-vectorize", "-ffp-contract=fast"
 
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 BEFORE, AFTER = [POINTER, POINTER, SIZE], [POINTER, SIZE, SIZE, SIZE, SIZE]
-ARGUMENTS = {
-    torch.bfloat16: ("product_bf16", [*BEFORE, POINTER, SIZE, *AFTER]),
-    torch.int8: ("product_int8", [*BEFORE, POINTER, SIZE, *AFTER]),
-    torch.uint8: ("product_int4", [*BEFORE, POINTER, POINTER, SIZE, SIZE, *AFTER]),
-    "records": ("attend_records", [POINTER, POINTER, ctypes.c_float, POINTER, *8 * [SIZE]]),
+FUNCTIONS = {
+    "rows.cpp": {
+        "product_bf16": [*BEFORE, POINTER, SIZE, *AFTER],
+        "product_int8": [*BEFORE, POINTER, SIZE, *AFTER],
+        "product_int4": [*BEFORE, POINTER, POINTER, SIZE, SIZE, *AFTER],
+    },
+    "attend.cpp": {"attend_one": [POINTER, POINTER, ctypes.c_float, POINTER, *8 * [SIZE]]},
 }
+PRODUCTS = {torch.bfloat16: "product_bf16", torch.int8: "product_int8", torch.uint8: "product_int4"}
 
 
 @cache
-def functions() -> dict[Any, Any]:
-    """The compiled functions: by what weights are stored in, those that multiply."""
+def functions(file: str) -> dict[str, Any]:
+    """What was compiled of a file, by its name there."""
     from torch._inductor.codecache import CppCodeCache
 
-    source = resources.files("dsv2_ref.fast").joinpath("rows.cpp").read_text()
+    source = resources.files("dsv2_ref.fast").joinpath(file).read_text()
     library = CppCodeCache.load(source, extra_flags=FLAGS)
-    found = {key: library[name] for key, (name, _) in ARGUMENTS.items()}
-    for key, function in found.items():
-        function.argtypes, function.restype = ARGUMENTS[key][1], None
+    found = {name: library[name] for name in FUNCTIONS[file]}
+    for name, function in found.items():
+        function.argtypes, function.restype = FUNCTIONS[file][name], None
     return found
+
+
+@cache
+def why_not_built(file: str) -> str:
+    """Why a file cannot be compiled here; an empty string once it is. It is tried once."""
+    if reason := cannot_build():
+        return reason
+    try:
+        functions(file)
+    except Exception as error:  # of the compiler, or of the folder for what it makes: other ways serve then
+        return f"{file} cannot be built: {str(error).splitlines()[0]}"
+    return ""
 
 
 def _side_by_side(weight: Tensor) -> bool:
     return weight.stride()[-2:] == (weight.shape[-1], 1)
+
+
+def _empty(rows: Tensor, weight: Tensor, chosen: Tensor | None = None, *_: Any) -> Tensor:
+    return rows.new_empty(len(weight if chosen is None else chosen), weight.shape[1], dtype=torch.float32)
 
 
 def _multiply(rows: Tensor, weight: Tensor, layout: list[int], chosen: Tensor | None) -> Tensor:
@@ -93,23 +119,20 @@ def _multiply(rows: Tensor, weight: Tensor, layout: list[int], chosen: Tensor | 
     if chosen is not None and not all(0 <= index < len(weight) for index in chosen.tolist()):
         raise IndexError(f"chosen is {chosen.tolist()}; wanted indices from 0 to {len(weight) - 1}")
     rows, indices = rows.contiguous(), None if chosen is None else chosen.to(torch.int64).contiguous()
-    out = torch.empty(len(weight if chosen is None else chosen), weight.shape[1])
+    out = _empty(rows, weight, chosen)
     step = rows.stride(0) if len(rows) > 1 else 0
     pointers = [None if x is None else x.data_ptr() for x in (out, rows, weight, indices)]
     sizes = *out.shape, rows.shape[1], torch.get_num_threads()
-    functions()[weight.dtype](*pointers[:2], step, pointers[2], *layout, pointers[3], *sizes)
+    functions("rows.cpp")[PRODUCTS[weight.dtype]](*pointers[:2], step, pointers[2], *layout, pointers[3], *sizes)
     return out
 
 
-def _no_gradients(*_: Any) -> None:
-    raise NotImplementedError("products of one row give no gradients")
+def no_gradients(*_: Any) -> None:
+    """Of operators for inference."""
+    raise NotImplementedError("what is computed of one row in C++ gives no gradients")
 
 
-def _empty(rows: Tensor, weight: Tensor, chosen: Tensor | None = None, *_: Any) -> Tensor:
-    return rows.new_empty(len(weight if chosen is None else chosen), weight.shape[1], dtype=torch.float32)
-
-
-@as_operator(_empty, _no_gradients)
+@as_operator(_empty, no_gradients)
 def row_products(rows: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Tensor:
     """``weight[chosen] @ rows`` in float32, where ``weight`` is a stack of matrices in bfloat16, or of int8 codes.
 
@@ -123,7 +146,7 @@ def row_products(rows: Tensor, weight: Tensor, chosen: Tensor | None = None) -> 
     return _multiply(rows, weight, [weight.stride(0)], chosen)
 
 
-@as_operator(_empty, _no_gradients)
+@as_operator(_empty, no_gradients)
 def row_products_of_int4(
     rows: Tensor, codes: Tensor, chosen: Tensor | None, scales_and_zeros: Tensor, group: int, block_rows: int
 ) -> Tensor:
@@ -138,16 +161,3 @@ def row_products_of_int4(
 def takes(weight: Shaped[Tensor, "... outputs inputs"]) -> bool:
     """Whether these are matrices in bfloat16, or of int8 codes, whose rows lie one behind the other."""
     return weight.dtype in (torch.bfloat16, torch.int8) and _side_by_side(weight)
-
-
-def attend_to_records(
-    query: BFloat16[Tensor, "1 heads 1 features"], cache: QuantizedLatentCache, scale: float
-) -> BFloat16[Tensor, "1 heads 1 latent"]:
-    """`dsv2_ref.records.attend_records` of one token that sees every record, with sums in float32. Records are read once and
-    never stand decoded in memory."""
-    record, stored, rows = cache.record, cache.stored, query[0, :, 0].contiguous()
-    out = torch.empty(len(rows), record.latent)
-    kind, sizes = CACHE_FORMATS.index(record.format), (record.latent, record.rope, record.tile)
-    pointers = out.data_ptr(), rows.data_ptr(), scale, stored.data_ptr()
-    functions()["records"](*pointers, stored.stride(1), kind, cache.length, len(rows), *sizes, torch.get_num_threads())
-    return out.to(query.dtype)[None, :, None]

@@ -164,7 +164,10 @@ RECORDS_AT_ONCE = 2048
 """Records that are decoded together, so that they stay in the processor's cache (5 MB for V2-Lite in float32)."""
 
 
-def _not_one_query(query: Tensor, cache: QuantizedLatentCache, visible: Visibility, *_: Any, **__: Any) -> str:
+def not_one_query(
+    query: Float[Tensor, "batch heads seq features"], _: Any, visible: Visibility, *__: Any, **___: Any
+) -> str:
+    """Of a call of `attend_records`: why it is not of one query that sees all."""
     if query.shape[2] != 1:
         return "for one query at a time"
     if visible.attention_mask is not None:
@@ -172,7 +175,7 @@ def _not_one_query(query: Tensor, cache: QuantizedLatentCache, visible: Visibili
     return _autocast()
 
 
-@ops.faster(attend_records, "cpu records", where={"implementation": "products"}, why_not=_not_one_query, **ALSO_FLOAT32)
+@ops.faster(attend_records, "cpu records", where={"implementation": "products"}, why_not=not_one_query, **ALSO_FLOAT32)
 def attend_in_pieces(
     query: Float[Tensor, "batch heads 1 features"],
     cache: QuantizedLatentCache,
