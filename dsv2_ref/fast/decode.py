@@ -48,7 +48,7 @@ def attend_to_keys(query: Tensor, keys: Tensor, latent: int, scale: float, forma
 def attend_to_cache(
     query: BFloat16[Tensor, "batch heads 1 features"], cache: LatentCache, latent: int, scale: float
 ) -> BFloat16[Tensor, "batch heads 1 latent"]:
-    """`attend_to_keys` of a cache, in whatever format."""
+    """`dsv2_ref.attention.attend` of one token to all of a cache, in whatever format."""
     kind, tile = len(CACHE_FORMATS), latent
     if cache.record is not None:
         kind, tile = CACHE_FORMATS.index(cache.record.format), cache.record.tile
