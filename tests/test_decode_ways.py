@@ -112,7 +112,7 @@ def test_where_it_cannot_be_built_others_serve(error: Exception, monkeypatch: py
     def fail(file: str) -> Any:
         raise error
 
-    monkeypatch.setattr(native, "functions", fail)
+    monkeypatch.setattr(native, "build", fail)
     native.why_not_built.cache_clear()
     try:
         run = call(layer(), "fp8")
@@ -126,7 +126,7 @@ def test_where_it_cannot_be_built_others_serve(error: Exception, monkeypatch: py
 
 
 def test_nothing_is_built_to_list_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "functions", None)
+    monkeypatch.setattr(native, "build", None)
     with torch.device("meta"):
         run = call(layer(), "fp8")
     assert served(run, "cpu") == WAY

@@ -1,6 +1,6 @@
 """Products of one row in C++: against float64, for every layout, and without the instructions that some processors lack."""
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.codes import from_codes, pack_nibbles, to_codes
-from dsv2_ref.fast import native
+from dsv2_ref.fast import decode, native
 from dsv2_ref.fast.decode import attend_to_cache
 from dsv2_ref.fast.quantized import lay_out
 from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache, Record
@@ -20,18 +20,33 @@ SETS = {
     "avx2": ("-march=x86-64-v3",),
     "sse": ("-march=x86-64-v2",),
 }
+OPERATORS = {"rows.cpp": (native, "row_products_of_int4"), "attend.cpp": (decode, "attend_to_keys")}
 
 
 @pytest.fixture(params=SETS)
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """As this processor has them, and only those of lesser ones. Gives which numbers are multiplied."""
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As this processor has them, and only those of lesser ones, as operators of another name. Gives which numbers are
+    multiplied."""
     pairs = torch.cpu._is_avx512_bf16_supported()
-    if request.param != "as found" and not pairs:
+    if request.param == "as found":
+        return "bfloat16" if pairs else "float32"
+    if not pairs:
         pytest.skip("a processor that may lack some of them")
+    namespace = "dsv2_ref_" + request.param.replace(" ", "_")
+    monkeypatch.setattr(native, "NAMESPACE", namespace)
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *SETS[request.param]))
-    native.functions.cache_clear()
-    yield "bfloat16" if request.param == "as found" and pairs else "float32"
-    native.functions.cache_clear()
+    for file, (module, name) in OPERATORS.items():
+        with_flags(file, namespace)
+        monkeypatch.setattr(module, name, getattr(getattr(torch.ops, namespace), name).default)
+    return "float32"
+
+
+@functools.cache
+def with_flags(file: str, namespace: str) -> None:
+    for name in ("row_products", "row_products_of_int4") if file == "rows.cpp" else ("attend_to_keys",):
+        operator = getattr(torch.ops.dsv2_ref, name).default
+        torch.library.define(f"{namespace}::{name}", str(operator._schema).partition(name)[2])
+    native.build.__wrapped__(file)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -110,7 +125,7 @@ def test_what_is_infinite_or_nan_stays_in_its_row() -> None:
 
 @pytest.mark.parametrize("index", [-1, 5])
 def test_an_index_of_no_matrix_is_rejected(index: int) -> None:
-    with pytest.raises(IndexError, match=rf"^chosen is \[0, {index}\]; wanted indices from 0 to 4$"):
+    with pytest.raises(RuntimeError, match=rf"^chosen is \[0, {index}\]; wanted indices from 0 to 4$"):
         native.row_products(normal(1, 8), normal(5, 2, 8), torch.tensor([0, index]))
 
 
@@ -140,16 +155,40 @@ def test_indices_may_be_of_any_integer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "weight"),
+    ("rows", "weight", "line"),
     [
-        pytest.param(normal(1, 41), normal(2, 3, 40), id="longer rows"),
-        pytest.param(normal(1, 40), normal(2, 3, 80)[..., ::2], id="every second column"),
-        pytest.param(normal(1, 40).float(), normal(2, 3, 40), id="float32"),
+        pytest.param(normal(1, 41), normal(2, 3, 40), "rows do not fit; wanted .* of 40 features", id="longer rows"),
+        pytest.param(normal(3, 40), normal(2, 3, 40), "rows do not fit; wanted one, or one for each", id="more rows"),
+        pytest.param(normal(1, 40).float(), normal(2, 3, 40), "in torch.bfloat16", id="float32"),
+        pytest.param(normal(1, 40), normal(2, 3, 80)[..., ::2], "weight does not fit", id="every second column"),
+        pytest.param(normal(1, 40), normal(2, 3, 40).float(), "weight does not fit", id="weights in float32"),
+        pytest.param(normal(1, 40), normal(3, 40), "weight does not fit", id="no stack"),
     ],
 )
-def test_what_does_not_fit_is_rejected(rows: Tensor, weight: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="rows of 40 features"):
+def test_what_does_not_fit_is_rejected(rows: Tensor, weight: Tensor, line: str) -> None:
+    with pytest.raises(RuntimeError, match=line):
         native.row_products(rows, weight)
+
+
+def test_keys_that_do_not_fit_are_rejected() -> None:
+    cache, query = cache_of("fp8", 32, 8, 20).append(normal(1, 20, 40)), normal(1, 4, 40)
+    bytes_ = cache.stored
+    for wrong in (
+        (query, bytes_[..., 1:]),
+        (query.float(), bytes_),
+        (normal(2, 4, 40), bytes_),
+        (query[..., 1:], bytes_),
+    ):
+        with pytest.raises(RuntimeError, match=r"^(query or keys|keys) do not fit; wanted"):
+            decode.attend_to_keys(*wrong, 32, 0.3, 0, 32)
+    with pytest.raises(RuntimeError, match=r"^keys do not fit; wanted 40 features in torch.bfloat16"):
+        decode.attend_to_keys(query, bytes_, 32, 0.3, 3, 32)
+
+
+def test_other_devices_are_rejected() -> None:
+    fake = torch.empty(1, 40, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(NotImplementedError, match=r"rows.cpp is for the CPU, and not for meta"):
+        native.row_products.__wrapped__(fake, fake[None])
 
 
 def test_scales_that_do_not_fit_are_rejected() -> None:

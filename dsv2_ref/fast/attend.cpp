@@ -4,13 +4,7 @@
 // the rotated key. One key serves all heads, and its latent is also the value. Each thread takes its share of the keys, decodes
 // some at a time, which then stay in the processor's cache for every head, and keeps a running softmax. Sums are in float32.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
 #ifdef __AVX512F__
-#include <immintrin.h>
 const int LANES = 16, SUMS = 16;  // numbers in a register of the processor; sums that keep it busy and fit into its registers
 #elif defined(__AVX__)
 const int LANES = 8, SUMS = 8;
@@ -70,13 +64,13 @@ static inline floats exponential(floats x) {  // of at most 0, to the precision 
     const integers whole = __builtin_convertvector(times - 0.5f, integers);
     const floats r = (times - numbers(whole)) * 0.693147181f;
     const floats power = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
-    return x < -87.f ? all(0) : x != x ? x : power * (floats)(whole + 127 << 23);
+    return x < -87.f ? all(0) : x != x ? x : power * (floats)((whole + 127) << 23);
 }
 
-// What stands in a cache, which is one of CACHE_FORMATS, or bfloat16 without scales; and how many of its codes a byte holds.
+// What stands in a cache: codes of one of CACHE_FORMATS, or numbers in bfloat16 without scales.
 enum Format : int64_t { FP8, INT8, INT4, BFLOAT16 };
 
-static constexpr int64_t size_of(Format format, int64_t codes) {
+static constexpr int64_t size_of(Format format, int64_t codes) {  // in bytes
     return format == INT4 ? codes / 2 : format == BFLOAT16 ? codes * 2 : codes;
 }
 
@@ -98,7 +92,7 @@ static inline pairs decode(const uint8_t* codes, float scale) {  // 2 * LANES of
     if (format == INT8) return pair_up(numbers(both << 24 >> 24) * scale, numbers(both << 16 >> 24) * scale);
     // s eeee mmm lies in a float as it is; the exponent's bias is 120 larger there. The sign also fills the bits between.
     const int mask = 0x87f00000;
-    const floats first = (floats)(both << 24 >> 4 & mask), second = (floats)(both << 16 >> 4 & mask);
+    const floats first = (floats)((both << 24 >> 4) & mask), second = (floats)((both << 16 >> 4) & mask);
     return pair_up(first * 0x1p120f * scale, second * 0x1p120f * scale);
 }
 
@@ -207,7 +201,7 @@ static void attend(std::vector<Sums>& sums, const pairs* query, float scale, con
 }
 
 // The query of LANES heads side by side: in lane h of pair i, features 2 i and 2 i + 1 of head h.
-static std::vector<pairs> side_by_side(const uint16_t* queries, int64_t heads, const Sizes& sizes) {
+static std::vector<pairs> side_by_side(const bfloat16* queries, int64_t heads, const Sizes& sizes) {
     const int64_t features = sizes.latent + sizes.rope;
     std::vector<pairs> own(sizes.key()), out((heads + LANES - 1) / LANES * sizes.key() * LANES);
     for (int64_t head = 0; head < heads; head++) {
@@ -222,9 +216,14 @@ static std::vector<pairs> side_by_side(const uint16_t* queries, int64_t heads, c
     return out;
 }
 
-extern "C" void attend_one(float* out, const uint16_t* queries, float scale, const uint8_t* cache, int64_t step, int64_t format,
-                           int64_t keys, int64_t heads, int64_t latent, int64_t rope, int64_t tile, int64_t threads) {
-    const Sizes sizes{latent, rope, tile};
+static bfloat16 nearest(float number) {  // in bfloat16, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static void attend_one(bfloat16* out, const bfloat16* queries, float scale, const uint8_t* cache, int64_t step, int64_t format,
+                       int64_t keys, int64_t heads, const Sizes& sizes, int64_t threads) {
     const int64_t groups = (heads + LANES - 1) / LANES, share = (keys + threads - 1) / threads;
     const std::vector<pairs> query = side_by_side(queries, heads, sizes);
     const Sums nothing{all(0), all(-INFINITY), std::vector<floats>(sizes.value() * LANES * 2)};
@@ -250,7 +249,30 @@ extern "C" void attend_one(float* out, const uint16_t* queries, float scale, con
             for (int64_t i = 0; i < sizes.value() * 2; i++)
                 mixed[i] += weight[lane] * own[group].values[(i / 2 * LANES + lane) * 2 + i % 2];
         }
-        for (int64_t i = 0; i < latent; i++)
-            out[head * latent + i] = mixed[i / (2 * LANES) * 2 + i % 2][i / 2 % LANES] / total[lane];
+        for (int64_t i = 0; i < sizes.latent; i++)
+            out[head * sizes.latent + i] = nearest(mixed[i / (2 * LANES) * 2 + i % 2][i / 2 % LANES] / total[lane]);
     }
 }
+
+// The operator of torch
+
+static Tensor attend_to_keys(Tensor query, Tensor keys, int64_t latent, double scale, int64_t format, int64_t tile) {
+    require(query.dim() == 3 && keys.dim() == 3 && keys.size(0) == query.size(0) && keys.stride(2) == 1 &&
+                query.scalar_type() == ScalarType::BFloat16 && query.size(2) >= latent && tile > 0 && latent % tile == 0,
+            "query or keys do not fit; wanted (batch, heads, features) in torch.bfloat16 and (batch, kv_seq, stored)");
+    query = torch::stable::contiguous(query);
+    const int64_t batch = query.size(0), heads = query.size(1), rope = query.size(2) - latent;
+    const bool plain = format == BFLOAT16;
+    const int64_t stored = plain ? latent + rope : size_of(Format(format), latent) + latent / tile * 4 + rope * 2;
+    require(keys.scalar_type() == (plain ? ScalarType::BFloat16 : ScalarType::Byte) && keys.size(2) == stored,
+            "keys do not fit; wanted ", stored, plain ? " features in torch.bfloat16" : " bytes", " of each");
+    Tensor out = torch::stable::new_empty(query, {batch, heads, latent});
+    const int64_t size = plain ? 2 : 1;
+    for (int64_t b = 0; b < batch; b++)
+        attend_one(data<bfloat16>(out) + b * heads * latent, data<bfloat16>(query) + b * heads * (latent + rope), scale,
+                   data<uint8_t>(keys) + b * keys.stride(0) * size, keys.stride(1) * size, format, keys.size(1), heads,
+                   {latent, rope, tile}, torch::stable::get_num_threads());
+    return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, library) { library.impl("attend_to_keys", TORCH_BOX(&attend_to_keys)); }

@@ -11,9 +11,8 @@ from dsv2_ref import ops
 from dsv2_ref.attention import attend
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.fast.cpu import HALF_ON_CPU, begins
-from dsv2_ref.fast.native import cannot_build, functions, no_gradients, why_not_built
+from dsv2_ref.fast.native import cannot_build, in_cpp, why_not_built
 from dsv2_ref.fast.processor import has_amx
-from dsv2_ref.fast.products import as_operator
 from dsv2_ref.fast.quantized import not_one_query
 from dsv2_ref.masks import Visibility
 from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache, Record, attend_records
@@ -23,8 +22,10 @@ def _empty(query: Tensor, keys: Tensor, latent: int, *_: Any) -> Tensor:
     return query.new_empty(*query.shape[:2], latent)
 
 
-@as_operator(_empty, no_gradients)
-def attend_to_keys(query: Tensor, keys: Tensor, latent: int, scale: float, format: int, tile: int) -> Tensor:
+@in_cpp("attend.cpp", _empty)
+def attend_to_keys(  # type: ignore[empty-body]
+    query: Tensor, keys: Tensor, latent: int, scale: float, format: int, tile: int
+) -> Tensor:
     """`dsv2_ref.attention.attend` of one token that sees every key, with sums in float32.
 
     Args:
@@ -35,14 +36,6 @@ def attend_to_keys(query: Tensor, keys: Tensor, latent: int, scale: float, forma
     Returns:
         (batch, heads, latent).
     """
-    (_, heads, features), query = query.shape, query.contiguous()
-    out = query.new_empty(*query.shape[:2], latent, dtype=torch.float32)
-    sizes = keys.shape[1], heads, latent, features - latent, tile, torch.get_num_threads()
-    run = functions("attend.cpp")["attend_one"]
-    for b in range(len(out)):
-        to, of, at = (x.data_ptr() + b * x.stride(0) * x.itemsize for x in (out, query, keys))
-        run(to, of, scale, at, keys.stride(1) * keys.itemsize, format, *sizes)
-    return out.to(query.dtype)
 
 
 def attend_to_cache(

@@ -5,9 +5,10 @@ torch's own products read a matrix for one row at half of what memory gives, and
 read it once, as it lies, and only the matrices that are chosen of a stack.
 """
 
-import ctypes
+import functools
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -65,30 +66,17 @@ FLAGS = "-ftree-loop-vectorize", "-ffp-contract=fast"
 """Beside those of torch, which leave loops to its own code."""
 
 
-POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
-BEFORE, AFTER = [POINTER, POINTER, SIZE], [POINTER, SIZE, SIZE, SIZE, SIZE]
-FUNCTIONS = {
-    "rows.cpp": {
-        "product_bf16": [*BEFORE, POINTER, SIZE, *AFTER],
-        "product_int8": [*BEFORE, POINTER, SIZE, *AFTER],
-        "product_int4": [*BEFORE, POINTER, POINTER, SIZE, SIZE, *AFTER],
-    },
-    "attend.cpp": {"attend_one": [POINTER, POINTER, ctypes.c_float, POINTER, *8 * [SIZE]]},
-}
-PRODUCTS = {torch.bfloat16: "product_bf16", torch.int8: "product_int8", torch.uint8: "product_int4"}
+NAMESPACE = "dsv2_ref"
 
 
 @cache
-def functions(file: str) -> dict[str, Any]:
-    """What was compiled of a file, by its name there."""
+def build(file: str) -> None:
+    """Compile a file and load it: its functions become those of the operators of these names for CPUs."""
     from torch._inductor.codecache import CppCodeCache
 
-    source = resources.files("dsv2_ref.fast").joinpath(file).read_text()
-    library = CppCodeCache.load(source, extra_flags=FLAGS)
-    found = {name: library[name] for name in FUNCTIONS[file]}
-    for name, function in found.items():
-        function.argtypes, function.restype = FUNCTIONS[file][name], None
-    return found
+    folder = resources.files("dsv2_ref.fast")
+    source = "".join(folder.joinpath(name).read_text() for name in ("operators.h", file))
+    CppCodeCache.load(source, extra_flags=(*FLAGS, f"-DNAMESPACE={NAMESPACE}"))
 
 
 @cache
@@ -97,67 +85,58 @@ def why_not_built(file: str) -> str:
     if reason := cannot_build():
         return reason
     try:
-        functions(file)
+        build(file)
     except Exception as error:  # of the compiler, or of the folder for what it makes: other ways serve then
         return f"{file} cannot be built: {str(error).splitlines()[0]}"
     return ""
 
 
-def _side_by_side(weight: Tensor) -> bool:
-    return weight.stride()[-2:] == (weight.shape[-1], 1)
+def _no_gradients(*_: Any) -> None:
+    raise NotImplementedError("what is computed of one row in C++ gives no gradients")
+
+
+def in_cpp(file: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Any]:
+    """Make the decorated signature an operator of torch for CPUs, whose code is in a file. The first call builds it; ``fake``
+    makes an empty output."""
+
+    def declare(signature: Callable[..., Any]) -> Any:
+        @functools.wraps(signature)
+        def build_first(*args: Any) -> Any:
+            if args[0].device.type != "cpu":
+                raise NotImplementedError(f"{file} is for the CPU, and not for {args[0].device}")
+            build(file)
+            return operator(*args)
+
+        operator = as_operator(fake, _no_gradients)(build_first)
+        return operator
+
+    return declare
 
 
 def _empty(rows: Tensor, weight: Tensor, chosen: Tensor | None = None, *_: Any) -> Tensor:
     return rows.new_empty(len(weight if chosen is None else chosen), weight.shape[1], dtype=torch.float32)
 
 
-def _multiply(rows: Tensor, weight: Tensor, layout: list[int], chosen: Tensor | None) -> Tensor:
-    wide = weight.shape[2] * (2 if weight.dtype == torch.uint8 else 1)
-    if rows.dtype != torch.bfloat16 or rows.shape[1] != wide or not _side_by_side(weight):
-        wanted = f"wanted torch.bfloat16 rows of {wide} features, and matrices whose rows lie one behind the other"
-        raise RuntimeError(f"rows are {tuple(rows.shape)} {rows.dtype}, matrices {tuple(weight.shape)}; {wanted}")
-    if chosen is not None and not all(0 <= index < len(weight) for index in chosen.tolist()):
-        raise IndexError(f"chosen is {chosen.tolist()}; wanted indices from 0 to {len(weight) - 1}")
-    rows, indices = rows.contiguous(), None if chosen is None else chosen.to(torch.int64).contiguous()
-    out = _empty(rows, weight, chosen)
-    step = rows.stride(0) if len(rows) > 1 else 0
-    pointers = [None if x is None else x.data_ptr() for x in (out, rows, weight, indices)]
-    sizes = *out.shape, rows.shape[1], torch.get_num_threads()
-    functions("rows.cpp")[PRODUCTS[weight.dtype]](*pointers[:2], step, pointers[2], *layout, pointers[3], *sizes)
-    return out
-
-
-def no_gradients(*_: Any) -> None:
-    """Of operators for inference."""
-    raise NotImplementedError("what is computed of one row in C++ gives no gradients")
-
-
-@as_operator(_empty, no_gradients)
-def row_products(rows: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Tensor:
+@in_cpp("rows.cpp", _empty)
+def row_products(rows: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Tensor:  # type: ignore[empty-body]
     """``weight[chosen] @ rows`` in float32, where ``weight`` is a stack of matrices in bfloat16, or of int8 codes.
 
     Args:
         rows: (1 or choices, inputs) bfloat16: one row, or one for each choice. weight: (stack, outputs, inputs), see
-            `takes`. chosen: (choices,) int64; None takes every matrix in its turn.
+            `takes`. chosen: (choices,) integers; None takes every matrix in its turn.
 
     Returns:
         (choices, outputs).
     """
-    return _multiply(rows, weight, [weight.stride(0)], chosen)
 
 
-@as_operator(_empty, no_gradients)
-def row_products_of_int4(
+@in_cpp("rows.cpp", _empty)
+def row_products_of_int4(  # type: ignore[empty-body]
     rows: Tensor, codes: Tensor, chosen: Tensor | None, scales_and_zeros: Tensor, group: int, block_rows: int
 ) -> Tensor:
     """`row_products` of four bits, as `dsv2_ref.fast.quantized.lay_out_codes` lays them out."""
-    stack, outputs, half = codes.shape
-    laid_out = codes.is_contiguous() and scales_and_zeros.is_contiguous() and scales_and_zeros.dtype == torch.bfloat16
-    if not laid_out or scales_and_zeros.numel() != stack * outputs * (2 * half // group) * 2:
-        raise RuntimeError(f"codes are {tuple(codes.shape)}; wanted them, and scales, as pack_weights lays them out")
-    return _multiply(rows, codes, [scales_and_zeros.data_ptr(), group, block_rows], chosen)
 
 
 def takes(weight: Shaped[Tensor, "... outputs inputs"]) -> bool:
     """Whether these are matrices in bfloat16, or of int8 codes, whose rows lie one behind the other."""
-    return weight.dtype in (torch.bfloat16, torch.int8) and _side_by_side(weight)
+    return weight.dtype in (torch.bfloat16, torch.int8) and weight.stride()[-2:] == (weight.shape[-1], 1)

@@ -1,17 +1,7 @@
 // Products of one row with matrices in bfloat16, int8 or int4, which read each weight once and as it lies:
 //     out[c, o] = sum over i of weight[chosen[c], o, i] * rows[c, i]
-// Sums are in float32. `step` is the distance in elements from one matrix of a stack, or from one row, to the next. Without
-// `chosen`, choice c takes matrix c.
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
-using bfloat16 = uint16_t;  // its bits are the upper half of a float's
+// Sums are in float32. All choices may share one row, `alike`. `matrix_step` is the distance in elements from one matrix of a
+// stack to the next. Without `chosen`, choice c takes matrix c.
 
 static inline float value(bfloat16 bits) {
     uint32_t wide = uint32_t(bits) << 16;
@@ -22,34 +12,26 @@ static inline float value(bfloat16 bits) {
 
 static inline float value(int8_t code) { return code; }
 
+static std::vector<float> widened(const bfloat16* numbers, int64_t count) {
+    std::vector<float> wide(count);
+    for (int64_t i = 0; i < count; i++) wide[i] = value(numbers[i]);
+    return wide;
+}
+
 template <typename Weight>
-static void product(float* out, const bfloat16* rows, int64_t row_step, const Weight* weight, int64_t matrix_step,
+static void product(float* out, const bfloat16* rows, bool alike, const Weight* weight, int64_t matrix_step,
                     const int64_t* chosen, int64_t choices, int64_t outputs, int64_t inputs, int64_t threads) {
-    int64_t different = row_step ? choices : 1;
-    std::vector<float> wide(different * inputs);
-    for (int64_t i = 0; i < different * inputs; i++) wide[i] = value(rows[i / inputs * row_step + i % inputs]);
+    const std::vector<float> wide = widened(rows, (alike ? 1 : choices) * inputs);
 #pragma omp parallel for num_threads(threads)
     for (int64_t at = 0; at < choices * outputs; at++) {
         int64_t choice = at / outputs, output = at % outputs;
         const Weight* w = weight + (chosen ? chosen[choice] : choice) * matrix_step + output * inputs;
-        const float* x = wide.data() + (row_step ? choice * inputs : 0);
+        const float* x = wide.data() + (alike ? 0 : choice * inputs);
         float sum = 0;
 #pragma omp simd reduction(+ : sum) simdlen(32)
         for (int64_t i = 0; i < inputs; i++) sum += value(w[i]) * x[i];
         out[at] = sum;
     }
-}
-
-extern "C" void product_bf16(float* out, const bfloat16* rows, int64_t row_step, const bfloat16* weight,
-                             int64_t matrix_step, const int64_t* chosen, int64_t choices, int64_t outputs,
-                             int64_t inputs, int64_t threads) {
-    product(out, rows, row_step, weight, matrix_step, chosen, choices, outputs, inputs, threads);
-}
-
-extern "C" void product_int8(float* out, const bfloat16* rows, int64_t row_step, const int8_t* weight,
-                             int64_t matrix_step, const int64_t* chosen, int64_t choices, int64_t outputs,
-                             int64_t inputs, int64_t threads) {
-    product(out, rows, row_step, weight, matrix_step, chosen, choices, outputs, inputs, threads);
 }
 
 // Four bits, laid out as torch's kernel for CPUs wants them: in blocks of outputs, input by input. The low halves of the
@@ -126,22 +108,88 @@ void outputs_of_block<64>(float* out, const float*, const bfloat16* x, const uin
 }
 #endif
 
-extern "C" void product_int4(float* out, const bfloat16* rows, int64_t row_step, const uint8_t* codes,
-                             const bfloat16* scales, int64_t group, int64_t block, const int64_t* chosen,
-                             int64_t choices, int64_t outputs, int64_t inputs, int64_t threads) {
-    int64_t different = row_step ? choices : 1, blocks = outputs / block;
-    std::vector<float> wide(different * inputs);
-    for (int64_t i = 0; i < different * inputs; i++) wide[i] = value(rows[i / inputs * row_step + i % inputs]);
+static void product(float* out, const bfloat16* rows, bool alike, const uint8_t* codes, const bfloat16* scales, int64_t group,
+                    int64_t block, const int64_t* chosen, int64_t choices, int64_t outputs, int64_t inputs, int64_t threads) {
+    const int64_t blocks = outputs / block;
+    const std::vector<float> wide = widened(rows, (alike ? 1 : choices) * inputs);
     auto* multiply = block == 16   ? outputs_of_block<16>
                      : block == 32 ? outputs_of_block<32>
                      : block == 64 ? outputs_of_block<64>
                                    : outputs_of_block<128>;
 #pragma omp parallel for num_threads(threads)
     for (int64_t at = 0; at < choices * blocks; at++) {
-        int64_t choice = at / blocks, first = at % blocks * block, row = row_step ? choice : 0;
+        int64_t choice = at / blocks, first = at % blocks * block, row = alike ? 0 : choice;
         int64_t matrix = chosen ? chosen[choice] : choice;
-        multiply(out + choice * outputs + first, wide.data() + row * inputs, rows + row * row_step,
-                 codes + (matrix * outputs + first) * inputs / 2,
-                 scales + 2 * (matrix * outputs * (inputs / group) + first), 2 * outputs, inputs, group);
+        multiply(out + choice * outputs + first, wide.data() + row * inputs, rows + row * inputs,
+                 codes + (matrix * outputs + first) * inputs / 2, scales + 2 * (matrix * outputs * (inputs / group) + first),
+                 2 * outputs, inputs, group);
     }
+}
+
+// The operators of torch
+
+namespace {
+struct Choices {
+    std::optional<Tensor> indices;
+    int64_t count;
+    const int64_t* pointer() const { return indices ? data<int64_t>(*indices) : nullptr; }
+};
+}  // namespace
+
+static Choices checked(const std::optional<Tensor>& chosen, int64_t stack) {
+    if (!chosen) return {std::nullopt, stack};
+    const Tensor indices = torch::stable::contiguous(torch::stable::to(*chosen, ScalarType::Long));
+    const int64_t count = indices.numel(), *index = data<int64_t>(indices);
+    if (std::any_of(index, index + count, [stack](int64_t i) { return i < 0 || i >= stack; })) {
+        std::ostringstream list;
+        for (int64_t c = 0; c < count; c++) list << (c ? ", " : "") << index[c];
+        require(false, "chosen is [", list.str(), "]; wanted indices from 0 to ", stack - 1);
+    }
+    return {indices, count};
+}
+
+static Tensor checked_rows(const Tensor& rows, int64_t inputs, const Choices& choices) {
+    const bool fits = rows.dim() == 2 && rows.scalar_type() == ScalarType::BFloat16 && rows.size(1) == inputs;
+    require(fits && (rows.size(0) == 1 || rows.size(0) == choices.count),
+            "rows do not fit; wanted one, or one for each choice, in torch.bfloat16, of ", inputs, " features");
+    return torch::stable::contiguous(rows);
+}
+
+static Tensor row_products(Tensor rows, Tensor weight, std::optional<Tensor> chosen) {
+    const bool codes = weight.scalar_type() == ScalarType::Char;
+    require(weight.dim() == 3 && (codes || weight.scalar_type() == ScalarType::BFloat16) && weight.stride(2) == 1 &&
+                weight.stride(1) == weight.size(2),
+            "weight does not fit; wanted matrices in torch.bfloat16 or torch.int8 whose rows lie one behind the other");
+    const int64_t outputs = weight.size(1), inputs = weight.size(2), threads = torch::stable::get_num_threads();
+    const Choices choices = checked(chosen, weight.size(0));
+    rows = checked_rows(rows, inputs, choices);
+    const bool alike = rows.size(0) == 1;
+    Tensor out = torch::stable::new_empty(rows, {choices.count, outputs}, ScalarType::Float);
+    float* to = data<float>(out);
+    const auto multiply = [&](const auto* matrices) {
+        product(to, data<bfloat16>(rows), alike, matrices, weight.stride(0), choices.pointer(), choices.count, outputs, inputs,
+                threads);
+    };
+    codes ? multiply(data<int8_t>(weight)) : multiply(data<bfloat16>(weight));
+    return out;
+}
+
+static Tensor row_products_of_int4(Tensor rows, Tensor codes, std::optional<Tensor> chosen, Tensor scales_and_zeros,
+                                   int64_t group, int64_t block) {
+    const int64_t stack = codes.size(0), outputs = codes.size(1), inputs = 2 * codes.size(2);
+    require(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && scales_and_zeros.is_contiguous() &&
+                scales_and_zeros.scalar_type() == ScalarType::BFloat16 && group > 0 && inputs % group == 0 &&
+                scales_and_zeros.numel() == stack * outputs * (inputs / group) * 2 && block > 0 && outputs % block == 0,
+            "codes do not fit; wanted them, and scales, as pack_weights lays them out");
+    const Choices choices = checked(chosen, stack);
+    rows = checked_rows(rows, inputs, choices);
+    Tensor out = torch::stable::new_empty(rows, {choices.count, outputs}, ScalarType::Float);
+    product(data<float>(out), data<bfloat16>(rows), rows.size(0) == 1, data<uint8_t>(codes), data<bfloat16>(scales_and_zeros),
+            group, block, choices.pointer(), choices.count, outputs, inputs, torch::stable::get_num_threads());
+    return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, library) {
+    library.impl("row_products", TORCH_BOX(&row_products));
+    library.impl("row_products_of_int4", TORCH_BOX(&row_products_of_int4));
 }
