@@ -448,7 +448,7 @@ def test_a_weight_of_another_width_is_rejected() -> None:
     moe = pack_weights(layer_of().mlp, compiled=True)
     moe(TOKEN)
     moe.experts.down_proj = nn.Parameter(moe.experts.down_proj[:, :, :16].contiguous(), requires_grad=False)
-    with pytest.raises(RuntimeError, match="^rows do not fit; wanted .* of 16 features$"):
+    with pytest.raises(RuntimeError, match=r"^rows do not fit; wanted .* of 16 features$"):
         moe(TOKEN)
 
 
@@ -530,6 +530,16 @@ def test_a_layer_that_became_float32_goes_the_usual_way() -> None:
                 layer(given, past_key_value=past)
         else:
             torch.testing.assert_close(layer(given, past_key_value=past)[0], expected[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", [None, "fp8", "int4"])
+def test_a_cache_of_another_dtype_is_refused_as_ever(format: str | None) -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    others = layer_of().half().self_attn
+    cache = others.empty_cache(1, 8, format).append(torch.randn(1, 5, *others.cache_features).half())
+    with pytest.raises(ValueError, match=r"past_key_value is .*; wanted one that fits the new tokens"):
+        layer(TOKEN, past_key_value=cache)
 
 
 @torch.no_grad()

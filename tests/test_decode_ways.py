@@ -107,6 +107,36 @@ def test_keys_that_do_not_lie_side_by_side_go_the_usual_way() -> None:
     assert served(lambda: attend(query, rows, rows[..., :16], visible, 0.3, implementation="products")) != WAY
 
 
+def attended(query: Tensor, cache: Any, latent: int) -> Tensor:
+    visible = Visibility(1, cache.length, query.device)
+    if cache.record is not None:
+        return attend_records(query, cache, visible, 0.3, implementation="products")[0]
+    key = cache.tokens[:, None]
+    return attend(query, key, key[..., :latent], visible, 0.3, implementation="products")[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", CACHE_FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_records_of_another_dtype_go_the_usual_way(format: str, dtype: torch.dtype) -> None:
+    attention = layer().to(dtype)
+    features = attention.cache_features
+    cache = attention.empty_cache(1, LONG, format).append(torch.randn(1, LONG, *features, dtype=dtype))
+    query = torch.randn(1, 4, 1, *features).bfloat16()
+    assert served(lambda: attended(query, cache, attention.kv_lora_rank)) != WAY
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", CACHE_FORMATS)
+def test_a_cache_for_all_sequences_goes_the_usual_way(format: str) -> None:
+    attention = layer()
+    features = attention.cache_features
+    cache = attention.empty_cache(1, LONG, format=format).append(torch.randn(1, LONG, *features).bfloat16())
+    query = torch.randn(2, 4, 1, *features).bfloat16()
+    assert served(lambda: attended(query[:1], cache, attention.kv_lora_rank)) == WAY
+    assert served(lambda: attended(query, cache, attention.kv_lora_rank)) != WAY
+
+
 @pytest.mark.parametrize("error", [OSError("no room left"), RuntimeError("cc1plus: unknown flag\nmore")])
 def test_where_it_cannot_be_built_others_serve(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(file: str) -> Any:
@@ -149,14 +179,9 @@ def test_sequences_of_a_batch_keep_apart(format: str | None) -> None:
     torch.manual_seed(2)
     tokens = torch.randn(3, LONG, *attention.cache_features).bfloat16()
     query = torch.randn(3, 4, 1, tokens.shape[-1]).bfloat16()
-    visible = Visibility(1, LONG, query.device)
 
-    def attended(some: slice) -> Tensor:
+    def of(some: slice) -> Tensor:
         cache = attention.empty_cache(len(tokens[some]), LONG, format=format).append(tokens[some])
-        if cache.record is not None:
-            return attend_records(query[some], cache, visible, 0.3, implementation="products")[0]
-        key = cache.tokens[:, None]
-        value = key[..., : attention.kv_lora_rank]
-        return attend(query[some], key, value, visible, 0.3, implementation="products")[0]
+        return attended(query[some], cache, attention.kv_lora_rank)
 
-    assert torch.equal(attended(slice(1, 2)), attended(slice(None))[1:2])
+    assert torch.equal(of(slice(1, 2)), of(slice(None))[1:2])

@@ -181,6 +181,10 @@ def test_keys_that_do_not_fit_are_rejected() -> None:
     ):
         with pytest.raises(RuntimeError, match=r"^(query or keys|keys) do not fit; wanted"):
             decode.attend_to_keys(*wrong, 32, 0.3, 0, 32)
+    with pytest.raises(RuntimeError, match=r"^format is 7; wanted a number from 0 to 3$"):
+        decode.attend_to_keys(query, bytes_, 32, 0.3, 7, 32)
+    with pytest.raises(RuntimeError, match=r"^tile is 4; wanted 32 or a multiple of"):
+        decode.attend_to_keys(query, bytes_, 32, 0.3, 0, 4)
     with pytest.raises(RuntimeError, match=r"^keys do not fit; wanted 40 features in torch.bfloat16"):
         decode.attend_to_keys(query, bytes_, 32, 0.3, 3, 32)
 

@@ -260,6 +260,8 @@ static Tensor attend_to_keys(Tensor query, Tensor keys, int64_t latent, double s
     require(query.dim() == 3 && keys.dim() == 3 && keys.size(0) == query.size(0) && keys.stride(2) == 1 &&
                 query.scalar_type() == ScalarType::BFloat16 && query.size(2) >= latent && tile > 0 && latent % tile == 0,
             "query or keys do not fit; wanted (batch, heads, features) in torch.bfloat16 and (batch, kv_seq, stored)");
+    require(format >= FP8 && format <= BFLOAT16, "format is ", format, "; wanted a number from 0 to ", int64_t(BFLOAT16));
+    require(tile == latent || tile % (2 * LANES) == 0, "tile is ", tile, "; wanted ", latent, " or a multiple of ", 2 * LANES);
     query = torch::stable::contiguous(query);
     const int64_t batch = query.size(0), heads = query.size(1), rope = query.size(2) - latent;
     const bool plain = format == BFLOAT16;

@@ -136,6 +136,8 @@ def _not_absorbed(
     if past_key_value is None or attention_mask is not None or output_attentions:
         return "for one token after others, without a mask, that returns no attention weights"
     attention, past = layer.self_attn, past_key_value
+    if past.like != ((1, *attention.cache_features), hidden_states.dtype, hidden_states.device):
+        return "for a cache of such tokens"
     if attention.training or (torch.is_grad_enabled() and past.stored.requires_grad):
         return "for inference"
     if layer.input_layernorm.weight.dtype != hidden_states.dtype:

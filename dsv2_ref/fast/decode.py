@@ -57,9 +57,11 @@ LONG = 1024
 """Keys from which it is worth seconds of a compiler, at the first use on a machine."""
 
 
-def _not_long(query: Tensor, keys: Tensor, visible: Visibility, dropout: float) -> str:
+def _not_long(query: Tensor, keys: Tensor, dtype: torch.dtype, visible: Visibility, dropout: float) -> str:
     if reason := not_one_query(query, keys, visible):
         return reason
+    if dtype != query.dtype or len(keys) != len(query):
+        return "for keys of every sequence in the dtype of the queries"
     if dropout:
         return "no dropout"
     if keys.shape[-2] < LONG:
@@ -78,7 +80,7 @@ def _not_long_keys(
         return "this processor multiplies tiles of bfloat16"
     if key.shape[1] != 1 or not begins(key, value):
         return "the value is not the beginning of one key for all heads"
-    return _not_long(query, key, visible, dropout)
+    return _not_long(query, key, key.dtype, visible, dropout)
 
 
 @ops.faster(attend, "cpu one token", where={"implementation": "products"}, why_not=_not_long_keys, **HALF_ON_CPU)
@@ -99,7 +101,7 @@ def attend_one(
 def _not_long_cache(
     query: Tensor, cache: QuantizedLatentCache, visible: Visibility, scale: float, dropout: float = 0.0, **_: Any
 ) -> str:
-    return _not_long(query, cache.stored, visible, dropout)
+    return _not_long(query, cache.stored, cache.record.dtype, visible, dropout)
 
 
 @ops.faster(
