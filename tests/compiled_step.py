@@ -509,7 +509,7 @@ def test_any_number_of_threads_has_graphs() -> None:
 def test_an_mlp_by_itself_has_products_of_one_row() -> None:
     mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
     mlp(TOKEN)
-    with torch.profiler.profile() as seen:
+    with torch.profiler.profile(acc_events=True) as seen:
         mlp(TOKEN)
     assert sum(event.name == "dsv2_ref::row_products" for event in seen.events()) == 3
 

@@ -17,6 +17,7 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
+typedef uint32_t word __attribute__((may_alias));  // of any of them
 
 template <typename Vector>
 static inline Vector load(const void* from) {
@@ -207,9 +208,9 @@ static std::vector<pairs> side_by_side(const bfloat16* queries, int64_t heads, c
     for (int64_t head = 0; head < heads; head++) {
         const uint8_t* query = reinterpret_cast<const uint8_t*>(queries + head * features);
         decode<BFLOAT16>(own.data(), query, {sizes.latent, sizes.rope, sizes.latent});
-        const float* from = reinterpret_cast<const float*>(own.data());
-        float* to = reinterpret_cast<float*>(&out[head / LANES * sizes.key() * LANES]);
-        const int64_t numbers = sizeof(pairs) / sizeof(float);  // in each of LANES pairs, which lie together or LANES apart
+        const word* from = reinterpret_cast<const word*>(own.data());
+        word* to = reinterpret_cast<word*>(&out[head / LANES * sizes.key() * LANES]);
+        const int64_t numbers = sizeof(pairs) / sizeof(word);  // in each of LANES pairs, which lie together or LANES apart
         for (int64_t i = 0; i < sizes.key() * numbers; i++)
             to[(i / numbers * LANES + i % LANES) * numbers + i % numbers / LANES * LANES + head % LANES] = from[i];
     }
