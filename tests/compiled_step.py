@@ -543,6 +543,16 @@ def test_a_cache_of_another_dtype_is_refused_as_ever(format: str | None) -> None
 
 
 @torch.no_grad()
+def test_attention_in_cpp_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    expected = layer(TOKEN, past_key_value=cache)[0]
+    monkeypatch.setattr(compiled, "attend_to_cache", None)
+    with ops.without("cpu one token"):
+        torch.testing.assert_close(layer(TOKEN, past_key_value=cache)[0], expected, rtol=2**-6, atol=2**-8)
+
+
+@torch.no_grad()
 def test_a_copy_on_a_machine_without_a_compiler_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = pickle.loads(pickle.dumps(pack_weights(layer_of().mlp, compiled=True)))
     monkeypatch.setattr(native, "_missing", lambda: "no C++ compiler")

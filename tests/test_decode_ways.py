@@ -137,7 +137,9 @@ def test_a_cache_for_all_sequences_goes_the_usual_way(format: str) -> None:
     assert served(lambda: attended(query, cache, attention.kv_lora_rank)) != WAY
 
 
-@pytest.mark.parametrize("error", [OSError("no room left"), RuntimeError("cc1plus: unknown flag\nmore")])
+@pytest.mark.parametrize(
+    "error", [OSError("no room left"), RuntimeError("cc1plus: unknown flag\nmore"), TimeoutError()]
+)
 def test_where_it_cannot_be_built_others_serve(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(file: str) -> Any:
         raise error
@@ -151,7 +153,7 @@ def test_where_it_cannot_be_built_others_serve(error: Exception, monkeypatch: py
     finally:
         native.why_not_built.cache_clear()
     (choice,) = (choice for choice in made if choice.definition == "attend_records")
-    line = str(error).splitlines()[0]
+    line = (str(error) or "TimeoutError").splitlines()[0]
     assert (WAY, f"attend.cpp cannot be built: {line}") in choice.passed_over
 
 

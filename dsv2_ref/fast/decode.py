@@ -48,9 +48,13 @@ def attend_to_cache(
     return attend_to_keys(query[:, :, 0], cache.stored, latent, scale, kind, tile)[:, :, None]
 
 
+NAME = "cpu one token"
+
+
 def serves(record: Record | None) -> bool:
-    """Whether this is the fastest for a cache of this kind: torch multiplies bfloat16 by tiles where the processor does."""
-    return record is not None or not has_amx()
+    """Whether this may run, and is the fastest for a cache of this kind: torch multiplies bfloat16 by tiles where the
+    processor does."""
+    return not ops.is_off(NAME) and (record is not None or not has_amx())
 
 
 LONG = 1024
@@ -83,7 +87,7 @@ def _not_long_keys(
     return _not_long(query, key, key.dtype, visible, dropout)
 
 
-@ops.faster(attend, "cpu one token", where={"implementation": "products"}, why_not=_not_long_keys, **HALF_ON_CPU)
+@ops.faster(attend, NAME, where={"implementation": "products"}, why_not=_not_long_keys, **HALF_ON_CPU)
 def attend_one(
     query: Float[Tensor, "batch heads 1 width"],
     key: Float[Tensor, "batch 1 kv_seq width"],
@@ -104,9 +108,7 @@ def _not_long_cache(
     return _not_long(query, cache.stored, cache.record.dtype, visible, dropout)
 
 
-@ops.faster(
-    attend_records, "cpu one token", where={"implementation": "products"}, why_not=_not_long_cache, **HALF_ON_CPU
-)
+@ops.faster(attend_records, NAME, where={"implementation": "products"}, why_not=_not_long_cache, **HALF_ON_CPU)
 def attend_one_to_records(
     query: Float[Tensor, "batch heads 1 features"],
     cache: QuantizedLatentCache,

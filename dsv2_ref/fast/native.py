@@ -87,7 +87,8 @@ def why_not_built(file: str) -> str:
     try:
         build(file)
     except Exception as error:  # of the compiler, or of the folder for what it makes: other ways serve then
-        return f"{file} cannot be built: {str(error).splitlines()[0]}"
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{file} cannot be built: {line}"
     return ""
 
 
