@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from dsv2_ref import DeepseekV2ForCausalLM
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.codes import from_codes, to_codes
+from dsv2_ref.mla import by_head
+from dsv2_ref.rope import apply_rotary, position_tables
 from experiments import router
 from experiments.trained import bits, ids, trained
 
@@ -132,6 +134,34 @@ def on_the_line() -> dict[str, dict[str, list[float]]]:
             sizes["rms"].append(round(float(part.square().mean().sqrt()), 2))
             sizes["largest"].append(round(float(part.abs().max()), 2))
     return found
+
+
+def score_errors(part: str, kind: str) -> list[float]:
+    """By how much the scores of the book's line change in each layer (root mean square, causal pairs) when its latents, or
+    its rope keys, are rounded to codes of this kind."""
+    model, heard = trained().double(), []
+
+    def hear(attention: Any, _: Any, call: dict[str, Any]) -> None:
+        heard.append((attention, call["hidden_states"]))
+
+    layers: Any = model.model.layers
+    for layer in layers:
+        layer.self_attn.register_forward_pre_hook(hear, with_kwargs=True)
+    model(ids())
+    changes = []
+    for attention, x in heard:
+        heads, N, R = attention.num_heads, attention.qk_nope_head_dim, attention.rotary_dim
+        query = attention.q_proj(x).unflatten(-1, (heads, N + R)).transpose(1, 2)
+        q_nope, q_pe = query.split((N, R), dim=-1)
+        latent, k_pe = attention.kv_a_proj_with_mqa(x).split((attention.kv_lora_rank, R), dim=-1)
+        latent = attention.kv_a_layernorm(latent)
+        q_pe, k_pe = apply_rotary(q_pe, k_pe, *position_tables(attention.config, x))
+        query = by_head(q_nope, attention.up_matrices()[0]) if part == "latent" else q_pe
+        cached = latent if part == "latent" else k_pe
+        change = query @ (rounded(cached, kind) - cached)[:, None].mT * attention.softmax_scale
+        causal = torch.ones(change.shape[-2:], dtype=torch.bool).tril()
+        changes.append(float(change[..., causal].square().mean().sqrt()))
+    return changes
 
 
 def settings() -> tuple[list[tuple[str, str, int | None]], list[tuple[Any, Any]]]:

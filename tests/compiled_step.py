@@ -1,5 +1,5 @@
-"""One token through an MLP or MoE as one compiled graph: the same numbers, and whatever it cannot keep goes the usual way.
-`test_layer` runs these in a process without the checker of signatures.
+"""One token through a layer in C++: the same numbers, and whatever it cannot keep goes the usual way. `test_layer` runs these
+in a process without the checker of signatures.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv2_ref import (
@@ -29,8 +28,7 @@ from dsv2_ref import (
 )
 from dsv2_ref.fast import compiled, native, packed
 from dsv2_ref.quantize import quantize
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's own
+from dsv2_ref.records import CACHE_FORMATS, Record
 
 TOKEN = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
 
@@ -40,11 +38,6 @@ def layer_of(weights: str | None = None, layer_idx: int = 1, **fields: Any) -> D
     config = DeepseekV2Config(**DeepseekV2Config.tiny().to_dict() | fields)
     layer = DeepseekV2DecoderLayer(config, layer_idx).bfloat16().eval()
     return layer if weights is None else quantize(layer, weights, group=32 if "kv_lora_rank" in fields else 16)
-
-
-def without_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `torch.compile` leave functions as they are, for tests of what is chosen."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 def ways(call: Callable[[], Any]) -> dict[str, str]:
@@ -80,8 +73,6 @@ def test_a_step_gives_what_the_definition_gives(weights: str | None, layer_idx: 
     step = pack_weights(copy.deepcopy(plain), compiled=True)
     exact = copy.deepcopy(plain).double()
     assert ways(lambda: step(TOKEN))[type(step).__qualname__ + ".forward"] == "cpu compiled"
-    counters.clear()
-    step.step = compiled.Step()  # compiles again, to be counted
     for seed in range(4):
         token = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
         with ops.plain():
@@ -90,8 +81,6 @@ def test_a_step_gives_what_the_definition_gives(weights: str | None, layer_idx: 
         error = (rounded - expected).abs().max() + expected.abs().max() * 2**-7
         assert (step(token) - expected).abs().max() <= error
         assert torch.equal(step(token), step(token))
-    assert counters["stats"]["unique_graphs"] == 1
-    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +107,6 @@ def test_a_layer_gives_what_the_definition_gives(
     with ops.plain():
         cache = plain(prompt, past_key_value=start, use_cache=True)[1]
         wide = exact(prompt.double(), use_cache=True)[1]
-    counters.clear()
     for seed in range(5):
         token = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
         served = ways(lambda token=token, cache=cache: step(token, past_key_value=cache))
@@ -133,28 +121,10 @@ def test_a_layer_gives_what_the_definition_gives(
         assert len(longer) == len(cache)
         if cache_format is None:
             torch.testing.assert_close(longer.tokens, cache.tokens, rtol=2**-6, atol=2**-6)
-    assert counters["stats"]["unique_graphs"] == 2, "before attention and after it, for any number of keys"
-    assert not counters["graph_break"]
 
 
 @torch.no_grad()
-def test_layers_packed_in_one_call_share_their_graphs() -> None:
-    layers = nn.ModuleList(layer_of(layer_idx=index) for index in (1, 2, 3))
-    pack_weights(layers, compiled=True)
-    counters.clear()
-    for layer in layers:
-        layer.mlp(TOKEN)
-    assert counters["stats"]["unique_graphs"] == 1
-    for _ in range(3):
-        caches = [layer(TOKEN.expand(1, 7, -1), use_cache=True)[1] for layer in layers]
-        for layer, cache in zip(layers, caches, strict=True):
-            layer(TOKEN, past_key_value=cache)
-    assert counters["stats"]["unique_graphs"] == 3
-
-
-@torch.no_grad()
-def test_other_calls_of_a_layer_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_compiling(monkeypatch)
+def test_other_calls_of_a_layer_go_the_usual_way() -> None:
     layer = pack_weights(layer_of(_attn_implementation="eager"), compiled=True)
     name = "DeepseekV2DecoderLayer.forward"
     cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
@@ -182,30 +152,6 @@ def test_other_calls_of_a_layer_go_the_usual_way(monkeypatch: pytest.MonkeyPatch
 
 
 @torch.no_grad()
-def test_tokens_that_are_parts_of_longer_texts_share_graphs() -> None:
-    layer = pack_weights(layer_of(), compiled=True)
-    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
-    counters.clear()
-    for length in range(2, 8):
-        layer(torch.randn(1, length, 64).bfloat16()[:, -1:], past_key_value=cache)
-    assert counters["stats"]["unique_graphs"] == 2
-
-
-def test_an_attribute_of_the_same_name_stays() -> None:
-    holder = nn.ModuleDict({"layer": layer_of()})
-    holder.step = 3
-    assert pack_weights(holder).step == 3
-
-
-@torch.no_grad()
-def test_a_graph_made_while_choices_are_watched_serves_afterwards() -> None:
-    moe = pack_weights(layer_of().mlp, compiled=True)
-    assert ways(lambda: moe(TOKEN)) == {"DeepseekV2MoE.forward": "cpu compiled"}
-    assert ways(lambda: moe(TOKEN)) == {"DeepseekV2MoE.forward": "cpu compiled"}
-    moe(TOKEN)
-
-
-@torch.no_grad()
 def test_a_model_generates_with_compiled_layers() -> None:
     torch.manual_seed(0)
     model = DeepseekV2ForCausalLM(DeepseekV2Config.tiny()).bfloat16().eval()
@@ -224,8 +170,7 @@ def test_a_model_generates_with_compiled_layers() -> None:
 
 
 @torch.no_grad()
-def test_what_is_no_single_token_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_compiling(monkeypatch)
+def test_what_is_no_single_token_goes_the_usual_way() -> None:
     moe = pack_weights(layer_of().mlp, compiled=True)
     name = "DeepseekV2MoE.forward"
     assert ways(lambda: moe(TOKEN))[name] == "cpu compiled"
@@ -242,8 +187,7 @@ def test_what_is_no_single_token_goes_the_usual_way(monkeypatch: pytest.MonkeyPa
 
 
 @torch.no_grad()
-def test_hooks_and_forwards_that_came_later_keep_their_effect(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_compiling(monkeypatch)
+def test_hooks_and_forwards_that_came_later_keep_their_effect() -> None:
     moe = pack_weights(layer_of().mlp, compiled=True)
     before = moe(TOKEN)
     for part in (moe, moe.gate, moe.experts, moe.shared_experts, moe.shared_experts.down_proj):
@@ -286,11 +230,10 @@ def test_what_changes_after_the_first_token_counts() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 @torch.no_grad()
-def test_copies_compile_their_own(copied: Callable[[Any], Any]) -> None:
+def test_copies_have_weights_of_their_own(copied: Callable[[Any], Any]) -> None:
     moe = pack_weights(layer_of().mlp, compiled=True)
     expected = moe(TOKEN)
     other = copied(moe)
-    assert other.step is not moe.step
     moe.experts.down_proj.zero_()
     assert torch.equal(other(TOKEN), expected)
 
@@ -312,14 +255,13 @@ def test_what_is_saved_stays() -> None:
     ],
     ids=["float32", "fp8", "int8 over float32"],
 )
-def test_what_the_compiler_makes_no_faster_is_packed_as_ever(prepared: Callable[[], Any]) -> None:
+def test_what_cpp_does_not_take_is_packed_as_ever(prepared: Callable[[], Any]) -> None:
     layer = pack_weights(prepared(), compiled=True)
-    assert not any(hasattr(part, "step") for part in layer.modules())
+    assert not any(getattr(part, "token_in_cpp", False) for part in layer.modules())
 
 
 @torch.no_grad()
-def test_parts_that_became_others_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_compiling(monkeypatch)
+def test_parts_that_became_others_go_the_usual_way() -> None:
     name = "DeepseekV2MoE.forward"
     layer = pack_weights(layer_of(), compiled=True)
     quantize(layer, "int4", group=32, parts=["experts"])
@@ -338,7 +280,7 @@ def test_without_bfloat16_instructions_maps_are_left_as_they_are(monkeypatch: py
         pack_weights(layer_of())
     layer = pack_weights(layer_of(), compiled=True)
     assert type(layer.self_attn.o_proj) is nn.Linear
-    assert isinstance(layer.step, compiled.Step)
+    assert layer.token_in_cpp
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +294,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match=r"^compiled is True; wanted a C\+\+ compiler that torch can call"):
         pack_weights(layer, compiled=True)
     assert type(layer.self_attn.o_proj) is nn.Linear
-    assert not hasattr(layer.mlp, "step")
+    assert not hasattr(layer.mlp, "token_in_cpp")
 
 
 def test_without_headers_of_python_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -377,12 +319,11 @@ def test_what_is_packed_already_is_refused_by_name() -> None:
         pack_weights(layer, compiled=True)
     assert dict(layer.named_modules()) == before
     twice = pack_weights(pack_weights(layer_of(), compiled=True), compiled=True)
-    assert isinstance(twice.step, compiled.Step)
+    assert twice.token_in_cpp
 
 
 @torch.no_grad()
-def test_whoever_counts_operations_sees_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_compiling(monkeypatch)
+def test_whoever_counts_operations_sees_all_of_them() -> None:
     moe = pack_weights(layer_of().mlp, compiled=True)
     with FlopCounterMode(display=False) as counted:
         moe(TOKEN)
@@ -393,25 +334,12 @@ def test_whoever_counts_operations_sees_all_of_them(monkeypatch: pytest.MonkeyPa
 
 
 @torch.no_grad()
-def test_graphs_keep_to_the_ways_that_are_on() -> None:
-    moe = pack_weights(layer_of().mlp, compiled=True)
-    first = moe(TOKEN)
-    step = moe.step
-    with ops.without("cpu row"):
-        moe(TOKEN)
-        assert len(step._compiled) == 2
-    assert torch.equal(moe(TOKEN), first)
-    assert len(step._compiled) == 2
-
-
-@torch.no_grad()
-def test_classes_of_others_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_of_others_go_the_usual_way() -> None:
     class Louder(DeepseekV2Attention):
         def up_matrices(self) -> Any:
             w_uk, w_uv = super().up_matrices()
             return w_uk, 2 * w_uv
 
-    without_compiling(monkeypatch)
     layer = pack_weights(layer_of(), compiled=True)
     cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
     layer.self_attn.__class__ = Louder
@@ -474,44 +402,12 @@ def test_a_cache_that_wants_gradients_gets_them() -> None:
 
 
 @torch.no_grad()
-def test_threads_that_begin_together_do_not_all_compile() -> None:
-    layer = pack_weights(layer_of(), compiled=True)
-    caches = [layer(TOKEN.expand(1, 7, -1), use_cache=True)[1] for _ in range(8)]
-    counters.clear()
-
-    def run(cache: Any) -> Any:
-        with torch.no_grad():
-            return layer(TOKEN, past_key_value=cache)[0]
-
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(run, caches))
-    for out in found[1:]:  # threads may count different numbers of workers
-        torch.testing.assert_close(out, found[0], rtol=2**-6, atol=2**-8)
-    # One before attention and one after it, for each number of workers. While one thread compiles, torch's state may look
-    # changed to another, which then compiles once more; without the lock each of the four did.
-    assert counters["stats"]["unique_graphs"] < 2 * 4 * len({key[2] for key in layer.step._compiled})
-
-
-@torch.no_grad()
-def test_any_number_of_threads_has_graphs() -> None:
-    mlp, before = pack_weights(layer_of(layer_idx=0).mlp, compiled=True), torch.get_num_threads()
-    try:
-        for threads in range(1, 12):  # the compiler would stop at the eighth
-            torch.set_num_threads(threads)
-            mlp(TOKEN)
-    finally:
-        torch.set_num_threads(before)
-    assert len(mlp.step._compiled) == 11
-    assert not counters["graph_break"]
-
-
-@torch.no_grad()
-def test_an_mlp_by_itself_has_products_of_one_row() -> None:
+def test_an_mlp_by_itself_is_one_operator() -> None:
     mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
     mlp(TOKEN)
     with torch.profiler.profile(acc_events=True) as seen:
         mlp(TOKEN)
-    assert sum(event.name == "dsv2_ref::row_products" for event in seen.events()) == 3
+    assert sum(event.name == "dsv2_ref::fed_forward" for event in seen.events()) == 1
 
 
 @torch.no_grad()
@@ -555,7 +451,7 @@ def test_attention_in_cpp_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> No
 @torch.no_grad()
 def test_a_copy_on_a_machine_without_a_compiler_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = pickle.loads(pickle.dumps(pack_weights(layer_of().mlp, compiled=True)))
-    monkeypatch.setattr(native, "_missing", lambda: "no C++ compiler")
+    monkeypatch.setattr(compiled, "why_not_built", lambda _: "no C++ compiler")
     assert ways(lambda: moe(TOKEN))["DeepseekV2MoE.forward"] == "definition"
 
 
@@ -568,3 +464,110 @@ def test_a_moe_is_what_it_was() -> None:
     assert type(layer.mlp.shared_experts) is DeepseekV2MLP
     kept = dict(layer.mlp.named_parameters())
     assert all(kept[name] is weight for name, weight in weights.items() if name != "gate.weight")
+
+
+@torch.no_grad()
+def test_a_token_may_be_a_part_of_a_longer_text() -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    text = torch.randn(64, 5).bfloat16().mT[None]
+    token = text[:, -1:]
+    assert not token.is_contiguous()
+    assert torch.equal(layer(token, past_key_value=cache)[0], layer(token.contiguous(), past_key_value=cache)[0])
+
+
+@torch.no_grad()
+def test_many_threads_may_call_and_be_called() -> None:
+    layer, before = pack_weights(layer_of("int8"), compiled=True), torch.get_num_threads()
+    caches = [layer(TOKEN.expand(1, 7, -1), use_cache=True)[1] for _ in range(8)]
+    expected = layer(TOKEN, past_key_value=layer(TOKEN.expand(1, 7, -1), use_cache=True)[1])[0]
+
+    def run(cache: Any, threads: int) -> Any:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            return layer(TOKEN, past_key_value=cache)[0]
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, caches, range(1, 9)))
+    finally:
+        torch.set_num_threads(before)
+    for out in found:  # attention shares its keys between threads
+        torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", CACHE_FORMATS)
+def test_records_are_those_of_the_definition(format: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for latent in (512, 24, 130):
+        record = Record(format, latent, 8, torch.bfloat16)
+        size, place = sum(record.parts), (CACHE_FORMATS.index(format), record.tile)
+        for case in range(20):
+            token, gains = torch.randn(latent + 8, generator=generator), torch.randn(latent, generator=generator)
+            if case % 4 == 1:
+                token[:latent] *= torch.logspace(-30, 3, latent)  # down to the smallest codes
+            if case % 4 == 2:
+                token[: latent // 2] = 0
+            if case % 4 == 3:
+                gains *= 1e38  # to infinity
+            projected = torch.randn(1, 2 * 12, generator=generator), token[None]
+            tables = torch.rand(1, 1, 4, generator=generator), torch.rand(1, 1, 4, generator=generator)
+            w_uk = torch.randn(2, 4, latent, generator=generator)
+            given = [x.bfloat16() for x in (*projected, gains)]
+            call = (*given, 1e-6, *tables, w_uk.bfloat16())
+            tokens = compiled.absorbed(*call, len(CACHE_FORMATS), latent)[1]
+            found = compiled.absorbed(*call, *place)[1]
+            assert found.shape == (1, 1, size)
+            assert torch.equal(found, record.encode(tokens))
+
+
+@torch.no_grad()
+def test_matrices_of_up_projections_may_be_wide() -> None:
+    """As `pack_weights` keeps them where the processor has no products in bfloat16."""
+    layer = pack_weights(layer_of("int8"), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    expected = layer(TOKEN, past_key_value=cache)[0]
+    held = layer.self_attn.kv_b_proj
+    held.kept = tuple(x.float() for x in held.kept)
+    torch.testing.assert_close(layer(TOKEN, past_key_value=cache)[0], expected, rtol=2**-7, atol=2**-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_weights_that_came_later_in_other_strides_go_the_usual_way(weights: str | None) -> None:
+    mlp = pack_weights(layer_of(weights, layer_idx=0).mlp, compiled=True)
+    expected = mlp(TOKEN)
+    if weights is None:
+        mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.mT.contiguous().mT)
+    else:
+        mlp.up_proj.codes = mlp.up_proj.codes.mT.contiguous().mT
+    assert ways(lambda: mlp(TOKEN))["DeepseekV2MLP.forward"] == "definition"
+    torch.testing.assert_close(mlp(TOKEN), expected, rtol=2**-6, atol=2**-8)
+
+
+@torch.no_grad()
+def test_a_head_reads_its_weight_as_it_lies() -> None:
+    model = DeepseekV2ForCausalLM(DeepseekV2Config.tiny()).bfloat16().eval()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    expected = copy.deepcopy(model)
+    pack_weights(model, compiled=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "tied as before"
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    row = torch.randn(1, 1, 64).bfloat16()
+    assert ways(lambda: model.lm_head(row)) == {"Linear.forward": "cpu compiled"}
+    assert ways(lambda: model.lm_head(row[0].expand(2, -1))) == {"Linear.forward": "definition"}
+    for x in (row, row[0], row[0, 0]):
+        exact = expected.lm_head(x).double()
+        torch.testing.assert_close(model.lm_head(x).double(), exact, rtol=2**-7, atol=2**-16)
+    with torch.enable_grad():
+        model.lm_head(row).sum().backward()
+    assert model.lm_head.weight.grad is not None
+
+
+def test_what_cannot_be_built_is_said_before_anything_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "why_not_built", lambda file: f"{file} cannot be built: no room")
+    layer = layer_of()
+    with pytest.raises(RuntimeError, match=r"^compiled is True; layer.cpp cannot be built: no room$"):
+        pack_weights(layer, compiled=True)
+    assert not hasattr(layer, "token_in_cpp")

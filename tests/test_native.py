@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.codes import from_codes, pack_nibbles, to_codes
-from dsv2_ref.fast import decode, native
+from dsv2_ref.fast import compiled, decode, native
 from dsv2_ref.fast.decode import attend_to_cache
 from dsv2_ref.fast.quantized import lay_out
 from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache, Record
@@ -20,7 +21,11 @@ SETS = {
     "avx2": ("-march=x86-64-v3",),
     "sse": ("-march=x86-64-v2",),
 }
-OPERATORS = {"rows.cpp": (native, "row_products_of_int4"), "attend.cpp": (decode, "attend_to_keys")}
+OPERATORS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "rows.cpp": (native, ("row_products", "row_products_of_int4")),
+    "attend.cpp": (decode, ("attend_to_keys",)),
+    "layer.cpp": (compiled, ("normalised_products", "absorbed", "attended", "fed_forward")),
+}
 
 
 @pytest.fixture(params=SETS)
@@ -35,15 +40,16 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     namespace = "dsv2_ref_" + request.param.replace(" ", "_")
     monkeypatch.setattr(native, "NAMESPACE", namespace)
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *SETS[request.param]))
-    for file, (module, name) in OPERATORS.items():
+    for file, (module, names) in OPERATORS.items():
         with_flags(file, namespace)
-        monkeypatch.setattr(module, name, getattr(getattr(torch.ops, namespace), name).default)
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(getattr(torch.ops, namespace), name).default)
     return "float32"
 
 
 @functools.cache
 def with_flags(file: str, namespace: str) -> None:
-    for name in ("row_products", "row_products_of_int4") if file == "rows.cpp" else ("attend_to_keys",):
+    for name in OPERATORS[file][1]:
         operator = getattr(torch.ops.dsv2_ref, name).default
         torch.library.define(f"{namespace}::{name}", str(operator._schema).partition(name)[2])
     native.build.__wrapped__(file)
@@ -54,9 +60,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_exact(actual: Tensor, rows: Tensor, matrices: Tensor) -> None:
-    """Sums in float32: off by roundings of their terms, whose sizes add up."""
+    """Sums in float32: off by roundings of their terms, whose sizes add up. Codes of eight bits are differences of two numbers
+    up to 256, where the processor multiplies bfloat16: each sum may lose what such a number loses."""
     terms = matrices.double() * rows.double()[:, None]
     bound = terms.abs().sum(dim=-1) * terms.shape[-1] ** 0.5 * 2**-23
+    if matrices.dtype == torch.int8:
+        bound += 256 * rows.double().abs().sum(dim=-1, keepdim=True) * 2**-23
     assert actual.dtype == torch.float32
     assert ((actual - terms.sum(dim=-1)).abs() <= bound + 1e-30).all()
 
@@ -64,14 +73,20 @@ def assert_exact(actual: Tensor, rows: Tensor, matrices: Tensor) -> None:
 CHOSEN = torch.tensor([3, 0, 4, 3])
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-@pytest.mark.parametrize("inputs", [1, 31, 32, 96, 1000])
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "float32"])
+@pytest.mark.parametrize("inputs", [1, 31, 32, 96, 128, 193, 1000])
 @pytest.mark.parametrize("chosen", [None, CHOSEN])
 @pytest.mark.parametrize("alike", [True, False])
-def test_products(kind: str, inputs: int, chosen: Tensor | None, alike: bool) -> None:
+@pytest.mark.parametrize("turned", [True, False])
+def test_products(kind: str, inputs: int, chosen: Tensor | None, alike: bool, turned: bool) -> None:
     weight = normal(5, 7, inputs, seed=1)
     if kind == "int8":
-        weight = (weight * 40).clamp(-127, 127).to(torch.int8)
+        weight = (weight * 60).clamp(-128, 127).to(torch.int8)
+    if kind == "float32":
+        weight = weight.float() * 1.001
+    if turned:
+        weight = weight.mT.contiguous().mT
     matrices = weight if chosen is None else weight[chosen]
     rows = normal(1 if alike else len(matrices), inputs)
     assert_exact(native.row_products(rows, weight, chosen), rows.expand(len(matrices), -1), matrices)
@@ -161,7 +176,7 @@ def test_indices_may_be_of_any_integer() -> None:
         pytest.param(normal(3, 40), normal(2, 3, 40), "rows do not fit; wanted one, or one for each", id="more rows"),
         pytest.param(normal(1, 40).float(), normal(2, 3, 40), "in torch.bfloat16", id="float32"),
         pytest.param(normal(1, 40), normal(2, 3, 80)[..., ::2], "weight does not fit", id="every second column"),
-        pytest.param(normal(1, 40), normal(2, 3, 40).float(), "weight does not fit", id="weights in float32"),
+        pytest.param(normal(1, 40), normal(2, 3, 40).half(), "weight does not fit", id="weights in float16"),
         pytest.param(normal(1, 40), normal(3, 40), "weight does not fit", id="no stack"),
     ],
 )
@@ -277,3 +292,61 @@ def test_gradients_are_refused() -> None:
     rows = normal(1, 8).requires_grad_()
     with pytest.raises(NotImplementedError, match="gives no gradients"):
         native.row_products(rows, normal(1, 2, 8)).sum().backward()
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("wide", [1, 13, 32, 100])
+@pytest.mark.parametrize("parts", ["experts", "mlp", "both"])
+def test_experts_and_an_mlp_added_up(wide: int, parts: str) -> None:
+    x, before = normal(1, 1, 40), normal(1, 1, 40, seed=1)
+    experts = normal(5, 2 * wide, 40, seed=2), normal(5, 40, wide, seed=3)
+    mlp = normal(wide, 40, seed=4), normal(wide, 40, seed=5), normal(40, wide, seed=6)
+    weights = torch.tensor([[0.5, 0.25, -1.0, 2.0]])
+    maps, routed = [], (None, None)
+    if parts != "mlp":
+        maps, routed = [*experts], (CHOSEN[None], weights)
+    if parts != "experts":
+        maps += mlp
+
+    def expected(dtype: torch.dtype) -> Tensor:
+        row, out = x.flatten().to(dtype), torch.zeros(40, dtype=dtype)
+        if parts != "mlp":
+            for expert, weight in zip(CHOSEN, weights[0], strict=True):
+                gate, up = (experts[0][expert].to(dtype) @ row).chunk(2)
+                out = out + weight * (experts[1][expert].to(dtype) @ (F.silu(gate) * up))
+        if parts != "experts":
+            gate, up, down = (matrix.to(dtype) for matrix in mlp)
+            out = out + down @ (F.silu(gate @ row) * (up @ row))
+        return before.flatten().to(dtype) + out
+
+    found = compiled.fed_forward(x, before, *routed, *compiled.as_parts(*maps))
+    exact, rounded = expected(torch.float64), expected(torch.bfloat16)
+    # As near to the exact result as the same in bfloat16 comes, within one of its steps.
+    error = (rounded - exact).abs().max() + exact.abs().max() * 2**-7
+    assert found.shape == x.shape
+    assert (found.flatten() - exact).abs().max() <= error
+
+
+def test_what_does_not_fit_a_layer_is_rejected() -> None:
+    x, weight, codes = normal(1, 1, 40), normal(24, 40, seed=1), torch.zeros(24, 40, dtype=torch.int8)
+    norm = normal(40, seed=2)
+    calls: list[tuple[tuple[Any, ...], str]] = [
+        ((x.float(), norm, 1e-6, [weight], [-1, 0, 0]), "the token has another dtype or size; wanted 40 features"),
+        ((x, norm[:39], 1e-6, [weight], [-1, 0, 0]), "the weight of a norm has another dtype or size"),
+        ((x, norm, 1e-6, [weight.float()], [-1, 0, 0]), "a weight has another dtype than before"),
+        ((x, norm, 1e-6, [weight[:, :39].contiguous()], [-1, 0, 0]), "rows do not fit; wanted .* of 39 features"),
+        ((x, norm, 1e-6, [weight.mT], [-1, 0, 0]), "a weight is no matrix, or does not lie row by row"),
+        ((x, norm, 1e-6, [weight, norm], [-1, 0, 1]), "a bias has another dtype or size; wanted 24 features"),
+        ((x, norm, 1e-6, [codes, norm], [0, 0, 0]), "scales have another dtype or size; wanted 24 in torch.bfloat16"),
+    ]
+    for call, line in calls:
+        with pytest.raises(RuntimeError, match=f"^{line}"):
+            compiled.normalised_products(*call)
+    stacks = [normal(5, 26, 40, seed=1), normal(5, 40, 13, seed=1)]
+    for chosen, weights, line in (
+        ([[5]], [[1.0]], r"chosen is \[5\]; wanted indices from 0 to 4"),
+        ([[1, 2]], [[1.0]], "the weights of experts do not fit; wanted 2 in torch.float32"),
+    ):
+        given = torch.tensor(chosen), torch.tensor(weights)
+        with pytest.raises(RuntimeError, match=f"^{line}"):
+            compiled.fed_forward(x, None, *given, *compiled.as_parts(*stacks))

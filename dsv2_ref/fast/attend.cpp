@@ -4,31 +4,7 @@
 // the rotated key. One key serves all heads, and its latent is also the value. Each thread takes its share of the keys, decodes
 // some at a time, which then stay in the processor's cache for every head, and keeps a running softmax. Sums are in float32.
 
-#ifdef __AVX512F__
-const int LANES = 16, SUMS = 16;  // numbers in a register of the processor; sums that keep it busy and fit into its registers
-#elif defined(__AVX__)
-const int LANES = 8, SUMS = 8;
-#else
-const int LANES = 4, SUMS = 8;
-#endif
 const int KEYS = 32;  // at a time
-
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
-typedef uint32_t word __attribute__((may_alias));  // of any of them
-
-template <typename Vector>
-static inline Vector load(const void* from) {
-    Vector vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-static inline floats all(float number) { return number - floats{}; }
-static inline floats numbers(integers x) { return __builtin_convertvector(x, floats); }
-static inline floats larger(floats a, floats b) { return a > b ? a : b; }
 
 // LANES pairs of numbers, which are multiplied and added two at a time: in bfloat16 where the processor does so, rounded.
 #ifdef __AVX512BF16__
@@ -59,21 +35,6 @@ static inline pairs everywhere(const pairs& x, int lane) { return {all(x.first[l
 
 static inline floats add_products(floats sum, pairs a, pairs b) { return sum + a.first * b.first + a.second * b.second; }
 #endif
-
-static inline floats exponential(floats x) {  // of at most 0, to the precision of a float
-    const floats times = larger(x, all(-87)) * 1.44269504f;
-    const integers whole = __builtin_convertvector(times - 0.5f, integers);
-    const floats r = (times - numbers(whole)) * 0.693147181f;
-    const floats power = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
-    return x < -87.f ? all(0) : x != x ? x : power * (floats)((whole + 127) << 23);
-}
-
-// What stands in a cache: codes of one of CACHE_FORMATS, or numbers in bfloat16 without scales.
-enum Format : int64_t { FP8, INT8, INT4, BFLOAT16 };
-
-static constexpr int64_t size_of(Format format, int64_t codes) {  // in bytes
-    return format == INT4 ? codes / 2 : format == BFLOAT16 ? codes * 2 : codes;
-}
 
 template <Format format>
 static inline pairs decode(const uint8_t* codes, float scale) {  // 2 * LANES of them
@@ -215,12 +176,6 @@ static std::vector<pairs> side_by_side(const bfloat16* queries, int64_t heads, c
             to[(i / numbers * LANES + i % LANES) * numbers + i % numbers / LANES * LANES + head % LANES] = from[i];
     }
     return out;
-}
-
-static bfloat16 nearest(float number) {  // in bfloat16, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &number, sizeof bits);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 static void attend_one(bfloat16* out, const bfloat16* queries, float scale, const uint8_t* cache, int64_t step, int64_t format,

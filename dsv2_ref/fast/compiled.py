@@ -1,25 +1,21 @@
-"""One token through a layer as compiled graphs, for CPUs.
+"""One token through a layer in C++ (``layer.cpp``), for CPUs.
 
 A step of decoding multiplies one row by many matrices, which costs what reading them costs, and between two products stand
-operations that take longer to start than to run. `dsv2_ref.fast.packed.pack_weights` with ``compiled=True`` gives modules a
-`Step`: graphs in which the products are those of `dsv2_ref.fast.rows`, and the compiler fuses the rest.
+operations that take longer to start than to run. `dsv2_ref.fast.packed.pack_weights` with ``compiled=True`` marks the modules
+whose single tokens go this way: four operators in place of some sixty.
 """
 
-import threading
-import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
 from dsv2_ref.fast.cpu import HALF_ON_CPU
-from dsv2_ref.fast.decode import attend_to_cache, serves
-from dsv2_ref.fast.native import cannot_build, row_products, takes
-from dsv2_ref.fast.rows import linear_row, mlp_row
+from dsv2_ref.fast.decode import attend_to_cache, format_of, serves
+from dsv2_ref.fast.native import in_cpp, why_not_built
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
 from dsv2_ref.mla import DeepseekV2Attention
@@ -27,54 +23,78 @@ from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, MoEGate, RoutedExperts
 from dsv2_ref.quantize import is_plain
 from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.quantized_modules import QuantizedExperts, QuantizedLinear
-from dsv2_ref.records import Record, attend_records
+from dsv2_ref.records import attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
-from dsv2_ref.rope import apply_rotary, position_tables
+from dsv2_ref.rope import position_tables
+
+# The operators. A linear map comes as the tensors of it and three numbers, see `as_parts`.
 
 
-def _may_change(guards: Any) -> list[bool]:
-    """Which of the compiler's guards are asked at every token: for what the modules hold, and for torch's state, but not
-    for this package's code."""
-    return [not guard.is_global and "__closure__" not in guard.name for guard in guards]
+@in_cpp("layer.cpp")
+def normalised_products(  # type: ignore[empty-body]
+    x: Tensor, norm: Tensor | None, eps: float, parts: list[Tensor], layout: list[int]
+) -> Tensor:
+    """What linear maps make of a token's RMSNorm (None: of the token), side by side: (1, outputs of all)."""
 
 
-GUARDS: dict[str, Any] = {"guard_filter_fn": _may_change}
+@in_cpp("layer.cpp")
+def absorbed(  # type: ignore[empty-body]
+    query: Tensor,
+    compressed: Tensor,
+    norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    w_uk: Tensor,
+    format: int,
+    tile: int,
+) -> tuple[Tensor, Tensor]:
+    """What `DeepseekV2Attention.forward` makes of projections: the absorbed query of every head (1, heads, 1, latent + rope),
+    and what is cached of the token (1, 1, latent + rope), or its record (1, 1, bytes)."""
 
 
-class Step:
-    """Compiles what modules do to one token, at the first token. Modules that share a `Step` share graphs; a copy compiles
-    its own."""
+@in_cpp("layer.cpp")
+def attended(  # type: ignore[empty-body]
+    residual: Tensor, mixed: Tensor, w_uv: Tensor, parts: list[Tensor], layout: list[int], norm: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The token after attention, from the mixed latents of every head, and its RMSNorm: (1, 1, hidden) each."""
 
-    def __init__(self) -> None:
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._seen: set[Any] = set()  # of which modules there are graphs
-        self._lock = threading.RLock()
 
-    def __call__(self, definition: Any, module: nn.Module, *others: Any) -> Any:
-        """What the function, or the definition behind it, gives."""
-        tensors = (x.flatten().view(x.shape) if isinstance(x, Tensor) else x for x in others)
-        args = module, *tensors  # else strides of sizes of 1 would count
-        constants = [x for x in others if not isinstance(x, Tensor)]
-        # A graph keeps the ways that it was made of, and is made for a number of threads.
-        key = definition, ops.is_off("cpu row"), torch.get_num_threads(), *constants
-        if (key, id(module)) in self._seen:
-            return ops.unwatched(self._compiled[key], *args)
-        with self._lock:  # else every thread that waits for the compiler compiles once more
-            if key not in self._compiled:
-                plain = getattr(definition, "__wrapped__", definition)
-                code = plain.__code__.replace()  # the compiler counts the graphs of a code, and stops at the eighth
-                own = types.FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
-                self._compiled[key] = torch.compile(own, dynamic=False, options=GUARDS)
-            out = ops.unwatched(self._compiled[key], *args)
-            self._seen.add((key, id(module)))
-            return out
+@in_cpp("layer.cpp")
+def fed_forward(  # type: ignore[empty-body]
+    x: Tensor,
+    residual: Tensor | None,
+    chosen: Tensor | None,
+    weights: Tensor | None,
+    parts: list[Tensor],
+    layout: list[int],
+) -> Tensor:
+    """The chosen experts of a token, weighted, plus an MLP, plus what it is added to, where there are such: (1, 1, hidden)."""
 
-    def __reduce__(self) -> Any:
-        return Step, ()
+
+def as_parts(*linear: Any) -> tuple[list[Tensor], list[int]]:
+    """The tensors of linear maps, or of stacks of them, each with its scales and bias, if it has them; and for each map the
+    inputs that share a scale (-1: there are no scales; 0: all), how many of its rows a block has, and whether it has a bias."""
+    parts: list[Tensor] = []
+    layout: list[int] = []
+    for one in linear:
+        bias = getattr(one, "bias", None)
+        if not isinstance(one, QuantizedWeight):
+            parts.append(one if isinstance(one, Tensor) else one.weight)
+            layout += -1, 0, bias is not None
+        elif one.kind == "int8":
+            parts += one.codes, one.scales
+            layout += 0, 0, bias is not None
+        else:
+            parts += one.codes, one.scales_and_zeros
+            layout += one.group, one.block_rows, bias is not None
+        if bias is not None:
+            parts.append(bias)
+    return parts, layout
 
 
 def _without_step(module: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> str:
-    if not hasattr(module, "step"):
+    if not getattr(module, "token_in_cpp", False):
         return "not packed with compiled=True"
     if hidden_states.numel() != hidden_states.shape[-1]:
         return "for one token"
@@ -84,9 +104,10 @@ def _without_step(module: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) 
         return "for plain tensors, whose operations nothing watches"
     if nn.modules.module._has_any_global_hook() or not runs_as_made(module):
         return "a part of it has a hook, or became another"
-    return cannot_build()
+    return why_not_built("layer.cpp")
 
 
+STEPS = DeepseekV2DecoderLayer, DeepseekV2MLP, DeepseekV2MoE
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 KNOWN: tuple[Any, ...] = (
     DeepseekV2DecoderLayer, DeepseekV2RMSNorm, DeepseekV2Attention, DeepseekV2MLP, DeepseekV2MoE, MoEGate,
@@ -96,8 +117,7 @@ FORWARDS = {kind.forward for kind in KNOWN}
 
 
 def runs_as_made(module: nn.Module) -> bool:
-    """Whether no part runs more than the ``forward`` of a known class, over weights that the ways for one row take. The compiler
-    has no guards for hooks."""
+    """Whether no part runs more than the ``forward`` of a known class, over weights of kinds that the operators take."""
     own = module.__dict__
     kind = type(module)
     known = kind.forward in FORWARDS and kind.__module__.startswith(("dsv2_ref.", "torch."))
@@ -105,20 +125,52 @@ def runs_as_made(module: nn.Module) -> bool:
         return False
     if own.get("kind", "int8") != "int8" and not own.get("block_rows"):
         return False
+    if any(
+        x is not None and not x.is_contiguous() for x in (*own["_parameters"].values(), own["_buffers"].get("codes"))
+    ):
+        return False
     return all(runs_as_made(part) for part in own["_modules"].values() if part is not None)
 
 
+def _feed(mlp: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+    if isinstance(mlp, DeepseekV2MLP):
+        return fed_forward(x, residual, None, None, *as_parts(mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    chosen, weights, _ = MoEGate.forward.__wrapped__(mlp.gate, x)
+    experts, shared = mlp.experts, mlp.shared_experts
+    maps = [experts.gate_up_proj, experts.down_proj]
+    if shared is not None:
+        maps += shared.gate_proj, shared.up_proj, shared.down_proj
+    return fed_forward(x, residual, chosen, weights.float(), *as_parts(*maps))
+
+
 @ops.faster(DeepseekV2MLP.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
-def _mlp_step(mlp: Any, hidden_states: Tensor) -> Tensor:
-    return mlp.step(mlp_row, mlp, hidden_states)
-
-
 @ops.faster(DeepseekV2MoE.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
-def _moe_step(moe: Any, hidden_states: Tensor) -> Tensor:
-    return moe.step(DeepseekV2MoE.forward, moe, hidden_states)
+def _mlp_or_moe(mlp: Any, hidden_states: Tensor) -> Tensor:
+    x = hidden_states.view(1, 1, -1)
+    return _feed(mlp, x, None).view_as(hidden_states)
 
 
-# A whole layer: its attention is between two graphs, as the number of its keys varies
+class LinearByRow(nn.Linear):
+    """A plain linear map outside of layers, such as a model's head, whose product with one row reads its weight as it lies."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(linear.__dict__)
+        self.token_in_cpp = True
+
+    forward = ops.defines()(nn.Linear.forward)
+
+
+FORWARDS.add(LinearByRow.forward)
+
+
+@ops.faster(LinearByRow.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
+def _linear(linear: nn.Linear, hidden_states: Tensor) -> Tensor:
+    out = normalised_products(hidden_states, None, 0.0, *as_parts(linear))
+    return out.view(*hidden_states.shape[:-1], -1)
+
+
+# A whole layer
 
 
 def _not_absorbed(
@@ -146,45 +198,6 @@ def _not_absorbed(
     return "" if form == "absorbed" else "for the absorbed form"
 
 
-def before_attention(
-    layer: Any,
-    hidden_states: Float[Tensor, "1 1 hidden"],
-    cos: Float[Tensor, "1 1 pairs"],
-    sin: Float[Tensor, "1 1 pairs"],
-    record: Record | None,
-) -> tuple[Float[Tensor, "1 heads 1 features"], Shaped[Tensor, "1 1 stored"]]:
-    """The absorbed query of every head, and what is cached of the token, as `DeepseekV2Attention.forward` makes them."""
-    attention: Any = layer.self_attn
-    H, C, R, N = attention.num_heads, attention.kv_lora_rank, attention.rotary_dim, attention.qk_nope_head_dim
-    x = layer.input_layernorm(hidden_states)
-    if attention.config.q_lora_rank is None:
-        query = linear_row(attention.q_proj, x)
-    else:
-        query = linear_row(attention.q_b_proj, attention.q_a_layernorm(linear_row(attention.q_a_proj, x)))
-    q_nope, q_pe = query.view(1, 1, H, N + R).transpose(1, 2).split((N, R), dim=-1)
-    compressed_kv, k_pe = linear_row(attention.kv_a_proj_with_mqa, x).split((C, R), dim=-1)
-    q_pe, k_pe = apply_rotary(q_pe, k_pe, cos, sin)
-    w_uk, _ = attention.up_matrices()  # (H, N, C)
-    absorbed = (q_nope[0].mT.float() * w_uk.float()).sum(dim=1)[None, :, None].to(q_pe.dtype)  # (1, H, 1, C)
-    new = torch.cat((attention.kv_a_layernorm(compressed_kv), k_pe), dim=-1)
-    return torch.cat((absorbed, q_pe), dim=-1), new if record is None else record.encode(new)
-
-
-def after_attention(
-    layer: Any,
-    hidden_states: Float[Tensor, "1 1 hidden"],
-    out: Float[Tensor, "1 heads 1 latent"],
-) -> Float[Tensor, "1 1 hidden"]:
-    """The rest of the layer, from the mixed latents of every head on."""
-    attention: Any = layer.self_attn
-    _, w_uv = attention.up_matrices()  # (H, V, C)
-    mixed = out[0, :, 0]  # (H, C)
-    out = row_products(mixed, w_uv) if takes(w_uv) else (w_uv.float() * mixed[:, None].float()).sum(dim=-1)
-    out = out.to(hidden_states.dtype)
-    hidden_states = hidden_states + linear_row(attention.o_proj, out.view(1, 1, -1))
-    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
-
-
 def attend_to_all(
     query: Float[Tensor, "1 heads 1 features"], cache: Any, attention: Any
 ) -> Float[Tensor, "1 heads 1 latent"]:
@@ -201,7 +214,7 @@ def attend_to_all(
 
 
 @ops.faster(DeepseekV2DecoderLayer.forward, "cpu compiled", why_not=_not_absorbed, **HALF_ON_CPU)
-def _layer_step(
+def _layer(
     layer: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
@@ -211,20 +224,33 @@ def _layer_step(
     use_cache: bool | None = False,
     position_embeddings: Any = None,
 ) -> tuple[Any, ...]:
-    attention, tables = layer.self_attn, position_embeddings
+    attention, past, tables = layer.self_attn, past_key_value, position_embeddings
     if tables is None:
-        tables = position_tables(attention.config, hidden_states, position_ids, past_key_value)
-    record = past_key_value.record
-    query, new = layer.step(before_attention, layer, hidden_states, *tables, record)
-    present = past_key_value.append(new) if record is None else past_key_value.append_records(new)
+        tables = position_tables(attention.config, hidden_states, position_ids, past)
+    before, between, after = layer.input_layernorm, attention.kv_a_layernorm, layer.post_attention_layernorm
+    w_uk, w_uv = attention.up_matrices()
+
+    compressed = attention.config.q_lora_rank is not None
+    first = attention.q_a_proj if compressed else attention.q_proj
+    maps = as_parts(first, attention.kv_a_proj_with_mqa)
+    both = normalised_products(hidden_states, before.weight, before.variance_epsilon, *maps)
+    query, compressed_kv = both.split((first.out_features, *attention.cache_features), dim=-1)
+    if compressed:
+        norm, maps = attention.q_a_layernorm, as_parts(attention.q_b_proj)
+        query = normalised_products(query, norm.weight, norm.variance_epsilon, *maps)
+    format = format_of(past, attention.kv_lora_rank)
+    query, new = absorbed(query, compressed_kv, between.weight, between.variance_epsilon, *tables, w_uk, *format)
+    present = past.append(new) if past.record is None else past.append_records(new)
     out = attend_to_all(query, present, attention)
-    hidden_states = layer.step(after_attention, layer, hidden_states, out)
+    maps = as_parts(attention.o_proj)
+    hidden_states, x = attended(hidden_states, out, w_uv, *maps, after.weight, after.variance_epsilon)
+    hidden_states = _feed(layer.mlp, x, hidden_states)
     return (hidden_states, present) if use_cache else (hidden_states,)
 
 
 def steps_of(module: nn.Module) -> list[Any]:
-    """The layers, MLPs and MoE in it that the compiler can make into graphs for one token: with plain bfloat16 weights, or
-    codes over it that the ways for one row take, on the CPU, that run no more than was made of them."""
+    """The layers, MLPs and MoE in it of which one token can run in C++: with plain bfloat16 weights, or codes over it, int8
+    or four bits that are laid out, on the CPU, that run no more than was made of them."""
 
     def fits(part: nn.Module) -> bool:
         if isinstance(part, RoutedExperts | nn.Linear) and not is_plain(part):
@@ -236,6 +262,5 @@ def steps_of(module: nn.Module) -> list[Any]:
             weights.append(part.like)  # of the dtype that the codes stand for
         return all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in weights)
 
-    kinds = DeepseekV2DecoderLayer | DeepseekV2MLP | DeepseekV2MoE
-    found = (part for part in module.modules() if isinstance(part, kinds))
+    found = (part for part in module.modules() if isinstance(part, STEPS))
     return [part for part in found if runs_as_made(part) and all(fits(x) for x in part.modules())]

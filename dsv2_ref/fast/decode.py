@@ -42,10 +42,14 @@ def attend_to_cache(
     query: BFloat16[Tensor, "batch heads 1 features"], cache: LatentCache, latent: int, scale: float
 ) -> BFloat16[Tensor, "batch heads 1 latent"]:
     """`dsv2_ref.attention.attend` of one token to all of a cache, in whatever format."""
-    kind, tile = len(CACHE_FORMATS), latent
-    if cache.record is not None:
-        kind, tile = CACHE_FORMATS.index(cache.record.format), cache.record.tile
-    return attend_to_keys(query[:, :, 0], cache.stored, latent, scale, kind, tile)[:, :, None]
+    return attend_to_keys(query[:, :, 0], cache.stored, latent, scale, *format_of(cache, latent))[:, :, None]
+
+
+def format_of(cache: LatentCache, latent: int) -> tuple[int, int]:
+    """The place of a cache's format in `CACHE_FORMATS`, behind them for what is as it is; and how many neighbours share a
+    scale."""
+    record = cache.record
+    return (len(CACHE_FORMATS), latent) if record is None else (CACHE_FORMATS.index(record.format), record.tile)
 
 
 NAME = "cpu one token"

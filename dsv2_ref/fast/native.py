@@ -1,5 +1,5 @@
-"""Functions in C++, which torch's compiler of graphs builds at the first use, and the products of one row among them
-(``rows.cpp``).
+"""Operators of torch in C++, which are compiled at the first use on a machine, with torch's own settings, and the products of
+one row among them (``rows.cpp``).
 
 torch's own products read a matrix for one row at half of what memory gives, and so do sums that its compiler writes. These
 read it once, as it lies, and only the matrices that are chosen of a stack.
@@ -69,13 +69,20 @@ FLAGS = "-ftree-loop-vectorize", "-ffp-contract=fast"
 NAMESPACE = "dsv2_ref"
 
 
+HEADERS = {
+    "rows.cpp": ("operators.h", "products.h"),
+    "layer.cpp": ("operators.h", "products.h"),
+    "attend.cpp": ("operators.h",),
+}
+
+
 @cache
 def build(file: str) -> None:
     """Compile a file and load it: its functions become those of the operators of these names for CPUs."""
     from torch._inductor.codecache import CppCodeCache
 
     folder = resources.files("dsv2_ref.fast")
-    source = "".join(folder.joinpath(name).read_text() for name in ("operators.h", file))
+    source = "".join(folder.joinpath(name).read_text() for name in (*HEADERS[file], file))
     CppCodeCache.load(source, extra_flags=(*FLAGS, f"-DNAMESPACE={NAMESPACE}"))
 
 
@@ -96,9 +103,9 @@ def _no_gradients(*_: Any) -> None:
     raise NotImplementedError("what is computed of one row in C++ gives no gradients")
 
 
-def in_cpp(file: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Any]:
+def in_cpp(file: str, fake: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Make the decorated signature an operator of torch for CPUs, whose code is in a file. The first call builds it; ``fake``
-    makes an empty output."""
+    makes an empty output, for graphs."""
 
     def declare(signature: Callable[..., Any]) -> Any:
         @functools.wraps(signature)
@@ -120,11 +127,11 @@ def _empty(rows: Tensor, weight: Tensor, chosen: Tensor | None = None, *_: Any) 
 
 @in_cpp("rows.cpp", _empty)
 def row_products(rows: Tensor, weight: Tensor, chosen: Tensor | None = None) -> Tensor:  # type: ignore[empty-body]
-    """``weight[chosen] @ rows`` in float32, where ``weight`` is a stack of matrices in bfloat16, or of int8 codes.
+    """``weight[chosen] @ rows`` in float32, where ``weight`` is a stack of matrices in bfloat16, float32, or of int8 codes.
 
     Args:
-        rows: (1 or choices, inputs) bfloat16: one row, or one for each choice. weight: (stack, outputs, inputs), see
-            `takes`. chosen: (choices,) integers; None takes every matrix in its turn.
+        rows: (1 or choices, inputs) bfloat16: one row, or one for each choice. weight: (stack, outputs, inputs), whose rows,
+            or columns, lie one behind the other. chosen: (choices,) integers; None takes every matrix in its turn.
 
     Returns:
         (choices, outputs).

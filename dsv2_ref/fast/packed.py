@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.checks import is_module, require
-from dsv2_ref.fast.compiled import Step, steps_of
-from dsv2_ref.fast.native import find_compiler
+from dsv2_ref.fast.compiled import STEPS, LinearByRow, steps_of
+from dsv2_ref.fast.native import find_compiler, why_not_built
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
 from dsv2_ref.mla import DeepseekV2Attention, offers_matrices
@@ -217,11 +217,10 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
 
     Args:
         module: on the CPU, in bfloat16, or float32, which gains little; it is returned.
-        compiled: leave the weights of layers in bfloat16, or in codes over it, as they lie, and make graphs of a token's way
-            through each layer (``torch.compile``, at the first token: some 10 seconds for each kind of layer), with
-            products and attention to a quantised cache in C++ (`dsv2_ref.fast.native`). The fastest way to decode one
-            sequence; it needs a C++ compiler and Python's headers. Calls with more tokens, sequences or a mask take the
-            usual ways, over weights that are not rearranged.
+        compiled: leave the weights of layers in bfloat16, or in codes over it, as they lie, and take each single token through
+            them, and through linear maps outside of attention, in C++ (`dsv2_ref.fast.compiled`). The fastest way to decode
+            one sequence; it needs a C++ compiler and Python's headers, and some 20 seconds, once on a machine. Calls with more
+            tokens, sequences or a mask take the usual ways, over weights that are not rearranged.
 
     Raises:
         ValueError: for what is no module, weights of another dtype or device, and ``compiled`` where some are packed
@@ -232,6 +231,8 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
     is_module(module)
     if compiled:
         find_compiler()
+        if reason := why_not_built("layer.cpp"):
+            raise RuntimeError(f"compiled is True; {reason}")
         for name, part in module.named_modules():
             again = isinstance(part, PackedLinear | PackedExperts)
             require(not again, f"compiled is True, and {name or 'the module'}", part, "weights that are not packed yet")
@@ -261,12 +262,10 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
         if can_lay_out(held):
             lay_out_codes(held)
     steps = steps_of(module) if compiled else []
-    whole, step = {child for part in steps for child in part.modules()}, Step()
-    for part in module.modules():
-        if isinstance(part.__dict__.get("step"), Step):  # of an earlier call
-            del part.step
-    for part in steps:
-        part.step = step
+    whole = {child for part in steps for child in part.modules()}
+    parts: list[Any] = [part for part in module.modules() if isinstance(part, STEPS)]
+    for part in parts:
+        part.token_in_cpp = part in steps
     wide = {gate.weight: PackedGate.widened(gate) for _, _, gate in gates}  # one for what several share
     made = {gate: PackedGate(gate, wide[gate.weight]) for _, _, gate in gates}
     for parent, name, gate in gates:
@@ -280,7 +279,8 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
             packed = PackedUpProjection(parent)
         else:
             assert isinstance(child, nn.Linear)
-            packed = PackedLinear(child)
+            by_row = compiled and not isinstance(parent, DeepseekV2Attention) and child.weight.dtype == torch.bfloat16
+            packed = LinearByRow(child) if by_row else PackedLinear(child)
         setattr(parent, name, packed)
     module.register_load_state_dict_pre_hook(_refuse_to_load)
     return module

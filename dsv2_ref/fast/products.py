@@ -230,12 +230,12 @@ def grouped_product(
 
 
 def as_operator(
-    fake: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., None] | None = None
+    fake: Callable[..., Any] | None, backward: Callable[..., Any], save: Callable[..., None] | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make the decorated ``_name`` the operator ``dsv2_ref::name`` of torch, which the compiler does not look into.
 
     Args:
-        fake: makes empty outputs of the right shapes. backward: gives the gradients. save: keeps what they need.
+        fake: makes empty outputs of the right shapes, for graphs. backward: gives the gradients. save: keeps what they need.
     """
 
     def declare(run: Callable[..., Any]) -> Any:
@@ -244,7 +244,8 @@ def as_operator(
         library = torch.library
         library.define(f"dsv2_ref::{name}", library.infer_schema(run, mutates_args=()))
         library.impl(f"dsv2_ref::{name}", "default", run)
-        library.register_fake(f"dsv2_ref::{name}", fake)
+        if fake is not None:
+            library.register_fake(f"dsv2_ref::{name}", fake)
         library.register_autograd(f"dsv2_ref::{name}", backward, setup_context=save)
         operator = getattr(torch.ops.dsv2_ref, name).default
         operator.__wrapped__ = run

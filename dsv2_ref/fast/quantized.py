@@ -127,6 +127,8 @@ def _not_few_int8(rows: Tensor, weight: QuantizedWeight, place: Any = ...) -> st
     outputs, inputs = weight.shape[-2:]
     if inputs % STEP or outputs % STEP:  # torch's kernel reads past the end of others
         return f"for widths that {STEP} divides"
+    if not weight.codes.is_contiguous():
+        return "for codes that lie row by row"
     return _not_few(rows, weight, "int8")
 
 

@@ -1,5 +1,5 @@
-"""Ways for one row in compiled graphs on CPUs, with the products of `dsv2_ref.fast.native`. What stands between the products
-the compiler fuses, so that little else is left.
+"""Ways for one row in graphs that ``torch.compile`` makes for CPUs, with the products of `dsv2_ref.fast.native`. What stands
+between the products the compiler fuses.
 """
 
 from typing import Any

@@ -1,0 +1,279 @@
+// One token through a layer, with every number that `DeepseekV2DecoderLayer.forward` rounds to bfloat16 rounded to it, but for
+// what stands between a sum and the next rounding. See products.h for the products.
+
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+
+typedef std::vector<bfloat16> Numbers;
+typedef std::vector<float> Sums;
+
+static Numbers rounded(const Sums& sums) {
+    Numbers numbers(sums.size());
+    for (size_t i = 0; i < sums.size(); i++) numbers[i] = nearest(sums[i]);
+    return numbers;
+}
+
+static Numbers numbers_of(const Tensor& tensor, int64_t count, const char* name) {
+    const bool fits = tensor.scalar_type() == ScalarType::BFloat16 && tensor.numel() == count;
+    require(fits, name, " has another dtype or size; wanted ", count, " features in torch.bfloat16");
+    const Tensor flat = torch::stable::contiguous(tensor);
+    return Numbers(data<bfloat16>(flat), data<bfloat16>(flat) + count);
+}
+
+static Tensor as_tensor(const Tensor& like, const Numbers& numbers, const std::vector<int64_t>& shape) {
+    Tensor out = torch::stable::new_empty(like, shape, ScalarType::BFloat16);
+    std::copy(numbers.begin(), numbers.end(), data<bfloat16>(out));
+    return out;
+}
+
+// A linear map, or a stack of them, whose weight is in bfloat16 or codes.
+struct Map {
+    Tensor weight;
+    std::optional<Tensor> scales, bias;  // of int4: with zeros
+    int64_t group, block;                // of int4, else 0
+    int64_t stack, outputs, inputs;
+
+    Map(const Tensor& weight, std::optional<Tensor> scales, std::optional<Tensor> bias, int64_t group, int64_t block)
+        : weight(weight), scales(scales), bias(bias), group(group), block(block) {
+        const int64_t dims = weight.dim();
+        require((dims == 2 || dims == 3) && weight.is_contiguous(), "a weight is no matrix, or does not lie row by row");
+        stack = dims == 3 ? weight.size(0) : 1, outputs = weight.size(dims - 2), inputs = weight.size(dims - 1) * (group ? 2 : 1);
+        const ScalarType wanted = group ? ScalarType::Byte : scales ? ScalarType::Char : ScalarType::BFloat16;
+        require(weight.scalar_type() == wanted, "a weight has another dtype than before");
+        require(!bias || (bias->scalar_type() == ScalarType::BFloat16 && bias->numel() == outputs && bias->is_contiguous()),
+                "a bias has another dtype or size; wanted ", outputs, " features in torch.bfloat16");
+        const int64_t per_row = group ? 2 * (inputs / group) : 1;
+        require(!scales || (scales->scalar_type() == ScalarType::BFloat16 && scales->numel() == stack * outputs * per_row &&
+                            scales->is_contiguous()),
+                "scales have another dtype or size; wanted ", stack * outputs * per_row, " in torch.bfloat16");
+        require(!group || (inputs % group == 0 && block > 0 && outputs % block == 0), "codes are not laid out as before");
+    }
+
+    // Of one row, or of one for each choice: (choices, outputs).
+    Numbers operator()(const Numbers& rows, const int64_t* chosen = nullptr, int64_t choices = 1) const {
+        const bool alike = int64_t(rows.size()) == inputs;
+        require(alike || int64_t(rows.size()) == choices * inputs, "rows do not fit; wanted one, or one for each choice, of ",
+                inputs, " features");
+        const int64_t threads = torch::stable::get_num_threads();
+        Sums out(choices * outputs);
+        const auto multiply = [&](const auto* matrices) {
+            product(out.data(), rows.data(), alike, matrices, outputs * inputs, chosen, choices, outputs, inputs, threads);
+        };
+        if (group)
+            product(out.data(), rows.data(), alike, data<uint8_t>(weight), data<bfloat16>(*scales), group, block, chosen, choices,
+                    outputs, inputs, threads);
+        else if (scales)
+            multiply(data<int8_t>(weight));
+        else
+            multiply(data<bfloat16>(weight));
+        for (int64_t c = 0; c < choices && !group && scales; c++) {
+            const bfloat16* scale = data<bfloat16>(*scales) + (chosen ? chosen[c] : c) * outputs;
+            for (int64_t o = 0; o < outputs; o++) out[c * outputs + o] *= value(scale[o]);
+        }
+        Numbers numbers = rounded(out);
+        for (int64_t o = 0; o < outputs && bias; o++) numbers[o] = nearest(value(numbers[o]) + value(data<bfloat16>(*bias)[o]));
+        return numbers;
+    }
+};
+
+// Of each map its group (-1: no scales, 0: of int8), its block, and whether it has a bias.
+static std::vector<Map> maps_of(const std::vector<Tensor>& parts, const std::vector<int64_t>& layout) {
+    std::vector<Map> maps;
+    size_t part = 0;
+    for (size_t i = 0; i < layout.size(); i += 3) {
+        const Tensor& weight = parts.at(part++);
+        std::optional<Tensor> scales, bias;
+        if (layout[i] >= 0) scales = parts.at(part++);
+        if (layout.at(i + 2)) bias = parts.at(part++);
+        maps.emplace_back(weight, scales, bias, std::max<int64_t>(layout[i], 0), layout.at(i + 1));
+    }
+    return maps;
+}
+
+static Numbers normalised(const Numbers& x, const Tensor& weight, double eps) {
+    const Numbers gains = numbers_of(weight, x.size(), "the weight of a norm");
+    double squares = 0;
+    for (bfloat16 number : x) squares += double(value(number)) * value(number);
+    const float factor = 1 / std::sqrt(squares / x.size() + eps);
+    Numbers out(x.size());
+    for (size_t i = 0; i < x.size(); i++) out[i] = nearest(value(nearest(value(x[i]) * factor)) * value(gains[i]));
+    return out;
+}
+
+static Numbers sum(const Numbers& a, const Numbers& b) {
+    Numbers out(a.size());
+    for (size_t i = 0; i < a.size(); i++) out[i] = nearest(value(a[i]) + value(b[i]));
+    return out;
+}
+
+// Pairs of neighbours, turned by an angle each.
+static void rotate(bfloat16* to, const bfloat16* from, const float* cos, const float* sin, int64_t pairs) {
+    for (int64_t i = 0; i < pairs; i++) {
+        const float even = value(from[2 * i]), odd = value(from[2 * i + 1]);
+        to[2 * i] = nearest(even * cos[i] - odd * sin[i]), to[2 * i + 1] = nearest(even * sin[i] + odd * cos[i]);
+    }
+}
+
+static floats some_of(const bfloat16* numbers, int64_t count) {  // and zeros, up to LANES
+    bfloat16 some[LANES] = {};
+    std::memcpy(some, numbers, count * sizeof(bfloat16));
+    return (floats)(__builtin_convertvector(load<halves>(some), integers) << 16);
+}
+
+static Numbers silu_times(const bfloat16* gates, const bfloat16* ups, int64_t count) {
+    Numbers out(count);
+    for (int64_t first = 0; first < count; first += LANES) {
+        const int64_t some = std::min<int64_t>(LANES, count - first);
+        const floats gate = some_of(gates + first, some), up = some_of(ups + first, some);
+        const floats small = exponential(gate > 0 ? -gate : gate), activated = gate * (gate > 0 ? all(1) : small) / (1 + small);
+        for (int64_t i = 0; i < some; i++) out[first + i] = nearest(value(nearest(activated[i])) * up[i]);
+    }
+    return out;
+}
+
+// W_UK or W_UV of every head times a row of its own: (heads, outputs).
+static Numbers by_head(const Tensor& weight, const Numbers& rows) {
+    const ScalarType kind = weight.scalar_type();
+    require(weight.dim() == 3 && (kind == ScalarType::BFloat16 || kind == ScalarType::Float),
+            "kv_b_proj has another dtype; wanted torch.bfloat16 or torch.float32");
+    const int64_t heads = weight.size(0), outputs = weight.size(1), inputs = weight.size(2);
+    const bool by_outputs = weight.stride(2) == 1 && weight.stride(1) == inputs;
+    require(by_outputs || (weight.stride(1) == 1 && weight.stride(2) == outputs), "kv_b_proj does not lie row by row");
+    Sums out(heads * outputs);
+    const auto multiply = [&](const auto* matrices) {
+        const auto multiply = by_outputs ? product<std::decay_t<decltype(*matrices)>> : product_by_inputs<std::decay_t<decltype(*matrices)>>;
+        multiply(out.data(), rows.data(), false, matrices, weight.stride(0), nullptr, heads, outputs, inputs,
+                 torch::stable::get_num_threads());
+    };
+    kind == ScalarType::Float ? multiply(data<float>(weight)) : multiply(data<bfloat16>(weight));
+    return rounded(out);
+}
+
+// The operators of torch
+
+static Tensor normalised_products(Tensor x, std::optional<Tensor> norm, double eps, std::vector<Tensor> parts,
+                                  std::vector<int64_t> layout) {
+    Numbers row = numbers_of(x, x.numel(), "the token");
+    if (norm) row = normalised(row, *norm, eps);
+    Numbers out;
+    for (const Map& map : maps_of(parts, layout)) {
+        const Numbers some = map(row);
+        out.insert(out.end(), some.begin(), some.end());
+    }
+    return as_tensor(x, out, {1, int64_t(out.size())});
+}
+
+// What is cached of a token, a latent and a rotated key, as the bytes of `Record.encode`.
+static std::vector<uint8_t> encoded(const Numbers& token, int64_t latent, int64_t tile, Format format) {
+    const float most = value(bfloat16(0x7f7f)), largest = format == FP8 ? 448 : format == INT8 ? 127 : 7;
+    std::vector<uint8_t> codes(size_of(format, latent)), scales;
+    for (int64_t first = 0; first < latent; first += tile) {
+        float numbers[tile], size = 0;
+        for (int64_t i = 0; i < tile; i++) {
+            const float x = value(token[first + i]);
+            numbers[i] = x != x ? x : std::clamp(x, -most, most);
+            size = x != x || size != size ? NAN : std::max(size, std::abs(numbers[i]));
+        }
+        const float scale = size / largest, unit = scale > 0 ? scale : 1;
+        const uint8_t* bytes = reinterpret_cast<const uint8_t*>(&scale);
+        scales.insert(scales.end(), bytes, bytes + sizeof scale);
+        for (int64_t i = 0; i < tile; i++) {
+            const float number = std::clamp(numbers[i] / unit, -largest, largest);
+            const int code = format == FP8 ? c10::Float8_e4m3fn(number).x : int(std::nearbyint(number));
+            if (format == INT4)
+                codes[(first + i) / 2] |= (code + 8) << (i % 2 * 4);
+            else
+                codes[first + i] = code;
+        }
+    }
+    codes.insert(codes.end(), scales.begin(), scales.end());
+    const uint8_t* key = reinterpret_cast<const uint8_t*>(&token[latent]);
+    codes.insert(codes.end(), key, key + (token.size() - latent) * sizeof(bfloat16));
+    return codes;
+}
+
+// The query of every head as it comes to the latents, and what is cached of the token, as it is or as a record.
+static std::tuple<Tensor, Tensor> absorbed(Tensor query, Tensor compressed, Tensor norm, double eps, Tensor cos, Tensor sin,
+                                           Tensor w_uk, int64_t format, int64_t tile) {
+    const int64_t heads = w_uk.size(0), nope = w_uk.size(1), latent = w_uk.size(2), rope = 2 * cos.numel();
+    const Numbers all_heads = numbers_of(query, heads * (nope + rope), "the query");
+    const Numbers key = numbers_of(compressed, latent + rope, "the compressed token");
+    require(cos.scalar_type() == ScalarType::Float && sin.scalar_type() == ScalarType::Float && sin.numel() == cos.numel() &&
+                cos.is_contiguous() && sin.is_contiguous(),
+            "position_embeddings have another dtype or size; wanted cosines and sines in torch.float32");
+    Numbers without_position;
+    for (int64_t head = 0; head < heads; head++) {
+        const bfloat16* own = &all_heads[head * (nope + rope)];
+        without_position.insert(without_position.end(), own, own + nope);
+    }
+    const Numbers at_latents = by_head(torch::stable::transpose(w_uk, 1, 2), without_position);
+    Numbers out(heads * (latent + rope)), cached = normalised(Numbers(key.begin(), key.begin() + latent), norm, eps);
+    for (int64_t head = 0; head < heads; head++) {
+        bfloat16* to = &out[head * (latent + rope)];
+        std::copy_n(&at_latents[head * latent], latent, to);
+        rotate(to + latent, &all_heads[head * (nope + rope) + nope], data<float>(cos), data<float>(sin), rope / 2);
+    }
+    cached.resize(latent + rope);
+    rotate(&cached[latent], &key[latent], data<float>(cos), data<float>(sin), rope / 2);
+    const Tensor queries = as_tensor(query, out, {1, heads, 1, latent + rope});
+    if (format == BFLOAT16) return {queries, as_tensor(query, cached, {1, 1, latent + rope})};
+    require(format >= FP8 && format < BFLOAT16 && tile > 0 && latent % tile == 0, "the cache has another format");
+    const std::vector<uint8_t> bytes = encoded(cached, latent, tile, Format(format));
+    Tensor record = torch::stable::new_empty(query, {1, 1, int64_t(bytes.size())}, ScalarType::Byte);
+    std::copy(bytes.begin(), bytes.end(), data<uint8_t>(record));
+    return {queries, record};
+}
+
+// The token after attention, from the mixed latents of every head, and the same normalised.
+static std::tuple<Tensor, Tensor> attended(Tensor residual, Tensor mixed, Tensor w_uv, std::vector<Tensor> parts,
+                                           std::vector<int64_t> layout, Tensor norm, double eps) {
+    const Numbers values = by_head(w_uv, numbers_of(mixed, w_uv.size(0) * w_uv.size(2), "what is mixed of the latents"));
+    const Numbers added = maps_of(parts, layout).at(0)(values);
+    const Numbers out = sum(numbers_of(residual, added.size(), "the token"), added);
+    return {as_tensor(residual, out, {1, 1, int64_t(out.size())}),
+            as_tensor(residual, normalised(out, norm, eps), {1, 1, int64_t(out.size())})};
+}
+
+// The routed experts that were chosen, if some were, and the MLP of all tokens, if there is one: added up, and to the residual.
+// Of the maps two are the stacks of the experts, and three those of the MLP.
+static Tensor fed_forward(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> chosen, std::optional<Tensor> weights,
+                          std::vector<Tensor> parts, std::vector<int64_t> layout) {
+    const std::vector<Map> maps = maps_of(parts, layout);
+    const Numbers row = numbers_of(x, x.numel(), "the token");
+    Numbers out;
+    if (chosen) {
+        const Map &gates_and_ups = maps.at(0), &down = maps.at(1);
+        const Choices choices = checked(chosen, std::min(gates_and_ups.stack, down.stack));
+        require(weights && weights->scalar_type() == ScalarType::Float && weights->numel() == choices.count &&
+                    weights->is_contiguous(),
+                "the weights of experts do not fit; wanted ", choices.count, " in torch.float32");
+        const Numbers both = gates_and_ups(row, choices.pointer(), choices.count);
+        const int64_t wide = gates_and_ups.outputs / 2;
+        Numbers between;
+        for (int64_t c = 0; c < choices.count; c++) {
+            const Numbers own = silu_times(&both[c * 2 * wide], &both[c * 2 * wide + wide], wide);
+            between.insert(between.end(), own.begin(), own.end());
+        }
+        const Numbers of_experts = down(between, choices.pointer(), choices.count);
+        Sums mixed(down.outputs);
+        for (int64_t c = 0; c < choices.count; c++)
+            for (int64_t o = 0; o < down.outputs; o++)
+                mixed[o] += value(of_experts[c * down.outputs + o]) * data<float>(*weights)[c];
+        out = rounded(mixed);
+    }
+    if (maps.size() >= 3) {
+        const Map* mlp = &maps[maps.size() - 3];
+        const Numbers gates = mlp[0](row), ups = mlp[1](row);
+        require(gates.size() == ups.size(), "gate_proj and up_proj have other sizes");
+        const Numbers own = mlp[2](silu_times(gates.data(), ups.data(), gates.size()));
+        out = out.empty() ? own : sum(out, own);
+    }
+    if (residual) out = sum(numbers_of(*residual, out.size(), "the residual"), out);
+    return as_tensor(x, out, {1, 1, int64_t(out.size())});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, library) {
+    library.impl("normalised_products", TORCH_BOX(&normalised_products));
+    library.impl("absorbed", TORCH_BOX(&absorbed));
+    library.impl("attended", TORCH_BOX(&attended));
+    library.impl("fed_forward", TORCH_BOX(&fed_forward));
+}
