@@ -7,7 +7,6 @@ not fit into memory together. They are random: the time does not depend on them.
 import argparse
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -119,7 +118,6 @@ def cache_table(config: DeepseekV2Config, rounds: int) -> list[dict[str, Any]]:
 
 
 def _whole(weights: str, tokens: int, threads: int, config: DeepseekV2Config) -> dict[str, Any]:
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the compiler's own processes would outlive this one
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     bandwidths = [read_bandwidth()]  # before and after: on shared machines it changes within minutes

@@ -241,10 +241,13 @@ def is_plain_linear(module: nn.Module) -> bool:
     own = not isinstance(module, nn.Linear) or type(module).forward is not LINEAR
     if own or hooks or "forward" in module.__dict__:
         return False
-    return not is_traceable_wrapper_subclass(module.weight)
+    weight: Any = module.weight
+    usual = type(weight).__torch_function__ in TORCH_FUNCTIONS
+    return usual and not is_traceable_wrapper_subclass(weight)
 
 
 LINEAR = nn.Linear.forward
+TORCH_FUNCTIONS = Tensor.__torch_function__, nn.Parameter.__torch_function__
 
 
 class DeepseekV2FlashAttention2(DeepseekV2Attention):

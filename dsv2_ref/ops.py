@@ -190,8 +190,11 @@ def _choose(
         elif way.dtypes and first.dtype not in way.dtypes:
             reason = f"not for {first.dtype}"
         elif not way.gradients and torch.is_grad_enabled():
-            weights = args[0].parameters() if isinstance(args[0], nn.Module) else ()
-            for x in (*args, *kwargs.values(), *weights):
+            given = (*args, *kwargs.values())
+            modules = [x for x in given if isinstance(x, nn.Module)]
+            weights = [x for module in modules for x in module.parameters()]
+            others = [x for module in modules for x in module.buffers()]
+            for x in (*given, *weights, *others):
                 if isinstance(x, Tensor) and x.requires_grad:
                     reason = "gives no gradients"
         if not reason and way.why_not is not None:

@@ -1,6 +1,7 @@
 """Products of one row in C++: against float64, for every layout, and without the instructions that some processors lack."""
 
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -214,6 +215,15 @@ def test_scales_that_do_not_fit_are_rejected() -> None:
     codes, scales = torch.zeros(1, 64, 32, dtype=torch.uint8), torch.ones(1, 1, 64, 2).bfloat16()
     with pytest.raises(RuntimeError, match="wanted them, and scales, as pack_weights lays them out"):
         native.row_products_of_int4(normal(1, 64), codes, None, scales, 32, 64)
+    scales = torch.ones(1, 2, 64, 2).bfloat16()
+    with pytest.raises(RuntimeError, match="wanted them, and scales, as pack_weights lays them out"):
+        native.row_products_of_int4(normal(1, 64), codes, None, scales, 32, 8)
+
+
+def test_the_first_words_of_a_compiler_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
+    line = native.why_not_built.__wrapped__("rows.cpp")
+    assert re.fullmatch(r"rows.cpp cannot be built: .*error: .*no-such-flag.*", line)
 
 
 def test_they_are_operators_of_torch() -> None:
@@ -350,3 +360,13 @@ def test_what_does_not_fit_a_layer_is_rejected() -> None:
         given = torch.tensor(chosen), torch.tensor(weights)
         with pytest.raises(RuntimeError, match=f"^{line}"):
             compiled.fed_forward(x, None, *given, *compiled.as_parts(*stacks))
+
+
+def test_only_gcc_is_given_flags_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, ...]] = []
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", lambda _, extra_flags: given.append(extra_flags))
+    for is_gcc in (True, False):
+        monkeypatch.setattr("torch._inductor.cpp_builder.is_gcc", lambda is_gcc=is_gcc: is_gcc)
+        native.build.__wrapped__("rows.cpp")
+    assert "-ftree-loop-vectorize" in given[0]
+    assert "-ftree-loop-vectorize" not in given[1], "clang stops at flags that it does not know"

@@ -2,7 +2,7 @@
 
 A step of decoding multiplies one row by many matrices, which costs what reading them costs, and between two products stand
 operations that take longer to start than to run. `dsv2_ref.fast.packed.pack_weights` with ``compiled=True`` marks the modules
-whose single tokens go this way: four operators in place of some sixty.
+whose single tokens go this way: five or six operators, beside those of the gate, in place of some sixty.
 """
 
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from dsv2_ref import ops
 from dsv2_ref.attention import attend
+from dsv2_ref.cache import LatentCache
 from dsv2_ref.fast.cpu import HALF_ON_CPU
 from dsv2_ref.fast.decode import attend_to_cache, format_of, serves
-from dsv2_ref.fast.native import in_cpp, why_not_built
+from dsv2_ref.fast.native import in_cpp, is_watched, why_not_built
 from dsv2_ref.layer import DeepseekV2DecoderLayer
 from dsv2_ref.masks import Visibility
 from dsv2_ref.mla import DeepseekV2Attention
@@ -23,7 +24,7 @@ from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, MoEGate, RoutedExperts
 from dsv2_ref.quantize import is_plain
 from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.quantized_modules import QuantizedExperts, QuantizedLinear
-from dsv2_ref.records import attend_records
+from dsv2_ref.records import QuantizedLatentCache, Record, attend_records
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import position_tables
 
@@ -93,43 +94,54 @@ def as_parts(*linear: Any) -> tuple[list[Tensor], list[int]]:
     return parts, layout
 
 
-def _without_step(module: nn.Module, hidden_states: Tensor, *_: Any, **__: Any) -> str:
-    if not getattr(module, "token_in_cpp", False):
+def _without_step(module: nn.Module, hidden_states: Tensor) -> str:
+    made = getattr(module, "token_in_cpp", None)
+    if made is None:
         return "not packed with compiled=True"
-    if hidden_states.numel() != hidden_states.shape[-1]:
+    if hidden_states.ndim == 0 or hidden_states.numel() != hidden_states.shape[-1]:
         return "for one token"
     if module.training or torch.is_autocast_enabled("cpu"):
         return "for inference without torch.autocast"
-    if type(hidden_states) is not Tensor or torch._C._len_torch_dispatch_stack():
+    if type(hidden_states) is not Tensor or is_watched():
         return "for plain tensors, whose operations nothing watches"
-    if nn.modules.module._has_any_global_hook() or not runs_as_made(module):
+    if nn.modules.module._has_any_global_hook() or described(module) != made:
         return "a part of it has a hook, or became another"
     return why_not_built("layer.cpp")
 
 
 STEPS = DeepseekV2DecoderLayer, DeepseekV2MLP, DeepseekV2MoE
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-KNOWN: tuple[Any, ...] = (
-    DeepseekV2DecoderLayer, DeepseekV2RMSNorm, DeepseekV2Attention, DeepseekV2MLP, DeepseekV2MoE, MoEGate,
-    RoutedExperts, QuantizedExperts, QuantizedLinear, QuantizedWeight, nn.Linear,
-)  # fmt: skip
-FORWARDS = {kind.forward for kind in KNOWN}
+LINEAR: tuple[Any, ...] = nn.Linear, QuantizedLinear
+PLACES: dict[str, tuple[Any, ...]] = {
+    "self_attn": (DeepseekV2Attention,), "mlp": (DeepseekV2MLP, DeepseekV2MoE), "gate": (MoEGate,),
+    "experts": (RoutedExperts, QuantizedExperts), "shared_experts": (DeepseekV2MLP,), "gate_up_proj": (QuantizedWeight,),
+    "down_proj": (*LINEAR, QuantizedWeight), "kv_a_proj_with_mqa": LINEAR,
+    **dict.fromkeys(("q_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "o_proj", "gate_proj", "up_proj"), LINEAR),
+    **dict.fromkeys(("input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm"), (DeepseekV2RMSNorm,)),
+}  # fmt: skip
+FORWARDS = {kind.forward for kind in (*STEPS, *sum(PLACES.values(), ()))}
 
 
-def runs_as_made(module: nn.Module) -> bool:
-    """Whether no part runs more than the ``forward`` of a known class, over weights of kinds that the operators take."""
+def described(module: nn.Module) -> tuple[Any, ...] | None:
+    """What a module is made of: its class, that of every part, and what tensors they hold. None if a part runs more than the
+    ``forward`` of a known class."""
     own = module.__dict__
     kind = type(module)
     known = kind.forward in FORWARDS and kind.__module__.startswith(("dsv2_ref.", "torch."))
-    if "forward" in own or not known or any(own[hooks] for hooks in HOOKS):
-        return False
-    if own.get("kind", "int8") != "int8" and not own.get("block_rows"):
-        return False
-    if any(
-        x is not None and not x.is_contiguous() for x in (*own["_parameters"].values(), own["_buffers"].get("codes"))
-    ):
-        return False
-    return all(runs_as_made(part) for part in own["_modules"].values() if part is not None)
+    changed = "forward" in own or own.get("_compiled_call_impl") is not None
+    if changed or not known or any(own[hooks] for hooks in HOOKS):
+        return None
+    held = [
+        x if x is None else (type(x), x.dtype, x.shape, x.device, x.is_contiguous())
+        for x in (*own["_parameters"].values(), *own["_buffers"].values())
+    ]
+    parts = []
+    for name, part in own["_modules"].items():
+        found = None if part is None else described(part)
+        if part is not None and found is None:
+            return None
+        parts.append((name, found))
+    return kind, own.get("block_rows"), tuple(held), tuple(parts)
 
 
 def _feed(mlp: Any, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -146,8 +158,7 @@ def _feed(mlp: Any, x: Tensor, residual: Tensor | None) -> Tensor:
 @ops.faster(DeepseekV2MLP.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 @ops.faster(DeepseekV2MoE.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 def _mlp_or_moe(mlp: Any, hidden_states: Tensor) -> Tensor:
-    x = hidden_states.view(1, 1, -1)
-    return _feed(mlp, x, None).view_as(hidden_states)
+    return _feed(mlp, hidden_states.reshape(1, 1, -1), None).view(*hidden_states.shape[:-1], -1)
 
 
 class LinearByRow(nn.Linear):
@@ -156,7 +167,7 @@ class LinearByRow(nn.Linear):
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(linear.__dict__)
-        self.token_in_cpp = True
+        self.token_in_cpp = described(self)
 
     forward = ops.defines()(nn.Linear.forward)
 
@@ -164,10 +175,13 @@ class LinearByRow(nn.Linear):
 FORWARDS.add(LinearByRow.forward)
 
 
-@ops.faster(LinearByRow.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
-def _linear(linear: nn.Linear, hidden_states: Tensor) -> Tensor:
-    out = normalised_products(hidden_states, None, 0.0, *as_parts(linear))
-    return out.view(*hidden_states.shape[:-1], -1)
+def _not_one_row(linear: nn.Linear, input: Tensor) -> str:
+    return _without_step(linear, input)
+
+
+@ops.faster(LinearByRow.forward, "cpu compiled", why_not=_not_one_row, **HALF_ON_CPU)
+def _linear(linear: nn.Linear, input: Tensor) -> Tensor:
+    return normalised_products(input, None, 0.0, *as_parts(linear)).view(*input.shape[:-1], -1)
 
 
 # A whole layer
@@ -180,20 +194,21 @@ def _not_absorbed(
     position_ids: Tensor | None = None,
     past_key_value: Any = None,
     output_attentions: bool | None = False,
-    *_: Any,
-    **__: Any,
+    use_cache: bool | None = False,
+    position_embeddings: Any = None,
 ) -> str:
     if reason := _without_step(layer, hidden_states):
         return reason
     if past_key_value is None or attention_mask is not None or output_attentions:
         return "for one token after others, without a mask, that returns no attention weights"
     attention, past = layer.self_attn, past_key_value
+    if type(past) not in (LatentCache, QuantizedLatentCache) or type(past.record) not in (type(None), Record):
+        return "for caches of the package's own"
     if past.like != ((1, *attention.cache_features), hidden_states.dtype, hidden_states.device):
         return "for a cache of such tokens"
-    if attention.training or (torch.is_grad_enabled() and past.stored.requires_grad):
+    tables = position_embeddings or ()
+    if attention.training or (torch.is_grad_enabled() and any(x.requires_grad for x in (past.stored, *tables))):
         return "for inference"
-    if layer.input_layernorm.weight.dtype != hidden_states.dtype:
-        return "for weights in the dtype of the token"
     form = attention.form if attention.form != "auto" else attention.cheaper_form(1, past.length + 1)
     return "" if form == "absorbed" else "for the absorbed form"
 
@@ -204,7 +219,8 @@ def attend_to_all(
     """The mixed latents of every head, from all that is cached."""
     latent, scale = attention.kv_lora_rank, attention.softmax_scale
     how = "eager" if attention.implementation == "eager" else "products"
-    if how == "products" and query.dtype == torch.bfloat16 and serves(cache.record) and cache.stored.stride(-1) == 1:
+    in_cpp = how == "products" and serves(cache.record) and cache.stored.stride(-1) == 1
+    if in_cpp and not why_not_built("attend.cpp"):
         return attend_to_cache(query, cache, latent, scale)
     rest = Visibility(1, cache.length, query.device), scale
     if cache.record is not None:
@@ -227,6 +243,7 @@ def _layer(
     attention, past, tables = layer.self_attn, past_key_value, position_embeddings
     if tables is None:
         tables = position_tables(attention.config, hidden_states, position_ids, past)
+    tables = [x.float().contiguous() for x in tables]
     before, between, after = layer.input_layernorm, attention.kv_a_layernorm, layer.post_attention_layernorm
     w_uk, w_uv = attention.up_matrices()
 
@@ -252,15 +269,38 @@ def steps_of(module: nn.Module) -> list[Any]:
     """The layers, MLPs and MoE in it of which one token can run in C++: with plain bfloat16 weights, or codes over it, int8
     or four bits that are laid out, on the CPU, that run no more than was made of them."""
 
-    def fits(part: nn.Module) -> bool:
-        if isinstance(part, RoutedExperts | nn.Linear) and not is_plain(part):
+    def fits(name: str, part: nn.Module) -> bool:
+        place = name.rpartition(".")[2]
+        if name and not isinstance(part, PLACES[place]):
+            return False
+        if isinstance(part, RoutedExperts | nn.Linear) and not (is_plain(part) or type(part) is LinearByRow):
             return False
         weights: list[Tensor] = list(part.parameters(recurse=False))
         if isinstance(part, MoEGate):
             weights = []  # widened in any case
         elif isinstance(part, QuantizedWeight):
-            weights.append(part.like)  # of the dtype that the codes stand for
-        return all(x.device.type == "cpu" and x.dtype == torch.bfloat16 for x in weights)
+            weights += part.like, part.scales  # the dtype that the codes stand for, and that of the kernels' scales
+        held = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+        plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.is_contiguous() for x in held)
+        if isinstance(part, QuantizedWeight) and part.kind != "int8" and not part.block_rows:
+            return False  # no kernel takes these codes
+        return plain and all(x.dtype == torch.bfloat16 for x in weights)
 
     found = (part for part in module.modules() if isinstance(part, STEPS))
-    return [part for part in found if runs_as_made(part) and all(fits(x) for x in part.modules())]
+    known = (part for part in found if described(part) and all(fits(*named) for named in part.named_modules()))
+    return [part for part in known if _takes_zeros(part)]
+
+
+@torch.no_grad()
+def _takes_zeros(part: Any) -> bool:
+    """Whether the operators take what the part holds. Sizes that do not belong together are left to the usual ways."""
+    features = part.gate.weight.shape[1] if isinstance(part, DeepseekV2MoE) else part.hidden_size
+    token = torch.zeros(1, 1, features, dtype=torch.bfloat16, device="cpu")
+    try:
+        if isinstance(part, DeepseekV2DecoderLayer):
+            _layer(part, token, past_key_value=part.self_attn.empty_cache(1))
+        else:
+            _mlp_or_moe(part, token)
+    except (RuntimeError, IndexError):  # of the operators, or of the gate
+        return False
+    return True

@@ -11,7 +11,7 @@ from dsv2_ref import ops
 from dsv2_ref.attention import attend
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.fast.cpu import HALF_ON_CPU, begins
-from dsv2_ref.fast.native import cannot_build, in_cpp, why_not_built
+from dsv2_ref.fast.native import cannot_build, in_cpp, is_watched, why_not_built
 from dsv2_ref.fast.processor import has_amx
 from dsv2_ref.fast.quantized import not_one_query
 from dsv2_ref.masks import Visibility
@@ -76,7 +76,7 @@ def _not_long(query: Tensor, keys: Tensor, dtype: torch.dtype, visible: Visibili
         return f"for {LONG} keys or more"
     if keys.stride(-1) != 1:
         return "for keys whose features lie side by side"
-    if torch._C._len_torch_dispatch_stack():
+    if is_watched():
         return "for tensors whose operations nothing watches"
     return cannot_build() if query.is_meta else why_not_built("attend.cpp")
 

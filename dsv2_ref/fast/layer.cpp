@@ -45,13 +45,17 @@ struct Map {
         require(!scales || (scales->scalar_type() == ScalarType::BFloat16 && scales->numel() == stack * outputs * per_row &&
                             scales->is_contiguous()),
                 "scales have another dtype or size; wanted ", stack * outputs * per_row, " in torch.bfloat16");
-        require(!group || (inputs % group == 0 && block > 0 && outputs % block == 0), "codes are not laid out as before");
+        require(!group || (inputs % group == 0 && is_block(block) && outputs % block == 0), "codes are not laid out as before");
     }
 
-    // Of one row, or of one for each choice: (choices, outputs).
-    Numbers operator()(const Numbers& rows, const int64_t* chosen = nullptr, int64_t choices = 1) const {
-        const bool alike = int64_t(rows.size()) == inputs;
-        require(alike || int64_t(rows.size()) == choices * inputs, "rows do not fit; wanted one, or one for each choice, of ",
+    Numbers operator()(const Numbers& row) const {
+        require(stack == 1, "a weight is a stack of ", stack, " matrices; wanted one");
+        return times(row, true, nullptr, 1);
+    }
+
+    // Of one row for all choices, which are then `alike`, or of one for each: (choices, outputs).
+    Numbers times(const Numbers& rows, bool alike, const int64_t* chosen, int64_t choices) const {
+        require(int64_t(rows.size()) == (alike ? 1 : choices) * inputs, "rows do not fit; wanted ", alike ? 1 : choices, " of ",
                 inputs, " features");
         const int64_t threads = torch::stable::get_num_threads();
         Sums out(choices * outputs);
@@ -100,6 +104,7 @@ static Numbers normalised(const Numbers& x, const Tensor& weight, double eps) {
 }
 
 static Numbers sum(const Numbers& a, const Numbers& b) {
+    require(a.size() == b.size(), "what is added has ", b.size(), " features; wanted ", a.size());
     Numbers out(a.size());
     for (size_t i = 0; i < a.size(); i++) out[i] = nearest(value(a[i]) + value(b[i]));
     return out;
@@ -167,7 +172,8 @@ static std::vector<uint8_t> encoded(const Numbers& token, int64_t latent, int64_
     const float most = value(bfloat16(0x7f7f)), largest = format == FP8 ? 448 : format == INT8 ? 127 : 7;
     std::vector<uint8_t> codes(size_of(format, latent)), scales;
     for (int64_t first = 0; first < latent; first += tile) {
-        float numbers[tile], size = 0;
+        std::vector<float> numbers(tile);
+        float size = 0;
         for (int64_t i = 0; i < tile; i++) {
             const float x = value(token[first + i]);
             numbers[i] = x != x ? x : std::clamp(x, -most, most);
@@ -246,14 +252,15 @@ static Tensor fed_forward(Tensor x, std::optional<Tensor> residual, std::optiona
         require(weights && weights->scalar_type() == ScalarType::Float && weights->numel() == choices.count &&
                     weights->is_contiguous(),
                 "the weights of experts do not fit; wanted ", choices.count, " in torch.float32");
-        const Numbers both = gates_and_ups(row, choices.pointer(), choices.count);
+        const Numbers both = gates_and_ups.times(row, true, choices.pointer(), choices.count);
         const int64_t wide = gates_and_ups.outputs / 2;
+        require(2 * wide == gates_and_ups.outputs, "gate_up_proj has ", gates_and_ups.outputs, " rows; wanted an even number");
         Numbers between;
         for (int64_t c = 0; c < choices.count; c++) {
             const Numbers own = silu_times(&both[c * 2 * wide], &both[c * 2 * wide + wide], wide);
             between.insert(between.end(), own.begin(), own.end());
         }
-        const Numbers of_experts = down(between, choices.pointer(), choices.count);
+        const Numbers of_experts = down.times(between, false, choices.pointer(), choices.count);
         Sums mixed(down.outputs);
         for (int64_t c = 0; c < choices.count; c++)
             for (int64_t o = 0; o < down.outputs; o++)

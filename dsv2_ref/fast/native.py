@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from dsv2_ref import ops
 from dsv2_ref.fast.products import as_operator
@@ -62,8 +64,8 @@ def cannot_build() -> str:
     return _missing()
 
 
-FLAGS = "-ftree-loop-vectorize", "-ffp-contract=fast"
-"""Beside those of torch, which leave loops to its own code."""
+FLAGS: tuple[str, ...] = ("-ffp-contract=fast",)
+"""Beside those of torch."""
 
 
 NAMESPACE = "dsv2_ref"
@@ -80,10 +82,12 @@ HEADERS = {
 def build(file: str) -> None:
     """Compile a file and load it: its functions become those of the operators of these names for CPUs."""
     from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpp_builder import is_gcc
 
+    vectorize = ("-ftree-loop-vectorize",) if is_gcc() else ()  # torch switches it off, where it has its own code
     folder = resources.files("dsv2_ref.fast")
     source = "".join(folder.joinpath(name).read_text() for name in (*HEADERS[file], file))
-    CppCodeCache.load(source, extra_flags=(*FLAGS, f"-DNAMESPACE={NAMESPACE}"))
+    CppCodeCache.load(source, extra_flags=(*vectorize, *FLAGS, f"-DNAMESPACE={NAMESPACE}"))
 
 
 @cache
@@ -94,9 +98,18 @@ def why_not_built(file: str) -> str:
     try:
         build(file)
     except Exception as error:  # of the compiler, or of the folder for what it makes: other ways serve then
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        lines = str(error).splitlines() or [type(error).__name__]
+        line = next((line for line in lines if "error:" in line), lines[0])  # the compiler's own first word
         return f"{file} cannot be built: {line}"
     return ""
+
+
+def is_watched() -> bool:
+    """Whether something sees or changes the operations of torch, which one in C++ would hide from it."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        return True
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return not all(isinstance(mode, DeviceContext) for mode in modes)  # of `torch.set_default_device`
 
 
 def _no_gradients(*_: Any) -> None:
@@ -110,8 +123,10 @@ def in_cpp(file: str, fake: Callable[..., Any] | None = None) -> Callable[[Calla
     def declare(signature: Callable[..., Any]) -> Any:
         @functools.wraps(signature)
         def build_first(*args: Any) -> Any:
-            if args[0].device.type != "cpu":
-                raise NotImplementedError(f"{file} is for the CPU, and not for {args[0].device}")
+            for given in args:
+                for x in given if isinstance(given, list | tuple) else (given,):
+                    if isinstance(x, Tensor) and x.device.type != "cpu":
+                        raise NotImplementedError(f"{file} is for the CPU, and not for {x.device}")
             build(file)
             return operator(*args)
 

@@ -175,6 +175,8 @@ void outputs_of_block<64>(float* out, const float*, const bfloat16* x, const uin
 }
 #endif
 
+static bool is_block(int64_t block) { return block == 16 || block == 32 || block == 64 || block == 128; }
+
 static void product(float* out, const bfloat16* rows, bool alike, const uint8_t* codes, const bfloat16* scales, int64_t group,
                     int64_t block, const int64_t* chosen, int64_t choices, int64_t outputs, int64_t inputs, int64_t threads) {
     const int64_t blocks = outputs / block;

@@ -27,7 +27,7 @@ static Tensor row_products_of_int4(Tensor rows, Tensor codes, std::optional<Tens
     const int64_t stack = codes.size(0), outputs = codes.size(1), inputs = 2 * codes.size(2);
     require(codes.scalar_type() == ScalarType::Byte && codes.is_contiguous() && scales_and_zeros.is_contiguous() &&
                 scales_and_zeros.scalar_type() == ScalarType::BFloat16 && group > 0 && inputs % group == 0 &&
-                scales_and_zeros.numel() == stack * outputs * (inputs / group) * 2 && block > 0 && outputs % block == 0,
+                scales_and_zeros.numel() == stack * outputs * (inputs / group) * 2 && is_block(block) && outputs % block == 0,
             "codes do not fit; wanted them, and scales, as pack_weights lays them out");
     const Choices choices = checked(chosen, stack);
     rows = checked_rows(rows, inputs, choices);
