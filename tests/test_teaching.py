@@ -73,7 +73,11 @@ def test_what_the_text_names_of_the_forward_pass_stands_in_it() -> None:
     (guide,) = (cell.source for cell in decoding if "Here is the whole forward pass" in cell.source)
     named = re.findall(r"`([^`]+)`(?!\()", re.sub(r"\{\w+\}`[^`]*`", "", guide))
     assert len(named) > 10
-    assert [name for name in named if name not in code] == ["absorbed", "sdpa", "flash_attention_2"]  # left for the else
+    assert [name for name in named if name not in code] == [
+        "absorbed",
+        "sdpa",
+        "flash_attention_2",
+    ]  # left for the else
     mla = nbformat.read(budget.BOOK / "mla.ipynb", as_version=4).cells
     quoted = [
         line for cell in mla for line in re.findall(r"^\|[^|\n]*\| `([^`]+ = [^`]+)` \|", cell.source, re.MULTILINE)
