@@ -93,6 +93,11 @@ def test_products(kind: str, inputs: int, chosen: Tensor | None, alike: bool, tu
     assert_exact(native.row_products(rows, weight, chosen), rows.expand(len(matrices), -1), matrices)
 
 
+def test_matrices_that_lie_input_by_input_may_be_wide() -> None:
+    weight, rows = normal(2, 24, 1100, seed=1).mT, normal(2, 24)
+    assert_exact(native.row_products(rows, weight), rows, weight)
+
+
 def test_matrices_may_be_parts_of_larger_ones() -> None:
     weight, rows = normal(4, 24, 64, seed=1), normal(4, 64)
     lower = weight[:, 16:]
