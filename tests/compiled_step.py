@@ -30,6 +30,7 @@ from dsv2_ref import (
     pack_weights,
 )
 from dsv2_ref.fast import compiled, native, packed
+from dsv2_ref.fast.layer import as_parts, attended, use_large_pages
 from dsv2_ref.quantize import quantize
 from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache, Record
 from dsv2_ref.rope import position_tables
@@ -218,6 +219,7 @@ def test_what_changes_after_the_first_token_counts() -> None:
     changes: list[Callable[[], Any]] = [
         lambda: setattr(moe.gate, "routed_scaling_factor", 3.0),
         lambda: setattr(moe.gate, "norm_topk_prob", True),
+        lambda: setattr(moe.gate, "top_k", 1),
         lambda: moe.experts.down_proj.mul_(2),
         lambda: setattr(moe.shared_experts, "down_proj", nn.Linear(64, 64, bias=True, dtype=torch.bfloat16)),
         lambda: setattr(moe, "shared_experts", None),
@@ -464,12 +466,88 @@ def test_a_cache_that_wants_gradients_gets_them() -> None:
 
 
 @torch.no_grad()
-def test_an_mlp_by_itself_is_one_operator() -> None:
-    mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
-    mlp(TOKEN)
+def test_a_layer_is_two_operators() -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    tables = position_tables(layer.self_attn.config, TOKEN, None, cache)
     with torch.profiler.profile(acc_events=True) as seen:
-        mlp(TOKEN)
-    assert sum(event.name == "dsv2_ref::fed_forward" for event in seen.events()) == 1
+        layer(TOKEN, past_key_value=cache, position_embeddings=tables)
+    assert [x.name for x in seen.events() if "dsv2_ref" in x.name] == ["dsv2_ref::attended", "dsv2_ref::fed_forward"]
+    assert not [x.name for x in seen.events() if x.name in ("aten::mm", "aten::linear", "aten::softmax", "aten::topk")]
+
+
+GATES: dict[str, dict[str, Any]] = {
+    "V2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
+    "V2, as many as there are": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4},
+    "V2-Lite": {"topk_method": "greedy", "norm_topk_prob": True},
+    "V3": V3 | {"num_experts_per_tok": 3},
+    "V3, one group": V3 | {"n_group": 1, "topk_group": 1},
+    "one expert": {"topk_method": "greedy", "num_experts_per_tok": 1, "norm_topk_prob": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", GATES)
+@torch.no_grad()
+def test_a_gate_chooses_and_weighs_as_the_definition_does(gate: str) -> None:
+    fields = {"n_routed_experts": 8, "routed_scaling_factor": 2.5} | GATES[gate]
+    plain = layer_of(**fields, n_shared_experts=None).mlp
+    plain.gate.weight.mul_(20)
+    if plain.gate.e_score_correction_bias is not None:
+        plain.gate.e_score_correction_bias.normal_(std=0.3)
+    # Each expert gives a feature of its own, which then shows by what it was multiplied.
+    plain.experts.gate_up_proj.fill_(1 / 8)
+    plain.experts.down_proj.zero_()
+    for expert, down in enumerate(plain.experts.down_proj):
+        down[expert] = 1 / 8
+    step, seen = pack_weights(copy.deepcopy(plain), compiled=True), set()
+    for _ in range(20):
+        token = torch.randn(1, 1, 64).bfloat16()
+        with ops.plain():
+            expected = plain(token)
+        assert ways(lambda token=token: step(token))["DeepseekV2MoE.forward"] == "cpu compiled"
+        torch.testing.assert_close(step(token), expected, rtol=2**-6, atol=0)
+        seen.add(tuple(expected[0, 0, :8].nonzero().flatten().tolist()))
+    assert len(seen) > 3, "it chooses by the token"
+
+
+@torch.no_grad()
+def test_a_token_that_is_nan_is_nan_afterwards() -> None:
+    for fields in ({}, V3):
+        moe = pack_weights(layer_of(**fields).mlp, compiled=True)
+        assert moe(TOKEN * torch.nan).isnan().all()
+
+
+def test_large_pages_change_no_value() -> None:
+    weights = torch.randint(256, (10 * 2**20 + 5,), dtype=torch.uint8)[3:]
+    expected = weights.clone()
+    assert use_large_pages([weights, torch.ones(3)]) in (0, 8 * 2**20), "whole pages, where the system has them"
+    assert torch.equal(weights, expected)
+
+
+@torch.no_grad()
+def test_data_of_another_layout_goes_the_usual_way() -> None:
+    for change in (lambda x: x.mT, lambda x: x.float(), lambda x: x[:, ::2]):
+        mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+        mlp.up_proj.weight.data = change(mlp.up_proj.weight.data)
+        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
+            assert ways(lambda mlp=mlp: mlp(TOKEN))["DeepseekV2MLP.forward"] == "definition"
+        assert not mlp.token_in_cpp.still_holds(mlp)
+    mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+    mlp.up_proj.weight.data = mlp.up_proj.weight.data * 2
+    with ops.plain():
+        expected = mlp(TOKEN)
+    assert ways(lambda: mlp(TOKEN))["DeepseekV2MLP.forward"] == "cpu compiled"
+    torch.testing.assert_close(mlp(TOKEN), expected, rtol=2**-6, atol=2**-8)
+
+
+@torch.no_grad()
+def test_a_shallow_copy_is_its_own() -> None:
+    mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+    other = copy.copy(mlp)
+    other.forward = lambda x: 0 * x
+    assert not other(TOKEN).any()
+    del other.forward
+    assert torch.equal(other(TOKEN), mlp(TOKEN)) or ways(lambda: other(TOKEN))["DeepseekV2MLP.forward"] == "definition"
 
 
 @torch.no_grad()
@@ -501,12 +579,12 @@ def test_a_cache_of_another_dtype_is_refused_as_ever(format: str | None) -> None
 
 
 @torch.no_grad()
-def test_attention_in_cpp_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_cpp_can_be_left_out() -> None:
     layer = pack_weights(layer_of(), compiled=True)
     cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
     expected = layer(TOKEN, past_key_value=cache)[0]
-    monkeypatch.setattr(compiled, "attend_to_cache", None)
     with ops.without("cpu one token"):
+        assert ways(lambda: layer(TOKEN, past_key_value=cache))["DeepseekV2DecoderLayer.forward"] == "definition"
         torch.testing.assert_close(layer(TOKEN, past_key_value=cache)[0], expected, rtol=2**-6, atol=2**-8)
 
 
@@ -573,15 +651,20 @@ def test_records_are_those_of_the_definition(format: str) -> None:
                 token[: latent // 2] = 0
             if case % 4 == 3:
                 gains *= 1e38  # to infinity
-            projected = torch.randn(1, 2 * 12, generator=generator), token[None]
+            # A token of one feature, and maps of which the column is what they make of it.
+            token, gains = token.bfloat16(), gains.bfloat16()
+            x, one = torch.ones(1, 1, 1).bfloat16(), torch.ones(1).bfloat16()
+            query, out = torch.randn(24, 1).bfloat16(), torch.randn(1, 8).bfloat16()
             tables = torch.rand(1, 1, 4, generator=generator), torch.rand(1, 1, 4, generator=generator)
-            w_uk = torch.randn(2, 4, latent, generator=generator)
-            given = [x.bfloat16() for x in (*projected, gains)]
-            call = (*given, 1e-6, *tables, w_uk.bfloat16())
-            tokens = compiled.absorbed(*call, len(CACHE_FORMATS), latent)[1]
-            found = compiled.absorbed(*call, *place)[1]
-            assert found.shape == (1, 1, size)
-            assert torch.equal(found, record.encode(tokens))
+            up = torch.randn(2, 8, latent, generator=generator).bfloat16().split(4, dim=1)
+            rest = *up, [one, gains, one], [0.0, 1e-6, 0.0, 1.0], *as_parts(query, token[:, None], out)
+            tokens = torch.zeros(1, 3, latent + 8).bfloat16()
+            found = torch.zeros(1, 3, size, dtype=torch.uint8)
+            attended(x, *tables, tokens, len(CACHE_FORMATS), latent, *rest)
+            attended(x, *tables, found, *place, *rest)
+            assert not tokens[:, :2].any()
+            assert not found[:, :2].any(), "only the last is written"
+            assert torch.equal(found[:, 2:], record.encode(tokens[:, 2:]))
 
 
 @torch.no_grad()
@@ -701,16 +784,6 @@ def test_gradients_of_scales_and_tables_are_given() -> None:
     scales = layer.mlp.shared_experts.down_proj.scales.requires_grad_()
     layer.mlp(TOKEN).sum().backward()
     assert scales.grad is not None
-
-
-@torch.no_grad()
-def test_what_only_attention_lacks_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = pack_weights(layer_of(), compiled=True)
-    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
-    expected = layer(TOKEN, past_key_value=cache)[0]
-    monkeypatch.setattr(compiled, "why_not_built", lambda file: "no room" if file == "attend.cpp" else "")
-    monkeypatch.setattr(compiled, "attend_to_cache", None)
-    torch.testing.assert_close(layer(TOKEN, past_key_value=cache)[0], expected, rtol=2**-6, atol=2**-8)
 
 
 @torch.no_grad()

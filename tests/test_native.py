@@ -25,7 +25,7 @@ SETS = {
 OPERATORS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "rows.cpp": (native, ("row_products", "row_products_of_int4")),
     "attend.cpp": (decode, ("attend_to_keys",)),
-    "layer.cpp": (compiled, ("normalised_products", "absorbed", "attended", "fed_forward")),
+    "layer.cpp": (compiled, ("products_of_row", "attended", "fed_forward")),
 }
 
 
@@ -204,7 +204,7 @@ def test_keys_that_do_not_fit_are_rejected() -> None:
             decode.attend_to_keys(*wrong, 32, 0.3, 0, 32)
     with pytest.raises(RuntimeError, match=r"^format is 7; wanted a number from 0 to 3$"):
         decode.attend_to_keys(query, bytes_, 32, 0.3, 7, 32)
-    with pytest.raises(RuntimeError, match=r"^tile is 4; wanted 32 or a multiple of"):
+    with pytest.raises(RuntimeError, match=r"^tile is 4; wanted 32 or a divisor of it that is a multiple of"):
         decode.attend_to_keys(query, bytes_, 32, 0.3, 0, 4)
     with pytest.raises(RuntimeError, match=r"^keys do not fit; wanted 40 features in torch.bfloat16"):
         decode.attend_to_keys(query, bytes_, 32, 0.3, 3, 32)
@@ -314,28 +314,29 @@ def test_gradients_are_refused() -> None:
 @pytest.mark.parametrize("wide", [1, 13, 32, 100])
 @pytest.mark.parametrize("parts", ["experts", "mlp", "both"])
 def test_experts_and_an_mlp_added_up(wide: int, parts: str) -> None:
-    x, before = normal(1, 1, 40), normal(1, 1, 40, seed=1)
+    x, before, factor = normal(1, 1, 40), normal(1, 1, 40, seed=1), 3.0
     experts = normal(5, 2 * wide, 40, seed=2), normal(5, 40, wide, seed=3)
     mlp = normal(wide, 40, seed=4), normal(wide, 40, seed=5), normal(40, wide, seed=6)
-    weights = torch.tensor([[0.5, 0.25, -1.0, 2.0]])
-    maps, routed = [], (None, None)
+    gate, maps, routed = normal(5, 40, seed=7).float(), [], (None, None, [])
+    scores = (gate.double() @ x.flatten().double()).softmax(-1)
+    best = scores.topk(3)
     if parts != "mlp":
-        maps, routed = [*experts], (CHOSEN[None], weights)
+        maps, routed = [*experts], (gate, None, [3, 1, 1, 0, 0])
     if parts != "experts":
         maps += mlp
 
     def expected(dtype: torch.dtype) -> Tensor:
         row, out = x.flatten().to(dtype), torch.zeros(40, dtype=dtype)
         if parts != "mlp":
-            for expert, weight in zip(CHOSEN, weights[0], strict=True):
-                gate, up = (experts[0][expert].to(dtype) @ row).chunk(2)
-                out = out + weight * (experts[1][expert].to(dtype) @ (F.silu(gate) * up))
+            for expert, weight in zip(best.indices, best.values, strict=True):
+                first, up = (experts[0][expert].to(dtype) @ row).chunk(2)
+                out = out + factor * weight * (experts[1][expert].to(dtype) @ (F.silu(first) * up))
         if parts != "experts":
-            gate, up, down = (matrix.to(dtype) for matrix in mlp)
-            out = out + down @ (F.silu(gate @ row) * (up @ row))
+            first, up, down = (matrix.to(dtype) for matrix in mlp)
+            out = out + down @ (F.silu(first @ row) * (up @ row))
         return before.flatten().to(dtype) + out
 
-    found = compiled.fed_forward(x, before, *routed, *compiled.as_parts(*maps))
+    found = compiled.fed_forward(x, before, *routed, factor, *compiled.as_parts(*maps))
     exact, rounded = expected(torch.float64), expected(torch.bfloat16)
     # As near to the exact result as the same in bfloat16 comes, within one of its steps.
     error = (rounded - exact).abs().max() + exact.abs().max() * 2**-7
@@ -345,27 +346,40 @@ def test_experts_and_an_mlp_added_up(wide: int, parts: str) -> None:
 
 def test_what_does_not_fit_a_layer_is_rejected() -> None:
     x, weight, codes = normal(1, 1, 40), normal(24, 40, seed=1), torch.zeros(24, 40, dtype=torch.int8)
-    norm = normal(40, seed=2)
+    bias = normal(40, seed=2)
     calls: list[tuple[tuple[Any, ...], str]] = [
-        ((x.float(), norm, 1e-6, [weight], [-1, 0, 0]), "the token has another dtype or size; wanted 40 features"),
-        ((x, norm[:39], 1e-6, [weight], [-1, 0, 0]), "the weight of a norm has another dtype or size"),
-        ((x, norm, 1e-6, [weight.float()], [-1, 0, 0]), "a weight has another dtype than before"),
-        ((x, norm, 1e-6, [weight[:, :39].contiguous()], [-1, 0, 0]), "rows do not fit; wanted .* of 39 features"),
-        ((x, norm, 1e-6, [weight.mT], [-1, 0, 0]), "a weight is no matrix, or does not lie row by row"),
-        ((x, norm, 1e-6, [weight, norm], [-1, 0, 1]), "a bias has another dtype or size; wanted 24 features"),
-        ((x, norm, 1e-6, [codes, norm], [0, 0, 0]), "scales have another dtype or size; wanted 24 in torch.bfloat16"),
+        ((x.float(), [weight], [-1, 0, 0]), "the token has another dtype or size; wanted 40 features"),
+        ((x, [weight.float()], [-1, 0, 0]), "a weight has another dtype than before"),
+        ((x, [weight[:, :39].contiguous()], [-1, 0, 0]), "rows do not fit; wanted .* of 39 features"),
+        ((x, [weight.mT], [-1, 0, 0]), "a weight is no matrix, or does not lie row by row"),
+        ((x, [weight, bias], [-1, 0, 1]), "a bias has another dtype or size; wanted 24 features"),
+        ((x, [codes, bias], [0, 0, 0]), "scales have another dtype or size; wanted 24 in torch.bfloat16"),
     ]
     for call, line in calls:
         with pytest.raises(RuntimeError, match=f"^{line}"):
-            compiled.normalised_products(*call)
-    stacks = [normal(5, 26, 40, seed=1), normal(5, 40, 13, seed=1)]
-    for chosen, weights, line in (
-        ([[5]], [[1.0]], r"chosen is \[5\]; wanted indices from 0 to 4"),
-        ([[1, 2]], [[1.0]], "the weights of experts do not fit; wanted 2 in torch.float32"),
+            compiled.products_of_row(*call)
+
+
+def test_what_does_not_fit_a_gate_is_rejected() -> None:
+    x, gate, bias = normal(1, 1, 40), normal(6, 40, seed=2).float(), torch.zeros(6)
+    stacks = compiled.as_parts(normal(6, 26, 40, seed=1), normal(6, 40, 13, seed=1))
+    odd = compiled.as_parts(normal(6, 25, 40, seed=1), normal(6, 40, 13, seed=1))
+    fits = gate, bias, [2, 3, 2, 1, 0]
+    compiled.fed_forward(x, None, *fits, 1.0, *stacks)
+    for given, line in (
+        ((gate.bfloat16(), *fits[1:], 1.0, *stacks), "the gate has another dtype"),
+        ((gate, bias[:5], fits[2], 1.0, *stacks), "the gate's bias has another dtype or size; wanted 6"),
+        ((gate[:, :39].contiguous(), *fits[1:], 1.0, *stacks), "the gate does not fit a token of 40 features"),
+        (
+            (normal(8, 40).float(), None, [2, 1, 1, 0, 0], 1.0, *stacks),
+            "the gate chooses among 8 experts; wanted at most 6",
+        ),
+        ((gate, bias, [2, 6, 2, 1, 0], 1.0, *stacks), "the gate's groups do not fit"),
+        ((gate, None, [5, 3, 2, 1, 0], 1.0, *stacks), "the gate's groups do not fit"),
+        ((*fits, 1.0, *odd), "gate_up_proj has 25 rows; wanted an even number"),
     ):
-        given = torch.tensor(chosen), torch.tensor(weights)
         with pytest.raises(RuntimeError, match=f"^{line}"):
-            compiled.fed_forward(x, None, *given, *compiled.as_parts(*stacks))
+            compiled.fed_forward(x, None, *given)
 
 
 def test_only_gcc_is_given_flags_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,36 +2,34 @@
 
 A step of decoding multiplies one row by many matrices, which costs what reading them costs, and between two products stand
 operations that take longer to start than to run. `dsv2_ref.fast.packed.pack_weights` with ``compiled=True`` marks the modules
-whose single tokens go this way: five or six operators, beside those of the gate, in place of some sixty.
+whose single tokens go this way: two operators for a layer, in place of some sixty.
 """
 
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv2_ref import ops
-from dsv2_ref.attention import attend
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.fast.cpu import HALF_ON_CPU
-from dsv2_ref.fast.decode import attend_to_cache, format_of, serves
-from dsv2_ref.fast.layer import absorbed, as_parts, attended, fed_forward, normalised_products
+from dsv2_ref.fast.decode import NAME, format_of
+from dsv2_ref.fast.layer import as_parts, attended, fed_forward, products_of_row, use_large_pages
 from dsv2_ref.fast.native import is_watched, why_not_built
 from dsv2_ref.layer import DeepseekV2DecoderLayer
-from dsv2_ref.masks import Visibility
 from dsv2_ref.mla import DeepseekV2Attention
 from dsv2_ref.moe import DeepseekV2MLP, DeepseekV2MoE, MoEGate, RoutedExperts
 from dsv2_ref.quantize import is_plain
 from dsv2_ref.quantized import QuantizedWeight
 from dsv2_ref.quantized_modules import QuantizedExperts, QuantizedLinear
-from dsv2_ref.records import QuantizedLatentCache, Record, attend_records
+from dsv2_ref.records import QuantizedLatentCache, Record
 from dsv2_ref.rmsnorm import DeepseekV2RMSNorm
 from dsv2_ref.rope import position_tables
 
 
 def _without_step(module: nn.Module, hidden_states: Tensor) -> str:
-    made = getattr(module, "token_in_cpp", None)
+    made = module.__dict__.get("token_in_cpp")
     if made is None:
         return "not packed with compiled=True"
     if hidden_states.ndim == 0 or hidden_states.numel() != hidden_states.shape[-1]:
@@ -40,13 +38,13 @@ def _without_step(module: nn.Module, hidden_states: Tensor) -> str:
         return "for inference without torch.autocast"
     if type(hidden_states) is not Tensor or is_watched():
         return "for plain tensors, whose operations nothing watches"
-    if nn.modules.module._has_any_global_hook() or described(module) != made:
+    if nn.modules.module._has_any_global_hook() or not made.still_holds(module):
         return "a part of it has a hook, or became another"
     return why_not_built("layer.cpp")
 
 
 STEPS = DeepseekV2DecoderLayer, DeepseekV2MLP, DeepseekV2MoE
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LINEAR: tuple[Any, ...] = nn.Linear, QuantizedLinear
 PLACES: dict[str, tuple[Any, ...]] = {
     "self_attn": (DeepseekV2Attention,), "mlp": (DeepseekV2MLP, DeepseekV2MoE), "gate": (MoEGate,),
@@ -58,43 +56,79 @@ PLACES: dict[str, tuple[Any, ...]] = {
 FORWARDS = {kind.forward for kind in (*STEPS, *sum(PLACES.values(), ()))}
 
 
-def described(module: nn.Module) -> tuple[Any, ...] | None:
-    """What a module is made of: its class, that of every part, and what tensors they hold. None if a part runs more than the
-    ``forward`` of a known class."""
-    own = module.__dict__
-    kind = type(module)
-    known = kind.forward in FORWARDS and kind.__module__.startswith(("dsv2_ref.", "torch."))
-    changed = "forward" in own or own.get("_compiled_call_impl") is not None
-    if changed or not known or any(own[hooks] for hooks in HOOKS):
-        return None
-    held = [
-        x if x is None else (type(x), x.dtype, x.shape, x.device, x.is_contiguous())
-        for x in (*own["_parameters"].values(), *own["_buffers"].values())
-    ]
-    parts = []
-    for name, part in own["_modules"].items():
-        found = None if part is None else described(part)
-        if part is not None and found is None:
-            return None
-        parts.append((name, found))
-    return kind, own.get("block_rows"), tuple(held), tuple(parts)
+class AsPacked:
+    """A module as it was packed: its parts with their classes and tensors, and of its norms and maps what operators take."""
+
+    def __init__(self, module: Any) -> None:
+        self.parts = [
+            (part, type(part), part.__dict__.get("block_rows"), dict(part._modules), _held(part.__dict__))
+            for part in module.modules()
+        ]
+        self.tensors = [x for *_, held in self.parts for x in held if x is not None]
+        self.layouts = self.layouts_now()
+        self.norms: list[Any] = []
+        maps: list[Any] = []
+        if isinstance(module, DeepseekV2DecoderLayer):
+            attention: Any = module.self_attn
+            self.norms = [module.input_layernorm, attention.kv_a_layernorm, module.post_attention_layernorm]
+            if attention.config.q_lora_rank is None:
+                maps = [attention.q_proj, attention.kv_a_proj_with_mqa, attention.o_proj]
+            else:
+                self.norms.append(attention.q_a_layernorm)
+                maps = [attention.q_a_proj, attention.kv_a_proj_with_mqa, attention.q_b_proj, attention.o_proj]
+        self.gains = [norm.weight for norm in self.norms]
+        self.attention = as_parts(*maps)
+        mlp: Any = getattr(module, "mlp", module)
+        if isinstance(module, nn.Linear):
+            maps = [module]
+        elif isinstance(mlp, DeepseekV2MLP):
+            maps = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        else:
+            maps, shared = [mlp.experts.gate_up_proj, mlp.experts.down_proj], mlp.shared_experts
+            if shared is not None:
+                maps += shared.gate_proj, shared.up_proj, shared.down_proj
+        self.maps = as_parts(*maps)
+        use_large_pages([*self.attention[0], *self.maps[0]])
+
+    def layouts_now(self) -> list[Any]:
+        """What assignment to the ``data`` of a tensor may change."""
+        return [(x.dtype, x.shape, x.is_cpu, x.is_contiguous()) for x in self.tensors]
+
+    def still_holds(self, module: nn.Module) -> bool:
+        """Whether the module is made of the same, and none of its parts runs more than the ``forward`` of a known class."""
+        if self.parts[0][0] is not module or self.layouts_now() != self.layouts:
+            return False
+        for part, kind, block_rows, children, held in self.parts:
+            own = part.__dict__
+            if type(part) is not kind or kind.forward not in FORWARDS or "forward" in own or any(hooks_of(own)):
+                return False
+            if own.get("_compiled_call_impl") is not None or own.get("block_rows") != block_rows:
+                return False
+            now = _held(own)
+            if own["_modules"] != children or len(now) != len(held) or not all(map(is_, now, held)):
+                return False
+        return True
 
 
-def _feed(mlp: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+def _held(own: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    return *own["_parameters"].values(), *own["_buffers"].values()
+
+
+def _feed(mlp: Any, maps: tuple[list[Tensor], list[int]], x: Tensor, residual: Tensor | None) -> Tensor:
     if isinstance(mlp, DeepseekV2MLP):
-        return fed_forward(x, residual, None, None, *as_parts(mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    chosen, weights, _ = MoEGate.forward.__wrapped__(mlp.gate, x)
-    experts, shared = mlp.experts, mlp.shared_experts
-    maps = [experts.gate_up_proj, experts.down_proj]
-    if shared is not None:
-        maps += shared.gate_proj, shared.up_proj, shared.down_proj
-    return fed_forward(x, residual, chosen, weights.float(), *as_parts(*maps))
+        return fed_forward(x, residual, None, None, [], 1.0, *maps)
+    gate = mlp.gate
+    yes_or_no = gate.scoring_func == "sigmoid", gate.norm_topk_prob
+    settings = [gate.top_k, gate.n_group, gate.topk_group, *map(int, yes_or_no)]
+    bias = gate.e_score_correction_bias
+    bias = None if bias is None else bias.float()
+    return fed_forward(x, residual, gate.weight, bias, settings, gate.routed_scaling_factor, *maps)
 
 
 @ops.faster(DeepseekV2MLP.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 @ops.faster(DeepseekV2MoE.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 def _mlp_or_moe(mlp: Any, hidden_states: Tensor) -> Tensor:
-    return _feed(mlp, hidden_states.reshape(1, 1, -1), None).view(*hidden_states.shape[:-1], -1)
+    return _feed(mlp, mlp.token_in_cpp.maps, hidden_states, None).view(*hidden_states.shape[:-1], -1)
 
 
 class LinearByRow(nn.Linear):
@@ -103,7 +137,7 @@ class LinearByRow(nn.Linear):
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(linear.__dict__)
-        self.token_in_cpp = described(self)
+        self.token_in_cpp = AsPacked(self)
 
     forward = ops.defines()(nn.Linear.forward)
 
@@ -116,8 +150,8 @@ def _not_one_row(linear: nn.Linear, input: Tensor) -> str:
 
 
 @ops.faster(LinearByRow.forward, "cpu compiled", why_not=_not_one_row, **HALF_ON_CPU)
-def _linear(linear: nn.Linear, input: Tensor) -> Tensor:
-    return normalised_products(input, None, 0.0, *as_parts(linear)).view(*input.shape[:-1], -1)
+def _linear(linear: Any, input: Tensor) -> Tensor:
+    return products_of_row(input, *linear.token_in_cpp.maps).view(*input.shape[:-1], -1)
 
 
 # A whole layer
@@ -145,24 +179,10 @@ def _not_absorbed(
     tables = position_embeddings or ()
     if attention.training or (torch.is_grad_enabled() and any(x.requires_grad for x in (past.stored, *tables))):
         return "for inference"
+    if ops.is_off(NAME):
+        return "attention in C++ is switched off"
     form = attention.form if attention.form != "auto" else attention.cheaper_form(1, past.length + 1)
     return "" if form == "absorbed" else "for the absorbed form"
-
-
-def attend_to_all(
-    query: Float[Tensor, "1 heads 1 features"], cache: Any, attention: Any
-) -> Float[Tensor, "1 heads 1 latent"]:
-    """The mixed latents of every head, from all that is cached."""
-    latent, scale = attention.kv_lora_rank, attention.softmax_scale
-    how = "eager" if attention.implementation == "eager" else "products"
-    in_cpp = how == "products" and serves(cache.record) and cache.stored.stride(-1) == 1
-    if in_cpp and not why_not_built("attend.cpp"):
-        return attend_to_cache(query, cache, latent, scale)
-    rest = Visibility(1, cache.length, query.device), scale
-    if cache.record is not None:
-        return attend_records(query, cache, *rest, implementation=how)[0]
-    key = cache.tokens[:, None]
-    return attend(query, key, key[..., :latent], *rest, implementation=how)[0]
 
 
 @ops.faster(DeepseekV2DecoderLayer.forward, "cpu compiled", why_not=_not_absorbed, **HALF_ON_CPU)
@@ -176,42 +196,35 @@ def _layer(
     use_cache: bool | None = False,
     position_embeddings: Any = None,
 ) -> tuple[Any, ...]:
-    attention, past, tables = layer.self_attn, past_key_value, position_embeddings
+    attention, past, tables, made = layer.self_attn, past_key_value, position_embeddings, layer.token_in_cpp
     if tables is None:
         tables = position_tables(attention.config, hidden_states, position_ids, past)
     tables = [x.float().contiguous() for x in tables]
-    before, between, after = layer.input_layernorm, attention.kv_a_layernorm, layer.post_attention_layernorm
-    w_uk, w_uv = attention.up_matrices()
-
-    compressed = attention.config.q_lora_rank is not None
-    first = attention.q_a_proj if compressed else attention.q_proj
-    maps = as_parts(first, attention.kv_a_proj_with_mqa)
-    both = normalised_products(hidden_states, before.weight, before.variance_epsilon, *maps)
-    query, compressed_kv = both.split((first.out_features, *attention.cache_features), dim=-1)
-    if compressed:
-        norm, maps = attention.q_a_layernorm, as_parts(attention.q_b_proj)
-        query = normalised_products(query, norm.weight, norm.variance_epsilon, *maps)
-    format = format_of(past, attention.kv_lora_rank)
-    query, new = absorbed(query, compressed_kv, between.weight, between.variance_epsilon, *tables, w_uk, *format)
-    present = past.append(new) if past.record is None else past.append_records(new)
-    out = attend_to_all(query, present, attention)
-    maps = as_parts(attention.o_proj)
-    hidden_states, x = attended(hidden_states, out, w_uv, *maps, after.weight, after.variance_epsilon)
-    hidden_states = _feed(layer.mlp, x, hidden_states)
+    room = past.stored.new_empty(1, 1, past.stored.shape[-1])
+    present = past.append(room) if past.record is None else past.append_records(room)
+    place = present.stored, *format_of(past, attention.kv_lora_rank)
+    numbers = [*(norm.variance_epsilon for norm in made.norms), attention.softmax_scale]
+    given = *place, *attention.up_matrices(), made.gains, numbers
+    hidden_states, x = attended(hidden_states, *tables, *given, *made.attention)
+    hidden_states = _feed(layer.mlp, made.maps, x, hidden_states)
     return (hidden_states, present) if use_cache else (hidden_states,)
 
 
-def steps_of(module: nn.Module) -> list[Any]:
-    """The layers, MLPs and MoE in it of which one token can run in C++: with plain bfloat16 weights, or codes over it, int8
-    or four bits that are laid out, on the CPU, that run no more than was made of them."""
+def mark_steps(module: nn.Module) -> list[Any]:
+    """Mark and return the layers, MLPs and MoE in it of which one token can run in C++: with plain bfloat16 weights, or codes
+    over it, int8 or four bits that are laid out, on the CPU, that run no more than was made of them."""
 
     def fits(name: str, part: nn.Module) -> bool:
         place = name.rpartition(".")[2]
         if name and not isinstance(part, PLACES[place]):
             return False
+        if not type(part).__module__.startswith(("dsv2_ref.", "torch.")):
+            return False
         if isinstance(part, RoutedExperts | nn.Linear) and not (is_plain(part) or type(part) is LinearByRow):
             return False
         weights: list[Tensor] = list(part.parameters(recurse=False))
+        if isinstance(part, DeepseekV2RMSNorm) and not weights:
+            return False
         if isinstance(part, MoEGate):
             weights = []  # widened in any case
         elif isinstance(part, QuantizedWeight):
@@ -222,9 +235,12 @@ def steps_of(module: nn.Module) -> list[Any]:
             return False  # no kernel takes these codes
         return plain and all(x.dtype == torch.bfloat16 for x in weights)
 
-    found = (part for part in module.modules() if isinstance(part, STEPS))
-    known = (part for part in found if described(part) and all(fits(*named) for named in part.named_modules()))
-    return [part for part in known if _takes_zeros(part)]
+    found: list[Any] = [part for part in module.modules() if isinstance(part, STEPS)]
+    for part in found:
+        part.token_in_cpp = AsPacked(part) if all(fits(*named) for named in part.named_modules()) else None
+        if part.token_in_cpp and not (part.token_in_cpp.still_holds(part) and _takes_zeros(part)):
+            part.token_in_cpp = None
+    return [part for part in found if part.token_in_cpp]
 
 
 @torch.no_grad()
@@ -237,6 +253,6 @@ def _takes_zeros(part: Any) -> bool:
             _layer(part, token, past_key_value=part.self_attn.empty_cache(1))
         else:
             _mlp_or_moe(part, token)
-    except (RuntimeError, IndexError):  # of the operators, or of the gate
+    except (RuntimeError, IndexError):  # of the operators
         return False
     return True

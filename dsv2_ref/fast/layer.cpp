@@ -1,12 +1,14 @@
 // One token through a layer, with every number that `DeepseekV2DecoderLayer.forward` rounds to bfloat16 rounded to it, but for
-// what stands between a sum and the next rounding. See products.h for the products.
+// what stands between a sum and the next rounding. See products.h for the products, and attention.h for attention.
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/headeronly/util/Float8_e4m3fn.h>
 
 typedef std::vector<bfloat16> Numbers;
-typedef std::vector<float> Sums;
 
-static Numbers rounded(const Sums& sums) {
+static Numbers rounded(const std::vector<float>& sums) {
     Numbers numbers(sums.size());
     for (size_t i = 0; i < sums.size(); i++) numbers[i] = nearest(sums[i]);
     return numbers;
@@ -58,7 +60,7 @@ struct Map {
         require(int64_t(rows.size()) == (alike ? 1 : choices) * inputs, "rows do not fit; wanted ", alike ? 1 : choices, " of ",
                 inputs, " features");
         const int64_t threads = torch::stable::get_num_threads();
-        Sums out(choices * outputs);
+        std::vector<float> out(choices * outputs);
         const auto multiply = [&](const auto* matrices) {
             product(out.data(), rows.data(), alike, matrices, outputs * inputs, chosen, choices, outputs, inputs, threads);
         };
@@ -143,7 +145,7 @@ static Numbers by_head(const Tensor& weight, const Numbers& rows) {
     const int64_t heads = weight.size(0), outputs = weight.size(1), inputs = weight.size(2);
     const bool by_outputs = weight.stride(2) == 1 && weight.stride(1) == inputs;
     require(by_outputs || (weight.stride(1) == 1 && weight.stride(2) == outputs), "kv_b_proj does not lie row by row");
-    Sums out(heads * outputs);
+    std::vector<float> out(heads * outputs);
     const auto multiply = [&](const auto* matrices) {
         const auto multiply = by_outputs ? product<std::decay_t<decltype(*matrices)>> : product_by_inputs<std::decay_t<decltype(*matrices)>>;
         multiply(out.data(), rows.data(), false, matrices, weight.stride(0), nullptr, heads, outputs, inputs,
@@ -151,20 +153,6 @@ static Numbers by_head(const Tensor& weight, const Numbers& rows) {
     };
     kind == ScalarType::Float ? multiply(data<float>(weight)) : multiply(data<bfloat16>(weight));
     return rounded(out);
-}
-
-// The operators of torch
-
-static Tensor normalised_products(Tensor x, std::optional<Tensor> norm, double eps, std::vector<Tensor> parts,
-                                  std::vector<int64_t> layout) {
-    Numbers row = numbers_of(x, x.numel(), "the token");
-    if (norm) row = normalised(row, *norm, eps);
-    Numbers out;
-    for (const Map& map : maps_of(parts, layout)) {
-        const Numbers some = map(row);
-        out.insert(out.end(), some.begin(), some.end());
-    }
-    return as_tensor(x, out, {1, int64_t(out.size())});
 }
 
 // What is cached of a token, a latent and a rotated key, as the bytes of `Record.encode`.
@@ -197,74 +185,179 @@ static std::vector<uint8_t> encoded(const Numbers& token, int64_t latent, int64_
     return codes;
 }
 
-// The query of every head as it comes to the latents, and what is cached of the token, as it is or as a record.
-static std::tuple<Tensor, Tensor> absorbed(Tensor query, Tensor compressed, Tensor norm, double eps, Tensor cos, Tensor sin,
-                                           Tensor w_uk, int64_t format, int64_t tile) {
+// The gate: `MoEGate.forward` of one token.
+
+struct Choice {
+    std::vector<int64_t> experts;
+    std::vector<float> weights;
+};
+
+// The places of the largest, best first; NaN counts as larger than all.
+static std::vector<int64_t> largest(const std::vector<float>& numbers, int64_t count) {
+    std::vector<int64_t> places;
+    std::vector<bool> taken(numbers.size());
+    for (; count > 0; count--) {
+        int64_t best = -1;
+        for (int64_t i = 0; i < int64_t(numbers.size()); i++)
+            if (!taken[i] && (best < 0 || numbers[i] > numbers[best] || (numbers[i] != numbers[i] && numbers[best] == numbers[best])))
+                best = i;
+        places.push_back(best), taken[best] = true;
+    }
+    return places;
+}
+
+struct Gate {
+    Tensor weight;
+    std::optional<Tensor> bias;
+    int64_t top_k, groups, open_groups, sigmoid, normalise;
+    double factor;
+
+    Gate(const Tensor& weight, std::optional<Tensor> bias, const std::vector<int64_t>& settings, double factor)
+        : weight(weight), bias(bias), top_k(settings.at(0)), groups(settings.at(1)), open_groups(settings.at(2)),
+          sigmoid(settings.at(3)), normalise(settings.at(4)), factor(factor) {
+        require(weight.dim() == 2 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
+                "the gate has another dtype or does not lie row by row; wanted torch.float32");
+        require(!bias || (bias->scalar_type() == ScalarType::Float && bias->numel() == experts() && bias->is_contiguous()),
+                "the gate's bias has another dtype or size; wanted ", experts(), " in torch.float32");
+        require(groups > 0 && experts() % groups == 0 && open_groups > 0 && open_groups <= groups && top_k > 0 &&
+                    top_k <= experts() / groups * open_groups && (!bias || groups == 1 || experts() / groups > 1),
+                "the gate's groups do not fit");
+    }
+
+    int64_t experts() const { return weight.size(0); }
+
+    Choice operator()(const Numbers& row) const {
+        require(weight.size(1) == int64_t(row.size()), "the gate does not fit a token of ", row.size(), " features");
+        std::vector<float> scores(experts());
+        product(scores.data(), row.data(), true, data<float>(weight), 0, nullptr, 1, experts(), weight.size(1),
+                torch::stable::get_num_threads());
+        const float most = *std::max_element(scores.begin(), scores.end());
+        double sum = 0;
+        for (float& score : scores) sum += score = sigmoid ? 1 / (1 + std::exp(-score)) : std::exp(score - most);
+        for (float& score : scores) score = sigmoid ? score : score / sum;
+
+        std::vector<float> choose_by = scores;
+        for (int64_t e = 0; e < experts() && bias; e++) choose_by[e] += data<float>(*bias)[e];
+        if (open_groups < groups) {
+            const int64_t size = experts() / groups;
+            std::vector<float> of_groups;
+            for (int64_t group = 0; group < groups; group++) {
+                const std::vector<float> own(&choose_by[group * size], &choose_by[group * size] + size);
+                float total = 0;
+                for (int64_t e : largest(own, bias ? 2 : 1)) total += own[e];
+                of_groups.push_back(total);
+            }
+            std::vector<bool> open(groups);
+            for (int64_t group : largest(of_groups, open_groups)) open[group] = true;
+            for (int64_t e = 0; e < experts(); e++)
+                if (!open[e / size]) choose_by[e] = -INFINITY;
+        }
+        Choice choice{largest(choose_by, top_k), {}};
+        float total = 0;
+        for (int64_t expert : choice.experts) choice.weights.push_back(scores[expert]), total += scores[expert];
+        for (float& weight : choice.weights) weight = weight / (normalise && top_k > 1 ? total + 1e-20f : 1) * float(factor);
+        return choice;
+    }
+};
+
+// The operators of torch
+
+// Ask for pages of 2 MB, in which a processor finds its way faster. What is refused stays as it is.
+static int64_t use_large_pages(std::vector<Tensor> tensors) {
+    int64_t moved = 0;
+#ifdef __linux__
+    const uintptr_t page = 2 << 20;
+    const int collapse = 25;  // MADV_COLLAPSE, of Linux 6.1, which older headers lack
+    for (const Tensor& tensor : tensors) {
+        const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+        const uintptr_t first = (start + page - 1) / page * page, last = (start + tensor.numel() * tensor.element_size()) / page * page;
+        if (first >= last) continue;
+        madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+        if (!madvise(reinterpret_cast<void*>(first), last - first, collapse)) moved += last - first;
+    }
+#endif
+    return moved;
+}
+
+static Tensor products_of_row(Tensor x, std::vector<Tensor> parts, std::vector<int64_t> layout) {
+    const Numbers out = maps_of(parts, layout).at(0)(numbers_of(x, x.numel(), "the token"));
+    return as_tensor(x, out, {1, int64_t(out.size())});
+}
+
+// The token after attention in the absorbed form, and the same normalised. What is cached of it, as it is or as a record, is
+// written to the last of the keys. `norms` are the layer's two, that of latents and that of queries, if they are compressed;
+// `numbers` their epsilons, and the scale of the softmax. Of as many maps, one more makes the output.
+static std::tuple<Tensor, Tensor> attended(Tensor x, Tensor cos, Tensor sin, Tensor keys, int64_t format, int64_t tile, Tensor w_uk,
+                                           Tensor w_uv, std::vector<Tensor> norms, std::vector<double> numbers,
+                                           std::vector<Tensor> parts, std::vector<int64_t> layout) {
     const int64_t heads = w_uk.size(0), nope = w_uk.size(1), latent = w_uk.size(2), rope = 2 * cos.numel();
-    const Numbers all_heads = numbers_of(query, heads * (nope + rope), "the query");
-    const Numbers key = numbers_of(compressed, latent + rope, "the compressed token");
+    const int64_t threads = torch::stable::get_num_threads();
+    const Sizes sizes{latent, rope, tile};
+    const std::vector<Map> maps = maps_of(parts, layout);
+    const Keys cached = checked_keys(keys, sizes, format);
     require(cos.scalar_type() == ScalarType::Float && sin.scalar_type() == ScalarType::Float && sin.numel() == cos.numel() &&
                 cos.is_contiguous() && sin.is_contiguous(),
             "position_embeddings have another dtype or size; wanted cosines and sines in torch.float32");
-    Numbers without_position;
-    for (int64_t head = 0; head < heads; head++) {
-        const bfloat16* own = &all_heads[head * (nope + rope)];
-        without_position.insert(without_position.end(), own, own + nope);
-    }
+    require(w_uv.size(0) == heads && w_uv.size(2) == latent && cached.count > 0, "kv_b_proj or the cache has another size");
+
+    const Numbers token = numbers_of(x, x.numel(), "the token"), row = normalised(token, norms.at(0), numbers.at(0));
+    Numbers query = maps.at(0)(row);
+    const Numbers compressed = maps.at(1)(row);
+    if (norms.size() > 3) query = maps.at(2)(normalised(query, norms[3], numbers.at(3)));
+    require(int64_t(query.size()) == heads * (nope + rope), "the query has another size; wanted ", heads * (nope + rope));
+    require(int64_t(compressed.size()) == latent + rope, "kv_a_proj_with_mqa has other rows; wanted ", latent + rope);
+
+    Numbers without_position(heads * nope), queries(heads * (latent + rope));
+    for (int64_t head = 0; head < heads; head++)
+        std::copy_n(&query[head * (nope + rope)], nope, &without_position[head * nope]);
     const Numbers at_latents = by_head(torch::stable::transpose(w_uk, 1, 2), without_position);
-    Numbers out(heads * (latent + rope)), cached = normalised(Numbers(key.begin(), key.begin() + latent), norm, eps);
     for (int64_t head = 0; head < heads; head++) {
-        bfloat16* to = &out[head * (latent + rope)];
+        bfloat16* to = &queries[head * (latent + rope)];
         std::copy_n(&at_latents[head * latent], latent, to);
-        rotate(to + latent, &all_heads[head * (nope + rope) + nope], data<float>(cos), data<float>(sin), rope / 2);
+        rotate(to + latent, &query[head * (nope + rope) + nope], data<float>(cos), data<float>(sin), rope / 2);
     }
-    cached.resize(latent + rope);
-    rotate(&cached[latent], &key[latent], data<float>(cos), data<float>(sin), rope / 2);
-    const Tensor queries = as_tensor(query, out, {1, heads, 1, latent + rope});
-    if (format == BFLOAT16) return {queries, as_tensor(query, cached, {1, 1, latent + rope})};
-    require(format >= FP8 && format < BFLOAT16 && tile > 0 && latent % tile == 0, "the cache has another format");
-    const std::vector<uint8_t> bytes = encoded(cached, latent, tile, Format(format));
-    Tensor record = torch::stable::new_empty(query, {1, 1, int64_t(bytes.size())}, ScalarType::Byte);
-    std::copy(bytes.begin(), bytes.end(), data<uint8_t>(record));
-    return {queries, record};
+    Numbers key = normalised(Numbers(compressed.begin(), compressed.begin() + latent), norms.at(1), numbers.at(1));
+    key.resize(latent + rope);
+    rotate(&key[latent], &compressed[latent], data<float>(cos), data<float>(sin), rope / 2);
+    uint8_t* place = data<uint8_t>(keys) + (cached.count - 1) * cached.step;
+    if (format == BFLOAT16) {
+        std::memcpy(place, key.data(), key.size() * sizeof(bfloat16));
+    } else {
+        const std::vector<uint8_t> record = encoded(key, latent, tile, Format(format));
+        std::copy(record.begin(), record.end(), place);
+    }
+
+    Numbers mixed(heads * latent);
+    attend_one(mixed.data(), queries.data(), numbers.back(), cached, heads, sizes, threads);
+    const Numbers out = sum(token, maps.back()(by_head(w_uv, mixed)));
+    return {as_tensor(x, out, {1, 1, int64_t(out.size())}),
+            as_tensor(x, normalised(out, norms.at(2), numbers.at(2)), {1, 1, int64_t(out.size())})};
 }
 
-// The token after attention, from the mixed latents of every head, and the same normalised.
-static std::tuple<Tensor, Tensor> attended(Tensor residual, Tensor mixed, Tensor w_uv, std::vector<Tensor> parts,
-                                           std::vector<int64_t> layout, Tensor norm, double eps) {
-    const Numbers values = by_head(w_uv, numbers_of(mixed, w_uv.size(0) * w_uv.size(2), "what is mixed of the latents"));
-    const Numbers added = maps_of(parts, layout).at(0)(values);
-    const Numbers out = sum(numbers_of(residual, added.size(), "the token"), added);
-    return {as_tensor(residual, out, {1, 1, int64_t(out.size())}),
-            as_tensor(residual, normalised(out, norm, eps), {1, 1, int64_t(out.size())})};
-}
-
-// The routed experts that were chosen, if some were, and the MLP of all tokens, if there is one: added up, and to the residual.
+// The experts that the gate chooses, if there is one, and the MLP of all tokens, if there is one: added up, and to the residual.
 // Of the maps two are the stacks of the experts, and three those of the MLP.
-static Tensor fed_forward(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> chosen, std::optional<Tensor> weights,
-                          std::vector<Tensor> parts, std::vector<int64_t> layout) {
+static Tensor fed_forward(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> gate, std::optional<Tensor> bias,
+                          std::vector<int64_t> settings, double factor, std::vector<Tensor> parts, std::vector<int64_t> layout) {
     const std::vector<Map> maps = maps_of(parts, layout);
     const Numbers row = numbers_of(x, x.numel(), "the token");
     Numbers out;
-    if (chosen) {
+    if (gate) {
         const Map &gates_and_ups = maps.at(0), &down = maps.at(1);
-        const Choices choices = checked(chosen, std::min(gates_and_ups.stack, down.stack));
-        require(weights && weights->scalar_type() == ScalarType::Float && weights->numel() == choices.count &&
-                    weights->is_contiguous(),
-                "the weights of experts do not fit; wanted ", choices.count, " in torch.float32");
-        const Numbers both = gates_and_ups.times(row, true, choices.pointer(), choices.count);
         const int64_t wide = gates_and_ups.outputs / 2;
+        const Choice choice = Gate(*gate, bias, settings, factor)(row);
+        const int64_t choices = choice.experts.size(), stack = std::min(gates_and_ups.stack, down.stack);
+        require(gate->size(0) <= stack, "the gate chooses among ", gate->size(0), " experts; wanted at most ", stack);
         require(2 * wide == gates_and_ups.outputs, "gate_up_proj has ", gates_and_ups.outputs, " rows; wanted an even number");
+        const Numbers both = gates_and_ups.times(row, true, choice.experts.data(), choices);
         Numbers between;
-        for (int64_t c = 0; c < choices.count; c++) {
+        for (int64_t c = 0; c < choices; c++) {
             const Numbers own = silu_times(&both[c * 2 * wide], &both[c * 2 * wide + wide], wide);
             between.insert(between.end(), own.begin(), own.end());
         }
-        const Numbers of_experts = down.times(between, false, choices.pointer(), choices.count);
-        Sums mixed(down.outputs);
-        for (int64_t c = 0; c < choices.count; c++)
-            for (int64_t o = 0; o < down.outputs; o++)
-                mixed[o] += value(of_experts[c * down.outputs + o]) * data<float>(*weights)[c];
+        const Numbers of_experts = down.times(between, false, choice.experts.data(), choices);
+        std::vector<float> mixed(down.outputs);
+        for (int64_t c = 0; c < choices; c++)
+            for (int64_t o = 0; o < down.outputs; o++) mixed[o] += value(of_experts[c * down.outputs + o]) * choice.weights[c];
         out = rounded(mixed);
     }
     if (maps.size() >= 3) {
@@ -279,8 +372,8 @@ static Tensor fed_forward(Tensor x, std::optional<Tensor> residual, std::optiona
 }
 
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, library) {
-    library.impl("normalised_products", TORCH_BOX(&normalised_products));
-    library.impl("absorbed", TORCH_BOX(&absorbed));
+    library.impl("use_large_pages", TORCH_BOX(&use_large_pages));
+    library.impl("products_of_row", TORCH_BOX(&products_of_row));
     library.impl("attended", TORCH_BOX(&attended));
     library.impl("fed_forward", TORCH_BOX(&fed_forward));
 }

@@ -11,45 +11,60 @@ from dsv2_ref.quantized import QuantizedWeight
 
 
 @in_cpp("layer.cpp")
-def normalised_products(  # type: ignore[empty-body]
-    x: Tensor, norm: Tensor | None, eps: float, parts: list[Tensor], layout: list[int]
-) -> Tensor:
-    """What linear maps make of a token's RMSNorm (None: of the token), side by side: (1, outputs of all)."""
+def use_large_pages(tensors: list[Tensor]) -> int:  # type: ignore[empty-body]
+    """Move what tensors hold to pages of 2 MB, where Linux gives such. Returns how many bytes lie in them then."""
 
 
 @in_cpp("layer.cpp")
-def absorbed(  # type: ignore[empty-body]
-    query: Tensor,
-    compressed: Tensor,
-    norm: Tensor,
-    eps: float,
+def products_of_row(x: Tensor, parts: list[Tensor], layout: list[int]) -> Tensor:  # type: ignore[empty-body]
+    """What a linear map makes of a token: (1, outputs)."""
+
+
+@in_cpp("layer.cpp", writes=("keys",))
+def attended(  # type: ignore[empty-body]
+    x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    w_uk: Tensor,
+    keys: Tensor,
     format: int,
     tile: int,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    norms: list[Tensor],
+    numbers: list[float],
+    parts: list[Tensor],
+    layout: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """What `DeepseekV2Attention.forward` makes of projections: the absorbed query of every head (1, heads, 1, latent + rope),
-    and what is cached of the token (1, 1, latent + rope), or its record (1, 1, bytes)."""
+    """The token after attention in the absorbed form, and its RMSNorm: (1, 1, hidden) each. What is cached of it is written
+    to the last of ``keys``.
 
-
-@in_cpp("layer.cpp")
-def attended(  # type: ignore[empty-body]
-    residual: Tensor, mixed: Tensor, w_uv: Tensor, parts: list[Tensor], layout: list[int], norm: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The token after attention, from the mixed latents of every head, and its RMSNorm: (1, 1, hidden) each."""
+    Args:
+        keys, format, tile: as for `dsv2_ref.fast.decode.attend_to_keys`. norms: weights of the layer's two norms, of that of
+            latents, between these, and of that of queries, if they are compressed. numbers: the epsilon of each, and the scale
+            of the softmax. parts, layout: of the maps that make the query (if it is compressed, its latent), what is cached,
+            then the query of its latent, and the output.
+    """
 
 
 @in_cpp("layer.cpp")
 def fed_forward(  # type: ignore[empty-body]
     x: Tensor,
     residual: Tensor | None,
-    chosen: Tensor | None,
-    weights: Tensor | None,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    settings: list[int],
+    factor: float,
     parts: list[Tensor],
     layout: list[int],
 ) -> Tensor:
-    """The chosen experts of a token, weighted, plus an MLP, plus what it is added to, where there are such: (1, 1, hidden)."""
+    """The experts that a gate chooses for a token, weighted, plus an MLP, plus what it is added to, where there are such:
+    (1, 1, hidden).
+
+    Args:
+        gate, bias: weight and ``e_score_correction_bias`` of a `MoEGate` in float32. settings: its top_k, n_group and
+            topk_group, whether scores are sigmoids, and whether weights are divided by their sum. factor: by which they are
+            multiplied. parts, layout: of gate_up_proj and down_proj of the experts; gate_proj, up_proj, down_proj of the MLP.
+    """
 
 
 def as_parts(*linear: Any) -> tuple[list[Tensor], list[int]]:

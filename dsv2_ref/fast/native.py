@@ -73,8 +73,8 @@ NAMESPACE = "dsv2_ref"
 
 HEADERS = {
     "rows.cpp": ("operators.h", "products.h"),
-    "layer.cpp": ("operators.h", "products.h"),
-    "attend.cpp": ("operators.h",),
+    "layer.cpp": ("operators.h", "products.h", "attention.h"),
+    "attend.cpp": ("operators.h", "attention.h"),
 }
 
 
@@ -116,9 +116,11 @@ def _no_gradients(*_: Any) -> None:
     raise NotImplementedError("what is computed of one row in C++ gives no gradients")
 
 
-def in_cpp(file: str, fake: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], Any]:
+def in_cpp(
+    file: str, fake: Callable[..., Any] | None = None, writes: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Make the decorated signature an operator of torch for CPUs, whose code is in a file. The first call builds it; ``fake``
-    makes an empty output, for graphs."""
+    makes an empty output, for graphs; ``writes`` names the arguments that it changes."""
 
     def declare(signature: Callable[..., Any]) -> Any:
         @functools.wraps(signature)
@@ -130,7 +132,7 @@ def in_cpp(file: str, fake: Callable[..., Any] | None = None) -> Callable[[Calla
             build(file)
             return operator(*args)
 
-        operator = as_operator(fake, _no_gradients)(build_first)
+        operator = as_operator(fake, None if writes else _no_gradients, writes=writes)(build_first)
         return operator
 
     return declare

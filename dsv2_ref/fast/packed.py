@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.checks import is_module, require
-from dsv2_ref.fast.compiled import STEPS, LinearByRow, described, steps_of
+from dsv2_ref.fast.compiled import STEPS, LinearByRow, mark_steps
 from dsv2_ref.fast.native import find_compiler, why_not_built
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
@@ -261,12 +261,15 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
             held.kept = w_uk.contiguous(), w_uv.mT.contiguous().mT
         if can_lay_out(held):
             lay_out_codes(held)
-    steps = steps_of(module) if compiled else []
-    whole = {child for part in steps for child in part.modules()}
     wide = {gate.weight: PackedGate.widened(gate) for _, _, gate in gates}  # one for what several share
     made = {gate: PackedGate(gate, wide[gate.weight]) for _, _, gate in gates}
     for parent, name, gate in gates:
         setattr(parent, name, made[gate])
+    whole = {child for part in mark_steps(module) for child in part.modules()} if compiled else set()
+    if not compiled:
+        steps: list[Any] = [part for part in module.modules() if isinstance(part, STEPS)]
+        for step in steps:
+            step.token_in_cpp = None
     for parent, name, child in places:
         if child in whole:
             continue
@@ -279,8 +282,5 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
             by_row = compiled and not isinstance(parent, DeepseekV2Attention) and child.weight.dtype == torch.bfloat16
             packed = LinearByRow(child) if by_row else PackedLinear(child)
         setattr(parent, name, packed)
-    parts: list[Any] = [part for part in module.modules() if isinstance(part, STEPS)]
-    for part in parts:
-        part.token_in_cpp = described(part) if part in steps else None
     module.register_load_state_dict_pre_hook(_refuse_to_load)
     return module

@@ -230,23 +230,28 @@ def grouped_product(
 
 
 def as_operator(
-    fake: Callable[..., Any] | None, backward: Callable[..., Any], save: Callable[..., None] | None = None
+    fake: Callable[..., Any] | None,
+    backward: Callable[..., Any] | None,
+    save: Callable[..., None] | None = None,
+    writes: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make the decorated ``_name`` the operator ``dsv2_ref::name`` of torch, which the compiler does not look into.
 
     Args:
         fake: makes empty outputs of the right shapes, for graphs. backward: gives the gradients. save: keeps what they need.
+        writes: the arguments that it changes; then there is no ``backward``.
     """
 
     def declare(run: Callable[..., Any]) -> Any:
         # `torch.library.custom_op` does this too, but imports the compiler and takes longer per call.
         name = run.__name__.lstrip("_")
         library = torch.library
-        library.define(f"dsv2_ref::{name}", library.infer_schema(run, mutates_args=()))
+        library.define(f"dsv2_ref::{name}", library.infer_schema(run, mutates_args=writes))
         library.impl(f"dsv2_ref::{name}", "default", run)
         if fake is not None:
             library.register_fake(f"dsv2_ref::{name}", fake)
-        library.register_autograd(f"dsv2_ref::{name}", backward, setup_context=save)
+        if backward is not None:
+            library.register_autograd(f"dsv2_ref::{name}", backward, setup_context=save)
         operator = getattr(torch.ops.dsv2_ref, name).default
         operator.__wrapped__ = run
         return operator

@@ -1,5 +1,30 @@
 // Operators of torch for products of one row. See products.h.
 
+struct Choices {
+    std::optional<Tensor> indices;
+    int64_t count;
+    const int64_t* pointer() const { return indices ? data<int64_t>(*indices) : nullptr; }
+};
+
+static Choices checked(const std::optional<Tensor>& chosen, int64_t stack) {
+    if (!chosen) return {std::nullopt, stack};
+    const Tensor indices = torch::stable::contiguous(torch::stable::to(*chosen, ScalarType::Long));
+    const int64_t count = indices.numel(), *index = data<int64_t>(indices);
+    if (std::any_of(index, index + count, [stack](int64_t i) { return i < 0 || i >= stack; })) {
+        std::ostringstream list;
+        for (int64_t c = 0; c < count; c++) list << (c ? ", " : "") << index[c];
+        require(false, "chosen is [", list.str(), "]; wanted indices from 0 to ", stack - 1);
+    }
+    return {indices, count};
+}
+
+static Tensor checked_rows(const Tensor& rows, int64_t inputs, const Choices& choices) {
+    const bool fits = rows.dim() == 2 && rows.scalar_type() == ScalarType::BFloat16 && rows.size(1) == inputs;
+    require(fits && (rows.size(0) == 1 || rows.size(0) == choices.count),
+            "rows do not fit; wanted one, or one for each choice, in torch.bfloat16, of ", inputs, " features");
+    return torch::stable::contiguous(rows);
+}
+
 static Tensor row_products(Tensor rows, Tensor weight, std::optional<Tensor> chosen) {
     const ScalarType kind = weight.scalar_type();
     require(weight.dim() == 3 && (kind == ScalarType::BFloat16 || kind == ScalarType::Char || kind == ScalarType::Float),
