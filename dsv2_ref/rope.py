@@ -78,7 +78,8 @@ def yarn_frequencies(
         return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     kept_below = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    divided_from = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    divided_from = math.ceil(pair_that_turns(scaling.beta_slow))
+    divided_from = min(divided_from, dim - 1)  # as published; pairs end at dim / 2 - 1
     width = divided_from - kept_below or 0.001
     pairs = torch.arange(dim // 2, device=kept.device, dtype=kept.dtype)
     divided = ((pairs - kept_below) / width).clamp(0, 1)  # 0 keeps, 1 divides

@@ -192,15 +192,17 @@ struct Choice {
     std::vector<float> weights;
 };
 
-// The places of the largest, best first; NaN counts as larger than all.
+// The places of the largest, best first; NaN counts as infinity.
 static std::vector<int64_t> largest(const std::vector<float>& numbers, int64_t count) {
     std::vector<int64_t> places;
     std::vector<bool> taken(numbers.size());
     for (; count > 0; count--) {
         int64_t best = -1;
-        for (int64_t i = 0; i < int64_t(numbers.size()); i++)
-            if (!taken[i] && (best < 0 || numbers[i] > numbers[best] || (numbers[i] != numbers[i] && numbers[best] == numbers[best])))
-                best = i;
+        float most = 0;
+        for (int64_t i = 0; i < int64_t(numbers.size()); i++) {
+            const float number = numbers[i] != numbers[i] ? INFINITY : numbers[i];
+            if (!taken[i] && (best < 0 || number > most)) best = i, most = number;
+        }
         places.push_back(best), taken[best] = true;
     }
     return places;
@@ -270,7 +272,8 @@ static int64_t use_large_pages(std::vector<Tensor> tensors) {
     const int collapse = 25;  // MADV_COLLAPSE, of Linux 6.1, which older headers lack
     for (const Tensor& tensor : tensors) {
         const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-        const uintptr_t first = (start + page - 1) / page * page, last = (start + tensor.numel() * tensor.element_size()) / page * page;
+        const uintptr_t end = start + tensor.numel() * tensor.element_size();
+        const uintptr_t first = (start + page - 1) / page * page, last = end / page * page;
         if (first >= last) continue;
         madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
         if (!madvise(reinterpret_cast<void*>(first), last - first, collapse)) moved += last - first;
