@@ -541,13 +541,35 @@ def test_data_of_another_layout_goes_the_usual_way() -> None:
 
 
 @torch.no_grad()
-def test_a_shallow_copy_is_its_own() -> None:
+def test_a_shallow_copy_has_parts_of_its_own() -> None:
     mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
     other = copy.copy(mlp)
-    other.forward = lambda x: 0 * x
-    assert not other(TOKEN).any()
-    del other.forward
-    assert torch.equal(other(TOKEN), mlp(TOKEN)) or ways(lambda: other(TOKEN))["DeepseekV2MLP.forward"] == "definition"
+    other._modules = dict(mlp._modules)
+    other.up_proj = linear(64, mlp.up_proj.out_features)
+    with ops.plain():
+        expected = other(TOKEN)
+    assert not torch.allclose(mlp(TOKEN), expected, rtol=0.1)
+    torch.testing.assert_close(other(TOKEN), expected, rtol=2**-6, atol=2**-8)
+
+
+@torch.no_grad()
+def test_every_norm_has_an_epsilon_of_its_own() -> None:
+    for fields in ({}, {"q_lora_rank": None}):
+        layer = pack_weights(layer_of(mla_form="absorbed", **fields), compiled=True)
+        attention = layer.self_attn
+        norms = [layer.input_layernorm, attention.kv_a_layernorm, layer.post_attention_layernorm]
+        norms += [] if attention.config.q_lora_rank is None else [attention.q_a_layernorm]
+        cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+        for norm in norms:
+            norm.weight.mul_(16)  # so that what it gives counts
+            before, norm.variance_epsilon = norm.variance_epsilon, 10.0
+            with ops.plain():
+                expected, wanted = layer(TOKEN, past_key_value=cache, use_cache=True)
+            found, longer = layer(TOKEN, past_key_value=cache, use_cache=True)
+            for given, of_definition in ((found, expected), (longer.tokens, wanted.tokens)):
+                rounding = float(of_definition.abs().max()) * 2**-7
+                torch.testing.assert_close(given, of_definition, rtol=0, atol=rounding)
+            norm.variance_epsilon = before
 
 
 @torch.no_grad()
