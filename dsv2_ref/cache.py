@@ -151,9 +151,9 @@ class LayerCache:
             larger = buffer.new_zeros((buffer.shape[0], room, *buffer.shape[2:]))
             larger[:, :past] = buffer[:, :past]
             storage = _Storage(larger, length)
+        storage.used = length  # at once: another thread may continue the same cache
         # No graph holds these places, so autograd need not hear of the write.
         storage.buffer.data[:, past:length] = new
-        storage.used = length
         longer = storage.buffer[:, :length]
         return type(self)(self.layer_idx, longer, storage, seen, self.record)
 

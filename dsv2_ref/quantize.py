@@ -2,9 +2,9 @@
 scale that a group of weights shares (`dsv2_ref.quantized` holds them)."""
 
 from collections.abc import Collection, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dsv2_ref import checks
@@ -113,7 +113,10 @@ def is_plain(module: nn.Module) -> bool:
         own = type(module) is not RoutedExperts or "forward" in module.__dict__
         wrapped = any(is_traceable_wrapper_subclass(w) for w in module.parameters())
         return not own and not wrapped and not has_hooks(module)
-    return is_plain_linear(module) and "weight" in module._parameters
+    if not is_plain_linear(module) or "weight" not in module._parameters:
+        return False
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    return bias is None or bias.shape == weight.shape[:1]
 
 
 def has_hooks(module: nn.Module) -> bool:

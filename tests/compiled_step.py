@@ -4,8 +4,13 @@ in a process without the checker of signatures.
 
 import contextlib
 import copy
+import gc
+import io
 import pickle
+import subprocess
+import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +36,7 @@ from dsv2_ref import (
 )
 from dsv2_ref.fast import compiled, native, packed
 from dsv2_ref.fast.layer import as_parts, attended, use_large_pages
+from dsv2_ref.moe import MoEGate
 from dsv2_ref.quantize import quantize
 from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache, Record
 from dsv2_ref.rope import position_tables
@@ -531,7 +537,7 @@ def test_data_of_another_layout_goes_the_usual_way() -> None:
         mlp.up_proj.weight.data = change(mlp.up_proj.weight.data)
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
             assert ways(lambda mlp=mlp: mlp(TOKEN))["DeepseekV2MLP.forward"] == "definition"
-        assert not mlp.token_in_cpp.still_holds(mlp)
+        assert not mlp.token_in_cpp.holds(mlp)
     mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
     mlp.up_proj.weight.data = mlp.up_proj.weight.data * 2
     with ops.plain():
@@ -841,3 +847,202 @@ def test_an_mlp_may_give_another_width() -> None:
         expected = mlp(TOKEN)
     found = pack_weights(mlp, compiled=True)(TOKEN)
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-8)
+
+
+NAME = "DeepseekV2DecoderLayer.forward"
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        copy.deepcopy,
+        lambda x: pickle.loads(pickle.dumps(x)),
+        lambda x: (torch.save(x, file := io.BytesIO()), file.seek(0), torch.load(file, weights_only=False))[-1],
+        lambda x: x.to("cpu"),
+        lambda x: x.share_memory(),
+        lambda x: x.requires_grad_(False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save", "to cpu", "share_memory", "requires_grad"],
+)
+@torch.no_grad()
+def test_what_only_moves_a_layer_leaves_it_its_way(weights: str | None, changed: Callable[[Any], Any]) -> None:
+    layer = pack_weights(layer_of(weights, **(WIDE if weights == "int4" else {}), mla_form="absorbed"), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    expected = layer(TOKEN, past_key_value=cache)[0]
+    size = len(pickle.dumps(layer))
+    layer = changed(layer)
+    assert ways(lambda: layer(TOKEN, past_key_value=cache))[NAME] == "cpu compiled"
+    assert torch.equal(layer(TOKEN, past_key_value=cache)[0], expected)
+    assert len(pickle.dumps(layer)) < 1.1 * size, "no tensor is stored twice"
+
+
+def test_what_is_saved_is_saved_once() -> None:
+    layer = layer_of("int8")
+    before = len(pickle.dumps(layer))
+    after = len(pickle.dumps(pack_weights(layer, compiled=True)))
+    kept = sum(x.nbytes for x in layer.self_attn.kv_b_proj.kept)
+    assert after < before + kept + layer.mlp.gate.weight.nbytes + 20_000
+
+
+@torch.no_grad()
+def test_replaced_weights_are_freed() -> None:
+    layer = pack_weights(layer_of(), compiled=True)
+    layer.mlp(TOKEN)
+    old = weakref.ref(layer.mlp.experts.gate_up_proj)
+    layer.mlp.experts.gate_up_proj = nn.Parameter(torch.zeros_like(layer.mlp.experts.gate_up_proj))
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.parametrize("place", ["", "self_attn", "mlp", "mlp.gate", "self_attn.o_proj"])
+@torch.no_grad()
+def test_a_layer_with_more_parts_is_left_as_it_is(place: str) -> None:
+    layer = layer_of(mla_form="absorbed")
+    layer.get_submodule(place).capture = nn.Identity()
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    expected = layer(TOKEN, past_key_value=cache)[0]
+    pack_weights(layer, compiled=True)
+    assert ways(lambda: layer(TOKEN, past_key_value=cache))[NAME] == "definition"
+    torch.testing.assert_close(layer(TOKEN, past_key_value=cache)[0], expected, rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize("fields", [{}, V3, GATES["V2"]], ids=["V2-Lite", "V3", "V2"])
+@torch.no_grad()
+def test_equal_scores_choose_what_torch_chooses(fields: dict[str, Any]) -> None:
+    plain = layer_of(**{"n_routed_experts": 8} | fields).mlp
+    for weight in (*plain.experts.parameters(), *plain.shared_experts.parameters()):
+        weight.mul_(8)
+    for rows in ([0] * 8, [0, 0, 2, 2, 4, 4, 6, 6], [0, 1, 0, 1, 0, 1, 0, 1]):
+        plain.gate.weight.copy_(torch.randn(8, 64)[rows])
+        step = pack_weights(copy.deepcopy(plain), compiled=True)
+        with ops.plain():
+            expected = plain(TOKEN)
+        rounding = float(expected.abs().max()) * 2**-6
+        torch.testing.assert_close(step(TOKEN), expected, rtol=0, atol=rounding)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "every group": {"topk_group": 9},
+    "closed ones as well": {"top_k": 8},
+    "none": {"top_k": 0},
+    "too many": {"top_k": 9},
+    "not normalised": {"norm_topk_prob": None},
+    "a factor for each choice": {"routed_scaling_factor": torch.tensor([1.0, 2.0, 3.0])},
+    "a whole factor": {"routed_scaling_factor": 2},
+    "no whole number": {"top_k": 2.0},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@torch.no_grad()
+def test_settings_of_a_gate_may_be_odd(settings: str) -> None:
+    moe = pack_weights(layer_of(**{"n_routed_experts": 8} | GATES["V2"]).mlp, compiled=True)
+    for weight in moe.experts.parameters():
+        weight.mul_(8)
+    for name, value in SETTINGS[settings].items():
+        setattr(moe.gate, name, value)
+
+    def outcome() -> Any:
+        try:
+            return moe(TOKEN)
+        except Exception as error:
+            return type(error)
+
+    with ops.plain():
+        expected = outcome()
+    found = outcome()
+    if isinstance(expected, Tensor):
+        rounding = float(expected.abs().max()) * 2**-6
+        torch.testing.assert_close(found, expected, rtol=0, atol=rounding)
+    else:
+        assert found is expected
+
+
+@torch.no_grad()
+def test_maps_that_lie_otherwise_are_packed_as_ever() -> None:
+    wide = torch.randn(300, 128).bfloat16()
+    weights = {
+        "transposed": torch.randn(64, 300).bfloat16().mT,
+        "every other": wide[:, ::2],
+        "plain": wide[:, :64].clone(),
+    }
+    biases = {
+        "none": None,
+        "strided": torch.randn(600).bfloat16()[::2],
+        "expanded": torch.randn(1).bfloat16().expand(300),
+    }
+    biases["one"] = torch.randn(1).bfloat16()
+    for weight in weights.values():
+        for bias in biases.values():
+            plain = nn.Linear(64, 300, bias=bias is not None, dtype=torch.bfloat16)
+            plain.weight = nn.Parameter(weight)
+            if bias is not None:
+                plain.bias = nn.Parameter(bias)
+            for compiled_ in (False, True):
+                made = pack_weights(nn.Sequential(copy.deepcopy(plain)).eval(), compiled=compiled_)
+                torch.testing.assert_close(made(TOKEN), plain(TOKEN), rtol=2**-6, atol=2**-3)
+
+
+@torch.no_grad()
+def test_memory_that_was_given_away_is_said() -> None:
+    mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+    mlp.up_proj.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"^a tensor's memory was given away$"):
+        mlp(TOKEN)
+
+
+def test_operators_say_what_they_are_for() -> None:
+    with pytest.raises(NotImplementedError, match=r"^layer.cpp needs a tensor on the CPU$"):
+        use_large_pages([])
+    with pytest.raises(
+        NotImplementedError, match=r"^layer.cpp is for plain tensors on the CPU, and not for torch.sparse"
+    ):
+        use_large_pages([torch.eye(3).to_sparse()])
+
+
+@torch.no_grad()
+def test_a_class_that_somebody_changed_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = pack_weights(layer_of(mla_form="absorbed"), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    for kind in (DeepseekV2Attention, MoEGate, DeepseekV2MLP):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", lambda *args, own=kind.forward, **options: own(*args, **options))
+            assert ways(lambda: layer(TOKEN, past_key_value=cache)).get(NAME) == "definition"
+            assert not any(forward.__module__ == __name__ for forward in compiled.FORWARDS)
+    assert ways(lambda: layer(TOKEN, past_key_value=cache))[NAME] == "cpu compiled"
+
+
+def test_a_class_that_was_changed_before_the_first_call_keeps_its_effect() -> None:
+    program = """
+import torch
+from dsv2_ref import DeepseekV2Config, DeepseekV2DecoderLayer, pack_weights
+from dsv2_ref.moe import MoEGate
+seen, own = [], MoEGate.forward
+MoEGate.forward = lambda *args: (seen.append(1), own(*args))[1]
+layer = pack_weights(DeepseekV2DecoderLayer(DeepseekV2Config.tiny(), 1).bfloat16().eval(), compiled=True)
+with torch.no_grad():
+    layer.mlp(torch.ones(1, 1, 64).bfloat16())
+print(len(seen))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
+
+
+def test_threads_that_continue_one_cache_leave_each_other_alone() -> None:
+    layer = pack_weights(layer_of(mla_form="absorbed"), compiled=True)
+    tokens = [torch.randn(1, 1, 64).bfloat16() for _ in range(4)]
+    with torch.no_grad():
+        past = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+        wanted = [layer(token, past_key_value=past, use_cache=True)[1].tokens.clone() for token in tokens]
+
+    def run(token: Tensor, past: Any) -> Any:
+        with torch.no_grad():
+            return layer(token, past_key_value=past, use_cache=True)[1]
+
+    for _ in range(40):
+        start = LatentCache.of(layer.self_attn, 1, 20).append(past.tokens)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, tokens, [start] * 4))
+        for cache, expected in zip(found, wanted, strict=True):
+            assert torch.equal(cache.tokens, expected)

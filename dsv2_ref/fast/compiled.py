@@ -5,7 +5,7 @@ operations that take longer to start than to run. `dsv2_ref.fast.packed.pack_wei
 whose single tokens go this way: two operators for a layer, in place of some sixty.
 """
 
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,15 +30,15 @@ from dsv2_ref.rope import position_tables
 
 def _without_step(module: nn.Module, hidden_states: Tensor) -> str:
     made = module.__dict__.get("token_in_cpp")
-    if made is None:
+    if not isinstance(made, AsPacked):
         return "not packed with compiled=True"
     if hidden_states.ndim == 0 or hidden_states.numel() != hidden_states.shape[-1]:
         return "for one token"
     if module.training or torch.is_autocast_enabled("cpu"):
         return "for inference without torch.autocast"
-    if type(hidden_states) is not Tensor or is_watched():
+    if type(hidden_states) is not Tensor or hidden_states.layout is not torch.strided or is_watched():
         return "for plain tensors, whose operations nothing watches"
-    if nn.modules.module._has_any_global_hook() or not made.still_holds(module):
+    if nn.modules.module._has_any_global_hook() or not made.holds(module):
         return "a part of it has a hook, or became another"
     return why_not_built("layer.cpp")
 
@@ -53,72 +53,133 @@ PLACES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("q_proj", "q_a_proj", "q_b_proj", "kv_b_proj", "o_proj", "gate_proj", "up_proj"), LINEAR),
     **dict.fromkeys(("input_layernorm", "post_attention_layernorm", "q_a_layernorm", "kv_a_layernorm"), (DeepseekV2RMSNorm,)),
 }  # fmt: skip
+OURS = ("dsv2_ref.", "torch.nn.")
 FORWARDS = {kind.forward for kind in (*STEPS, *sum(PLACES.values(), ()))}
+FORWARDS = {
+    forward for forward in FORWARDS if forward.__module__.startswith(OURS)
+}  # not what somebody put in its place
 
 
 class AsPacked:
-    """A module as it was packed: its parts with their classes and tensors, and of its norms and maps what operators take."""
+    """A module as it was packed: what it is made of, and where the norms and maps lie that the operators take."""
 
     def __init__(self, module: Any) -> None:
-        self.parts = [
-            (part, type(part), part.__dict__.get("block_rows"), dict(part._modules), _held(part.__dict__))
-            for part in module.modules()
-        ]
-        self.tensors = [x for *_, held in self.parts for x in held if x is not None]
-        self.layouts = self.layouts_now()
-        self.norms: list[Any] = []
+        self.description = _described(module)
+        self.parts: list[Any] = []
+        self._find(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"description": self.description, "parts": []}  # copies find what is theirs
+
+    def _find(self, module: Any) -> None:
+        attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", module)
+        norms: list[Any] = []
         maps: list[Any] = []
-        if isinstance(module, DeepseekV2DecoderLayer):
-            attention: Any = module.self_attn
-            self.norms = [module.input_layernorm, attention.kv_a_layernorm, module.post_attention_layernorm]
+        if attention is not None:
+            norms = [module.input_layernorm, attention.kv_a_layernorm, module.post_attention_layernorm]
             if attention.config.q_lora_rank is None:
                 maps = [attention.q_proj, attention.kv_a_proj_with_mqa, attention.o_proj]
             else:
-                self.norms.append(attention.q_a_layernorm)
+                norms.append(attention.q_a_layernorm)
                 maps = [attention.q_a_proj, attention.kv_a_proj_with_mqa, attention.q_b_proj, attention.o_proj]
-        self.gains = [norm.weight for norm in self.norms]
-        self.attention = as_parts(*maps)
-        mlp: Any = getattr(module, "mlp", module)
+        self.parts = [(x, type(x), x.__dict__.get("block_rows"), dict(x._modules)) for x in module.modules()]
+        places = {
+            id(x): (part.__dict__, kind, name)
+            for part, *_ in self.parts
+            for kind in HELD
+            for name, x in part.__dict__[kind].items()
+        }
+        self.norms, self.gate = norms, getattr(mlp, "gate", None)
+        self.gains = [places[id(norm.weight)] for norm in norms]
+        tensors, self.attention_layout = as_parts(*maps)
+        self.attention = [places[id(x)] for x in tensors]
         if isinstance(module, nn.Linear):
             maps = [module]
-        elif isinstance(mlp, DeepseekV2MLP):
+        elif self.gate is None:
             maps = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         else:
             maps, shared = [mlp.experts.gate_up_proj, mlp.experts.down_proj], mlp.shared_experts
             if shared is not None:
                 maps += shared.gate_proj, shared.up_proj, shared.down_proj
-        self.maps = as_parts(*maps)
-        use_large_pages([*self.attention[0], *self.maps[0]])
+        others, self.layout = as_parts(*maps)
+        self.others = [places[id(x)] for x in others]
+        self.layouts = _layouts(self.parts)
+        use_large_pages(tensors + others)
 
-    def layouts_now(self) -> list[Any]:
-        """What assignment to the ``data`` of a tensor may change."""
-        return [(x.dtype, x.shape, x.is_cpu, x.is_contiguous()) for x in self.tensors]
+    def gains_and_maps(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """The weights of the norms, and the maps of attention, as the operators take them."""
+        return _at(self.gains), _at(self.attention), self.attention_layout
 
-    def still_holds(self, module: nn.Module) -> bool:
-        """Whether the module is made of the same, and none of its parts runs more than the ``forward`` of a known class."""
-        if self.parts[0][0] is not module or self.layouts_now() != self.layouts:
+    def maps(self) -> tuple[list[Tensor], list[int]]:
+        """The other maps."""
+        return _at(self.others), self.layout
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is made as it was, and none of its parts runs more than the ``forward`` of a known class."""
+        if not self._is_same(module):
+            self.parts = []
+            if _described(module) != self.description:
+                return False
+            self._find(module)
+        numbers = [norm.variance_epsilon for norm in self.norms]
+        if self.gate is not None:
+            numbers += self.gate.routed_scaling_factor, self.gate.top_k, self.gate.n_group, self.gate.topk_group
+            if any(type(x) is not int for x in numbers[-3:]):
+                return False
+        return all(type(x) in (float, int) for x in numbers)
+
+    def _is_same(self, module: nn.Module) -> bool:
+        if not self.parts or self.parts[0][0] is not module:
             return False
-        for part, kind, block_rows, children, held in self.parts:
+        for part, kind, block_rows, children in self.parts:
             own = part.__dict__
-            if type(part) is not kind or kind.forward not in FORWARDS or "forward" in own or any(hooks_of(own)):
+            if type(part) is not kind or not _runs_forward(kind, own) or own.get("block_rows") != block_rows:
                 return False
-            if own.get("_compiled_call_impl") is not None or own.get("block_rows") != block_rows:
+            if own["_modules"] != children:
                 return False
-            now = _held(own)
-            if own["_modules"] != children or len(now) != len(held) or not all(map(is_, now, held)):
-                return False
-        return True
+        return _layouts(self.parts) == self.layouts
+
+
+HELD = "_parameters", "_buffers"
+
+
+def _at(places: list[Any]) -> list[Tensor]:
+    return [own[kind][name] for own, kind, name in places]
+
+
+def _layouts(parts: list[Any]) -> list[Any]:
+    held = [x for part, *_ in parts for kind in HELD for x in part.__dict__[kind].values()]
+    return [None if x is None else (type(x), x.dtype, x.shape, x.is_cpu, x.is_contiguous()) for x in held]
+
+
+def _runs_forward(kind: Any, own: dict[str, Any]) -> bool:
+    """Whether a call of such a part runs the ``forward`` of a known class, and nothing else."""
+    changed = "forward" in own or any(hooks_of(own)) or own.get("_compiled_call_impl") is not None
+    return not changed and kind.forward in FORWARDS
 
 
 def _held(own: dict[str, Any]) -> tuple[Tensor | None, ...]:
     return *own["_parameters"].values(), *own["_buffers"].values()
 
 
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return type(x), x.dtype, x.shape, x.is_cpu, x.is_contiguous()
+
+
+def _described(module: nn.Module) -> list[Any]:
+    """Of every part its class, whether that is all that runs, and what tensors it holds."""
+    found: list[Any] = []
+    for name, part in module.named_modules():
+        own, kind = part.__dict__, type(part)
+        found.append((name, kind, _runs_forward(kind, own), own.get("block_rows"), _layouts([(part,)])))
+    return found
+
+
 def _feed(mlp: Any, maps: tuple[list[Tensor], list[int]], x: Tensor, residual: Tensor | None) -> Tensor:
     if isinstance(mlp, DeepseekV2MLP):
         return fed_forward(x, residual, None, None, [], 1.0, *maps)
     gate = mlp.gate
-    yes_or_no = gate.scoring_func == "sigmoid", gate.norm_topk_prob
+    yes_or_no = gate.scoring_func == "sigmoid", bool(gate.norm_topk_prob)
     settings = [gate.top_k, gate.n_group, gate.topk_group, *map(int, yes_or_no)]
     bias = gate.e_score_correction_bias
     bias = None if bias is None else bias.float()
@@ -128,7 +189,7 @@ def _feed(mlp: Any, maps: tuple[list[Tensor], list[int]], x: Tensor, residual: T
 @ops.faster(DeepseekV2MLP.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 @ops.faster(DeepseekV2MoE.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 def _mlp_or_moe(mlp: Any, hidden_states: Tensor) -> Tensor:
-    return _feed(mlp, mlp.token_in_cpp.maps, hidden_states, None).view(*hidden_states.shape[:-1], -1)
+    return _feed(mlp, mlp.token_in_cpp.maps(), hidden_states, None).view(*hidden_states.shape[:-1], -1)
 
 
 class LinearByRow(nn.Linear):
@@ -141,6 +202,12 @@ class LinearByRow(nn.Linear):
 
     forward = ops.defines()(nn.Linear.forward)
 
+    @staticmethod
+    def fits(linear: nn.Linear) -> bool:
+        """Whether its weight is in bfloat16, and it lies row by row."""
+        in_rows = all(x.is_contiguous() for x in linear.parameters())
+        return in_rows and linear.weight.dtype == torch.bfloat16
+
 
 FORWARDS.add(LinearByRow.forward)
 
@@ -151,7 +218,7 @@ def _not_one_row(linear: nn.Linear, input: Tensor) -> str:
 
 @ops.faster(LinearByRow.forward, "cpu compiled", why_not=_not_one_row, **HALF_ON_CPU)
 def _linear(linear: Any, input: Tensor) -> Tensor:
-    return products_of_row(input, *linear.token_in_cpp.maps).view(*input.shape[:-1], -1)
+    return products_of_row(input, *linear.token_in_cpp.maps()).view(*input.shape[:-1], -1)
 
 
 # A whole layer
@@ -179,6 +246,8 @@ def _not_absorbed(
     tables = position_embeddings or ()
     if attention.training or (torch.is_grad_enabled() and any(x.requires_grad for x in (past.stored, *tables))):
         return "for inference"
+    if type(attention.softmax_scale) not in (float, int):
+        return "for a softmax_scale that is a number"
     if ops.is_off(NAME):
         return "attention in C++ is switched off"
     form = attention.form if attention.form != "auto" else attention.cheaper_form(1, past.length + 1)
@@ -204,9 +273,9 @@ def _layer(
     present = past.append(room) if past.record is None else past.append_records(room)
     place = present.stored, *format_of(past, attention.kv_lora_rank)
     numbers = [*(norm.variance_epsilon for norm in made.norms), attention.softmax_scale]
-    given = *place, *attention.up_matrices(), made.gains, numbers
-    hidden_states, x = attended(hidden_states, *tables, *given, *made.attention)
-    hidden_states = _feed(layer.mlp, made.maps, x, hidden_states)
+    gains, *maps = made.gains_and_maps()
+    hidden_states, x = attended(hidden_states, *tables, *place, *attention.up_matrices(), gains, numbers, *maps)
+    hidden_states = _feed(layer.mlp, made.maps(), x, hidden_states)
     return (hidden_states, present) if use_cache else (hidden_states,)
 
 
@@ -216,9 +285,9 @@ def mark_steps(module: nn.Module) -> list[Any]:
 
     def fits(name: str, part: nn.Module) -> bool:
         place = name.rpartition(".")[2]
-        if name and not isinstance(part, PLACES[place]):
+        if name and not isinstance(part, PLACES.get(place, ())):
             return False
-        if not type(part).__module__.startswith(("dsv2_ref.", "torch.")):
+        if not type(part).__module__.startswith(OURS) or not _runs_forward(type(part), part.__dict__):
             return False
         if isinstance(part, RoutedExperts | nn.Linear) and not (is_plain(part) or type(part) is LinearByRow):
             return False
@@ -238,7 +307,7 @@ def mark_steps(module: nn.Module) -> list[Any]:
     found: list[Any] = [part for part in module.modules() if isinstance(part, STEPS)]
     for part in found:
         part.token_in_cpp = AsPacked(part) if all(fits(*named) for named in part.named_modules()) else None
-        if part.token_in_cpp and not (part.token_in_cpp.still_holds(part) and _takes_zeros(part)):
+        if part.token_in_cpp and not _takes_zeros(part):
             part.token_in_cpp = None
     return [part for part in found if part.token_in_cpp]
 
@@ -253,6 +322,6 @@ def _takes_zeros(part: Any) -> bool:
             _layer(part, token, past_key_value=part.self_attn.empty_cache(1))
         else:
             _mlp_or_moe(part, token)
-    except (RuntimeError, IndexError):  # of the operators
+    except (RuntimeError, TypeError):  # of the operators
         return False
     return True

@@ -99,7 +99,7 @@ static Numbers normalised(const Numbers& x, const Tensor& weight, double eps) {
     const Numbers gains = numbers_of(weight, x.size(), "the weight of a norm");
     double squares = 0;
     for (bfloat16 number : x) squares += double(value(number)) * value(number);
-    const float factor = 1 / std::sqrt(squares / x.size() + eps);
+    const float mean = squares / x.size(), factor = 1 / std::sqrt(double(mean) + eps);
     Numbers out(x.size());
     for (size_t i = 0; i < x.size(); i++) out[i] = nearest(value(nearest(value(x[i]) * factor)) * value(gains[i]));
     return out;
@@ -192,19 +192,22 @@ struct Choice {
     std::vector<float> weights;
 };
 
-// The places of the largest, best first; NaN counts as infinity.
+// The places of the largest, best first, as `torch.topk` finds them on CPUs: also which of equal ones. NaN is the largest.
 static std::vector<int64_t> largest(const std::vector<float>& numbers, int64_t count) {
-    std::vector<int64_t> places;
-    std::vector<bool> taken(numbers.size());
-    for (; count > 0; count--) {
-        int64_t best = -1;
-        float most = 0;
-        for (int64_t i = 0; i < int64_t(numbers.size()); i++) {
-            const float number = numbers[i] != numbers[i] ? INFINITY : numbers[i];
-            if (!taken[i] && (best < 0 || number > most)) best = i, most = number;
-        }
-        places.push_back(best), taken[best] = true;
+    std::vector<std::pair<float, int64_t>> queue;
+    for (float number : numbers) queue.emplace_back(number, queue.size());
+    const auto better = [](const auto& a, const auto& b) {
+        return (std::isnan(a.first) && !std::isnan(b.first)) || a.first > b.first;
+    };
+    const auto end = queue.begin() + count;
+    if (count * 64 <= int64_t(queue.size())) {
+        std::partial_sort(queue.begin(), end, queue.end(), better);
+    } else {
+        std::nth_element(queue.begin(), end - 1, queue.end(), better);
+        std::sort(queue.begin(), end - 1, better);
     }
+    std::vector<int64_t> places;
+    for (auto one = queue.begin(); one < end; one++) places.push_back(one->second);
     return places;
 }
 
@@ -221,8 +224,9 @@ struct Gate {
                 "the gate has another dtype or does not lie row by row; wanted torch.float32");
         require(!bias || (bias->scalar_type() == ScalarType::Float && bias->numel() == experts() && bias->is_contiguous()),
                 "the gate's bias has another dtype or size; wanted ", experts(), " in torch.float32");
-        require(groups > 0 && experts() % groups == 0 && open_groups > 0 && open_groups <= groups && top_k > 0 &&
-                    top_k <= experts() / groups * open_groups && (!bias || groups == 1 || experts() / groups > 1),
+        require(top_k >= 0 && top_k <= experts(), "top_k is ", top_k, "; wanted at most ", experts());
+        const bool closes = open_groups < groups;
+        require(!closes || (open_groups >= 0 && experts() % groups == 0 && experts() / groups >= (bias ? 2 : 1)),
                 "the gate's groups do not fit");
     }
 

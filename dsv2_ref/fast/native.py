@@ -125,10 +125,14 @@ def in_cpp(
     def declare(signature: Callable[..., Any]) -> Any:
         @functools.wraps(signature)
         def build_first(*args: Any) -> Any:
-            for given in args:
-                for x in given if isinstance(given, list | tuple) else (given,):
-                    if isinstance(x, Tensor) and x.device.type != "cpu":
-                        raise NotImplementedError(f"{file} is for the CPU, and not for {x.device}")
+            given = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
+            tensors = [x for x in given if isinstance(x, Tensor)]
+            for x in tensors:
+                if x.device.type != "cpu" or x.layout is not torch.strided:
+                    where = f"{x.device}" if x.device.type != "cpu" else f"{x.layout}"
+                    raise NotImplementedError(f"{file} is for plain tensors on the CPU, and not for {where}")
+            if not tensors:
+                raise NotImplementedError(f"{file} needs a tensor on the CPU")
             build(file)
             return operator(*args)
 

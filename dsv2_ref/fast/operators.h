@@ -28,14 +28,22 @@ static void require(bool fits, const Parts&... parts) {
     throw std::runtime_error(line.str());
 }
 
+static void require_memory(const Tensor& tensor, const void* start) {
+    require(start || tensor.numel() == 0, "a tensor's memory was given away");
+}
+
 template <typename Element>
 static const Element* data(const Tensor& tensor) {
-    return static_cast<const Element*>(tensor.const_data_ptr());
+    const void* start = tensor.const_data_ptr();
+    require_memory(tensor, start);
+    return static_cast<const Element*>(start);
 }
 
 template <typename Element>
 static Element* data(Tensor& tensor) {
-    return static_cast<Element*>(tensor.mutable_data_ptr());
+    void* start = tensor.mutable_data_ptr();
+    require_memory(tensor, start);
+    return static_cast<Element*>(start);
 }
 
 static inline float value(bfloat16 bits) {

@@ -95,7 +95,7 @@ class PackedLinear(_Packed):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach().contiguous()  # oneDNN heeds no strides
         self._repack({"weight": linear.weight})
 
     def forward(self, hidden_states: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
@@ -279,7 +279,7 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
             packed = PackedUpProjection(parent)
         else:
             assert isinstance(child, nn.Linear)
-            by_row = compiled and not isinstance(parent, DeepseekV2Attention) and child.weight.dtype == torch.bfloat16
+            by_row = compiled and not isinstance(parent, DeepseekV2Attention) and LinearByRow.fits(child)
             packed = LinearByRow(child) if by_row else PackedLinear(child)
         setattr(parent, name, packed)
     module.register_load_state_dict_pre_hook(_refuse_to_load)
