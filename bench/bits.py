@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,8 @@ def _whole(weights: str, tokens: int, threads: int, config: DeepseekV2Config) ->
 
 def whole_model(weights: str, tokens: int, threads: int, config: DeepseekV2Config = CONFIG) -> dict[str, Any]:
     """A model with random weights built, packed and run in a process of its own: its peak of memory, and its speed."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_whole, (weights, tokens, threads, config))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # which says so if it is killed
+        return pool.submit(_whole, weights, tokens, threads, config).result()
 
 
 def main() -> None:

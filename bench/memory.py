@@ -1,6 +1,7 @@
 """How much memory a prefill takes at its peak, measured in a process of its own."""
 
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -35,5 +36,5 @@ def attention_prefill_peak(seq: int) -> tuple[int, int]:
     Raises:
         OSError: where the kernel does not say (anywhere but on Linux).
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (seq,))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # which says so if it is killed
+        return pool.submit(_peak, seq).result()
