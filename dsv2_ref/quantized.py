@@ -77,6 +77,7 @@ class QuantizedWeight(nn.Module):
         # `to` moves codes and scales as they are; a dtype is that of what they mean.
         # What a kernel reads beside them, too: float16 could not hold small scales.
         bits = self.codes, self.scales, self._buffers.get("scales_and_zeros")
+        before = self.like.dtype, self.codes.device
 
         def move(x: Tensor) -> Tensor:
             own = any(x is held for held in bits)
@@ -87,7 +88,8 @@ class QuantizedWeight(nn.Module):
         if self.block_rows and self.codes.device.type != "cpu":  # no kernel there
             self.codes, self.block_rows = in_rows(self.codes, self.block_rows), 0
             del self.scales_and_zeros
-        self.kept = None
+        if (self.like.dtype, self.codes.device) != before:
+            self.kept = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -1046,3 +1048,131 @@ def test_threads_that_continue_one_cache_leave_each_other_alone() -> None:
             found = list(pool.map(run, tokens, [start] * 4))
         for cache, expected in zip(found, wanted, strict=True):
             assert torch.equal(cache.tokens, expected)
+
+
+def as_defined(module: nn.Module, *rest: Any, **options: Any) -> None:
+    """A token gives what it gives by the definition."""
+    with ops.plain():
+        expected = module(TOKEN, *rest, **options)
+    found = module(TOKEN, *rest, **options)
+    expected, found = (x if isinstance(x, Tensor) else x[0] for x in (expected, found))
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(expected.abs().max()) * 2**-6)
+
+
+@torch.no_grad()
+def test_tied_weights_may_be_untied() -> None:
+    mlp = layer_of(layer_idx=0).mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    pack_weights(mlp, compiled=True)
+    as_defined(mlp)
+    mlp.up_proj.weight = nn.Parameter(8 * torch.randn_like(mlp.up_proj.weight))
+    as_defined(mlp)
+    layer = layer_of(mla_form="absorbed")
+    layer.post_attention_layernorm.weight = layer.input_layernorm.weight
+    cache = pack_weights(layer, compiled=True)(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    layer.post_attention_layernorm.weight = nn.Parameter(8 * torch.rand(64).bfloat16())
+    as_defined(layer, past_key_value=cache)
+
+
+def test_a_copy_may_be_called_first_by_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+    with torch.no_grad():
+        expected = mlp(TOKEN)
+        own = compiled.as_parts
+        monkeypatch.setattr(
+            compiled, "as_parts", lambda *args: (time.sleep(0.005), own(*args))[1]
+        )  # others come in between
+        for change in (lambda x: x, lambda x: setattr(x, "down_proj", copy.deepcopy(x.down_proj))):
+            other = copy.deepcopy(mlp)
+            other(TOKEN)
+            change(other)
+            start = threading.Barrier(4)
+
+            def run(other: Any, start: Any = start) -> Any:
+                start.wait()
+                with torch.no_grad():
+                    return other(TOKEN)
+
+            with ThreadPoolExecutor(4) as pool:
+                assert all(torch.equal(found, expected) for found in pool.map(run, [copy.deepcopy(other)] * 4))
+
+
+@torch.no_grad()
+def test_shallow_copies_do_not_take_what_is_the_others() -> None:
+    mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+    other = copy.copy(mlp)
+    other._modules = {**mlp._modules, "down_proj": linear(mlp.down_proj.in_features, 64)}
+    for _ in range(2):
+        for module in (mlp, other):
+            as_defined(module)
+
+
+def test_a_packed_module_is_freed_at_once() -> None:
+    with torch.no_grad():
+        mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+        mlp(TOKEN)  # the first call builds, and torch keeps its frames
+    del mlp
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for made in (lambda: layer_of(layer_idx=0).mlp, lambda: layer_of(), lambda: nn.Sequential(linear(64, 64))):
+                module = pack_weights(made(), compiled=True)
+                if not isinstance(module, DeepseekV2DecoderLayer):
+                    module(TOKEN)
+                weight = weakref.ref(next(module.parameters()))
+                del module
+                assert weight() is None
+            layer = pack_weights(layer_of(), compiled=True)
+            experts = weakref.ref(layer.mlp.experts.gate_up_proj)
+            layer.mlp = nn.Identity()
+            gc.collect()  # experts know their parameters by hooks of their own, packed or not
+            assert experts() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_a_bias_that_is_no_parameter_counts() -> None:
+    for before in (True, False):
+        mlp = layer_of("int8", layer_idx=0).mlp
+        if before:
+            mlp.down_proj.bias = torch.ones(64).bfloat16()
+        pack_weights(mlp, compiled=True)
+        mlp.down_proj.bias = torch.ones(64).bfloat16()
+        as_defined(mlp)
+        as_defined(copy.deepcopy(mlp))
+
+
+@torch.no_grad()
+def test_names_of_weights_may_change_and_come_back() -> None:
+    layer = pack_weights(layer_of(mla_form="absorbed"), compiled=True)
+    cache = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1]
+    for part, name in (
+        (layer.input_layernorm, "weight"),
+        (layer.mlp.experts, "gate_up_proj"),
+        (layer.self_attn.o_proj, "weight"),
+    ):
+        weight = getattr(part, name)
+        delattr(part, name)
+        setattr(part, name + "_orig", weight)
+        setattr(part, name, weight.detach() * 2)
+        as_defined(layer, past_key_value=cache)
+        delattr(part, name)
+        delattr(part, name + "_orig")
+        setattr(part, name, weight)
+        assert ways(lambda: layer(TOKEN, past_key_value=cache))[NAME] == "cpu compiled"
+
+
+@torch.no_grad()
+def test_no_features_are_no_token() -> None:
+    with warnings.catch_warnings(action="ignore"):
+        head = pack_weights(nn.Sequential(nn.Linear(0, 5, dtype=torch.bfloat16)).eval(), compiled=True)
+    assert head(torch.zeros(3, 0).bfloat16()).shape == (3, 5)
+
+
+@torch.no_grad()
+def test_what_stays_where_it_is_keeps_its_parts_of_kv_b_proj() -> None:
+    layer = pack_weights(layer_of("int8"), compiled=True)
+    assert layer.to("cpu").self_attn.kv_b_proj.kept is not None
+    assert layer.float().self_attn.kv_b_proj.kept is None

@@ -5,7 +5,8 @@ operations that take longer to start than to run. `dsv2_ref.fast.packed.pack_wei
 whose single tokens go this way: two operators for a layer, in place of some sixty.
 """
 
-from operator import itemgetter
+import weakref
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def _without_step(module: nn.Module, hidden_states: Tensor) -> str:
     made = module.__dict__.get("token_in_cpp")
     if not isinstance(made, AsPacked):
         return "not packed with compiled=True"
-    if hidden_states.ndim == 0 or hidden_states.numel() != hidden_states.shape[-1]:
+    if hidden_states.ndim == 0 or not 0 < hidden_states.numel() == hidden_states.shape[-1]:
         return "for one token"
     if module.training or torch.is_autocast_enabled("cpu"):
         return "for inference without torch.autocast"
@@ -61,17 +62,38 @@ FORWARDS = {
 
 
 class AsPacked:
-    """A module as it was packed: what it is made of, and where the norms and maps lie that the operators take."""
+    """A module as it was packed. What the operators take of it is found at the first token, and again in copies."""
 
     def __init__(self, module: Any) -> None:
         self.description = _described(module)
-        self.parts: list[Any] = []
-        self._find(module)
+        self.found: Found | None = Found(module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"description": self.description, "parts": []}  # copies find what is theirs
+        return {"description": self.description, "found": None}
 
-    def _find(self, module: Any) -> None:
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is made as it was, none of its parts runs more than the ``forward`` of a known class, and its
+        settings are plain numbers."""
+        found = self.found
+        if found is None or not found.is_made_of(module):
+            self.found = found = Found(module) if _described(module) == self.description else None
+        return found is not None and found.has_plain_numbers()
+
+    def of(self, module: nn.Module) -> "Found":
+        """What was found of a module that `holds`."""
+        found = self.found
+        return found if found is not None and found.module() is module else Found(module)
+
+
+Place = tuple[Any, str, str]
+"""A weak reference to a module, which of `HELD`, and the name of a tensor there."""
+
+
+class Found:
+    """Where the norms and maps of a module lie that the operators take, and by what one sees that it is still made so. Its
+    modules are referred to weakly: it keeps none alive."""
+
+    def __init__(self, module: Any) -> None:
         attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", module)
         norms: list[Any] = []
         maps: list[Any] = []
@@ -82,29 +104,29 @@ class AsPacked:
             else:
                 norms.append(attention.q_a_layernorm)
                 maps = [attention.q_a_proj, attention.kv_a_proj_with_mqa, attention.q_b_proj, attention.o_proj]
-        self.parts = [(x, type(x), x.__dict__.get("block_rows"), dict(x._modules)) for x in module.modules()]
-        places = {
-            id(x): (part.__dict__, kind, name)
-            for part, *_ in self.parts
-            for kind in HELD
-            for name, x in part.__dict__[kind].items()
-        }
-        self.norms, self.gate = norms, getattr(mlp, "gate", None)
-        self.gains = [places[id(norm.weight)] for norm in norms]
-        tensors, self.attention_layout = as_parts(*maps)
-        self.attention = [places[id(x)] for x in tensors]
+        self.attention, self.attention_layout = _places(*maps)
+        gate = getattr(mlp, "gate", None)
         if isinstance(module, nn.Linear):
             maps = [module]
-        elif self.gate is None:
+        elif gate is None:
             maps = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         else:
-            maps, shared = [mlp.experts.gate_up_proj, mlp.experts.down_proj], mlp.shared_experts
+            experts, shared = mlp.experts, mlp.shared_experts
+            quantised = isinstance(experts.gate_up_proj, QuantizedWeight)
+            names = "gate_up_proj", "down_proj"
+            maps = [getattr(experts, name) if quantised else (experts, name) for name in names]
             if shared is not None:
                 maps += shared.gate_proj, shared.up_proj, shared.down_proj
-        others, self.layout = as_parts(*maps)
-        self.others = [places[id(x)] for x in others]
-        self.layouts = _layouts(self.parts)
-        use_large_pages(tensors + others)
+        self.others, self.layout = _places(*maps)
+        self.module, self.norms = weakref.ref(module), [weakref.ref(norm) for norm in norms]
+        self.gains: list[Place] = [(norm, "_parameters", "weight") for norm in self.norms]
+        self.gate = None if gate is None else weakref.ref(gate)
+        parts = list(module.modules())
+        self.parts = [
+            (weakref.ref(x), type(x), x.__dict__.get("block_rows"), [*x._modules], [*map(_weakly, x._modules.values())])
+            for x in parts
+        ]
+        self.layouts = _layouts(parts)
 
     def gains_and_maps(self) -> tuple[list[Tensor], list[Tensor], list[int]]:
         """The weights of the norms, and the maps of attention, as the operators take them."""
@@ -114,56 +136,85 @@ class AsPacked:
         """The other maps."""
         return _at(self.others), self.layout
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the module is made as it was, and none of its parts runs more than the ``forward`` of a known class."""
-        if not self._is_same(module):
-            self.parts = []
-            if _described(module) != self.description:
-                return False
-            self._find(module)
-        numbers = [norm.variance_epsilon for norm in self.norms]
-        if self.gate is not None:
-            numbers += self.gate.routed_scaling_factor, self.gate.top_k, self.gate.n_group, self.gate.topk_group
-            if any(type(x) is not int for x in numbers[-3:]):
+    def epsilons(self) -> list[Any]:
+        """Of the norms."""
+        return [norm().variance_epsilon for norm in self.norms]  # type: ignore[union-attr]
+
+    def has_plain_numbers(self) -> bool:
+        """Whether its settings are numbers that the operators take."""
+        numbers = self.epsilons()
+        gate: Any = self.gate and self.gate()
+        if gate is not None:
+            numbers.append(gate.routed_scaling_factor)
+            if any(type(x) is not int for x in (gate.top_k, gate.n_group, gate.topk_group)):
                 return False
         return all(type(x) in (float, int) for x in numbers)
 
-    def _is_same(self, module: nn.Module) -> bool:
-        if not self.parts or self.parts[0][0] is not module:
+    def is_made_of(self, module: nn.Module) -> bool:
+        """Whether these are the parts of the module, and as they were."""
+        if self.module() is not module:
             return False
-        for part, kind, block_rows, children in self.parts:
+        parts = []
+        for reference, kind, block_rows, names, children in self.parts:
+            part = reference()
+            if part is None or type(part) is not kind:
+                return False
             own = part.__dict__
-            if type(part) is not kind or not _runs_forward(kind, own) or own.get("block_rows") != block_rows:
+            held = own["_modules"]
+            if not _runs_forward(kind, own) or own.get("block_rows") != block_rows or [*held] != names:
                 return False
-            if own["_modules"] != children:
+            if not all(map(is_, held.values(), [child and child() for child in children])):
                 return False
-        return _layouts(self.parts) == self.layouts
+            parts.append(part)
+        return _layouts(parts) == self.layouts
+
+
+def _weakly(module: nn.Module | None) -> Any:
+    return None if module is None else weakref.ref(module)
+
+
+def _places(*linear: Any) -> tuple[list[Place], list[int]]:
+    """Where the tensors lie that `as_parts` gives of linear maps, or of stacks, each a module and a name; and its numbers."""
+    places: list[Place] = []
+    for one in linear:
+        if isinstance(one, tuple):
+            places.append((weakref.ref(one[0]), "_parameters", one[1]))
+            continue
+        kind, names = "_parameters", ["weight"]
+        if isinstance(one, QuantizedWeight):
+            kind, names = "_buffers", ["codes", "scales" if one.kind == "int8" else "scales_and_zeros"]
+        places += [(weakref.ref(one), kind, name) for name in names]
+        if getattr(one, "bias", None) is not None:
+            places.append((weakref.ref(one), "_parameters", "bias"))
+    return places, as_parts(*(getattr(*one) if isinstance(one, tuple) else one for one in linear))[1]
 
 
 HELD = "_parameters", "_buffers"
 
 
-def _at(places: list[Any]) -> list[Tensor]:
-    return [own[kind][name] for own, kind, name in places]
+def _at(places: list[Place]) -> list[Tensor]:
+    return [module().__dict__[kind][name] for module, kind, name in places]
 
 
-def _layouts(parts: list[Any]) -> list[Any]:
-    held = [x for part, *_ in parts for kind in HELD for x in part.__dict__[kind].values()]
-    return [None if x is None else (type(x), x.dtype, x.shape, x.is_cpu, x.is_contiguous()) for x in held]
-
-
-def _runs_forward(kind: Any, own: dict[str, Any]) -> bool:
-    """Whether a call of such a part runs the ``forward`` of a known class, and nothing else."""
-    changed = "forward" in own or any(hooks_of(own)) or own.get("_compiled_call_impl") is not None
-    return not changed and kind.forward in FORWARDS
-
-
-def _held(own: dict[str, Any]) -> tuple[Tensor | None, ...]:
-    return *own["_parameters"].values(), *own["_buffers"].values()
+def _layouts(parts: list[nn.Module]) -> list[Any]:
+    """How the tensors of each part lie, by name."""
+    return [
+        {name: x if x is None else _layout(x) for name, x in part.__dict__[kind].items()}
+        for part in parts
+        for kind in HELD
+    ]
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
-    return type(x), x.dtype, x.shape, x.is_cpu, x.is_contiguous()
+    in_rows = x.layout is torch.strided and x.is_contiguous()
+    return type(x), x.dtype, x.shape, x.is_cpu, in_rows
+
+
+def _runs_forward(kind: Any, own: dict[str, Any]) -> bool:
+    """Whether a call of such a part runs the ``forward`` of a known class over the tensors that it holds, and nothing else."""
+    changed = "forward" in own or any(hooks_of(own)) or own.get("_compiled_call_impl") is not None
+    shadowed = "weight" in own or own.get("bias") is not None
+    return not changed and not shadowed and kind.forward in FORWARDS
 
 
 def _described(module: nn.Module) -> list[Any]:
@@ -171,7 +222,7 @@ def _described(module: nn.Module) -> list[Any]:
     found: list[Any] = []
     for name, part in module.named_modules():
         own, kind = part.__dict__, type(part)
-        found.append((name, kind, _runs_forward(kind, own), own.get("block_rows"), _layouts([(part,)])))
+        found.append((name, kind, _runs_forward(kind, own), own.get("block_rows"), _layouts([part])))
     return found
 
 
@@ -189,7 +240,7 @@ def _feed(mlp: Any, maps: tuple[list[Tensor], list[int]], x: Tensor, residual: T
 @ops.faster(DeepseekV2MLP.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 @ops.faster(DeepseekV2MoE.forward, "cpu compiled", why_not=_without_step, **HALF_ON_CPU)
 def _mlp_or_moe(mlp: Any, hidden_states: Tensor) -> Tensor:
-    return _feed(mlp, mlp.token_in_cpp.maps(), hidden_states, None).view(*hidden_states.shape[:-1], -1)
+    return _feed(mlp, mlp.token_in_cpp.of(mlp).maps(), hidden_states, None).view(*hidden_states.shape[:-1], -1)
 
 
 class LinearByRow(nn.Linear):
@@ -199,6 +250,7 @@ class LinearByRow(nn.Linear):
         nn.Module.__init__(self)
         self.__dict__.update(linear.__dict__)
         self.token_in_cpp = AsPacked(self)
+        use_large_pages([self.weight])
 
     forward = ops.defines()(nn.Linear.forward)
 
@@ -218,7 +270,7 @@ def _not_one_row(linear: nn.Linear, input: Tensor) -> str:
 
 @ops.faster(LinearByRow.forward, "cpu compiled", why_not=_not_one_row, **HALF_ON_CPU)
 def _linear(linear: Any, input: Tensor) -> Tensor:
-    return products_of_row(input, *linear.token_in_cpp.maps()).view(*input.shape[:-1], -1)
+    return products_of_row(input, *linear.token_in_cpp.of(linear).maps()).view(*input.shape[:-1], -1)
 
 
 # A whole layer
@@ -265,17 +317,17 @@ def _layer(
     use_cache: bool | None = False,
     position_embeddings: Any = None,
 ) -> tuple[Any, ...]:
-    attention, past, tables, made = layer.self_attn, past_key_value, position_embeddings, layer.token_in_cpp
+    attention, past, tables, found = layer.self_attn, past_key_value, position_embeddings, layer.token_in_cpp.of(layer)
     if tables is None:
         tables = position_tables(attention.config, hidden_states, position_ids, past)
     tables = [x.float().contiguous() for x in tables]
     room = past.stored.new_empty(1, 1, past.stored.shape[-1])
     present = past.append(room) if past.record is None else past.append_records(room)
     place = present.stored, *format_of(past, attention.kv_lora_rank)
-    numbers = [*(norm.variance_epsilon for norm in made.norms), attention.softmax_scale]
-    gains, *maps = made.gains_and_maps()
+    numbers = [*found.epsilons(), attention.softmax_scale]
+    gains, *maps = found.gains_and_maps()
     hidden_states, x = attended(hidden_states, *tables, *place, *attention.up_matrices(), gains, numbers, *maps)
-    hidden_states = _feed(layer.mlp, made.maps(), x, hidden_states)
+    hidden_states = _feed(layer.mlp, found.maps(), x, hidden_states)
     return (hidden_states, present) if use_cache else (hidden_states,)
 
 
@@ -299,17 +351,22 @@ def mark_steps(module: nn.Module) -> list[Any]:
         elif isinstance(part, QuantizedWeight):
             weights += part.like, part.scales  # the dtype that the codes stand for, and that of the kernels' scales
         held = (*part.parameters(recurse=False), *part.buffers(recurse=False))
-        plain = all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.is_contiguous() for x in held)
+        kinds = Tensor, nn.Parameter
+        plain = all(type(x) in kinds and x.layout is torch.strided and x.is_cpu and x.is_contiguous() for x in held)
         if isinstance(part, QuantizedWeight) and part.kind != "int8" and not part.block_rows:
             return False  # no kernel takes these codes
         return plain and all(x.dtype == torch.bfloat16 for x in weights)
 
-    found: list[Any] = [part for part in module.modules() if isinstance(part, STEPS)]
-    for part in found:
+    steps: list[Any] = [part for part in module.modules() if isinstance(part, STEPS)]
+    for part in steps:
         part.token_in_cpp = AsPacked(part) if all(fits(*named) for named in part.named_modules()) else None
         if part.token_in_cpp and not _takes_zeros(part):
             part.token_in_cpp = None
-    return [part for part in found if part.token_in_cpp]
+    marked = [part for part in steps if part.token_in_cpp]
+    for part in marked:
+        found = part.token_in_cpp.of(part)
+        use_large_pages(_at(found.attention + found.others))
+    return marked
 
 
 @torch.no_grad()

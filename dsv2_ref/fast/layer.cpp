@@ -224,7 +224,7 @@ struct Gate {
                 "the gate has another dtype or does not lie row by row; wanted torch.float32");
         require(!bias || (bias->scalar_type() == ScalarType::Float && bias->numel() == experts() && bias->is_contiguous()),
                 "the gate's bias has another dtype or size; wanted ", experts(), " in torch.float32");
-        require(top_k >= 0 && top_k <= experts(), "top_k is ", top_k, "; wanted at most ", experts());
+        require(top_k >= 0 && experts() > 0 && top_k <= experts(), "top_k is ", top_k, "; wanted at most ", experts());
         const bool closes = open_groups < groups;
         require(!closes || (open_groups >= 0 && experts() % groups == 0 && experts() / groups >= (bias ? 2 : 1)),
                 "the gate's groups do not fit");
@@ -275,7 +275,7 @@ static int64_t use_large_pages(std::vector<Tensor> tensors) {
     const uintptr_t page = 2 << 20;
     const int collapse = 25;  // MADV_COLLAPSE, of Linux 6.1, which older headers lack
     for (const Tensor& tensor : tensors) {
-        const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+        const uintptr_t start = reinterpret_cast<uintptr_t>(data<uint8_t>(tensor));
         const uintptr_t end = start + tensor.numel() * tensor.element_size();
         const uintptr_t first = (start + page - 1) / page * page, last = end / page * page;
         if (first >= last) continue;

@@ -220,7 +220,8 @@ def pack_weights(module: Module, compiled: bool = False) -> Module:
         compiled: leave the weights of layers in bfloat16, or in codes over it, as they lie, and take each single token through
             them, and through linear maps outside of attention, in C++ (`dsv2_ref.fast.compiled`). The fastest way to decode
             one sequence; it needs a C++ compiler and Python's headers, and some 20 seconds, once on a machine. Calls with more
-            tokens, sequences or a mask take the usual ways, over weights that are not rearranged.
+            tokens, sequences or a mask take the usual ways, over weights that are not rearranged, and so does what has hooks.
+            On Linux the weights move to large pages; processes that share them should be forked after that.
 
     Raises:
         ValueError: for what is no module, weights of another dtype or device, and ``compiled`` where some are packed
