@@ -86,7 +86,7 @@ class AsPacked:
 
 
 Place = tuple[Any, str, str]
-"""A weak reference to a module, which of `HELD`, and the name of a tensor there."""
+"""A weak reference to a module, whether it is a parameter or a buffer of it, and the name of a tensor."""
 
 
 class Found:
