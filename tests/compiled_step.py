@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -1031,6 +1031,16 @@ print(len(seen))
     assert done.stdout.split() == ["1"]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch's own: threads that wait for one another in every product would take all processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_threads_that_continue_one_cache_leave_each_other_alone() -> None:
     layer = pack_weights(layer_of(mla_form="absorbed"), compiled=True)
     tokens = [torch.randn(1, 1, 64).bfloat16() for _ in range(4)]
@@ -1074,6 +1084,7 @@ def test_tied_weights_may_be_untied() -> None:
     as_defined(layer, past_key_value=cache)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_copy_may_be_called_first_by_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
     with torch.no_grad():
