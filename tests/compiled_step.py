@@ -36,7 +36,7 @@ from dsv2_ref import (
     ops,
     pack_weights,
 )
-from dsv2_ref.fast import compiled, native, packed
+from dsv2_ref.fast import as_packed, compiled, native, packed
 from dsv2_ref.fast.layer import as_parts, attended, use_large_pages
 from dsv2_ref.moe import MoEGate
 from dsv2_ref.quantize import quantize
@@ -1011,7 +1011,7 @@ def test_a_class_that_somebody_changed_goes_the_usual_way(monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(kind, "forward", lambda *args, own=kind.forward, **options: own(*args, **options))
             assert ways(lambda: layer(TOKEN, past_key_value=cache)).get(NAME) == "definition"
-            assert not any(forward.__module__ == __name__ for forward in compiled.FORWARDS)
+            assert not any(forward.__module__ == __name__ for forward in as_packed.FORWARDS)
     assert ways(lambda: layer(TOKEN, past_key_value=cache))[NAME] == "cpu compiled"
 
 
@@ -1089,9 +1089,9 @@ def test_a_copy_may_be_called_first_by_many_threads(monkeypatch: pytest.MonkeyPa
     mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
     with torch.no_grad():
         expected = mlp(TOKEN)
-        own = compiled.as_parts
+        own = as_packed.as_parts
         monkeypatch.setattr(
-            compiled, "as_parts", lambda *args: (time.sleep(0.005), own(*args))[1]
+            as_packed, "as_parts", lambda *args: (time.sleep(0.005), own(*args))[1]
         )  # others come in between
         for change in (lambda x: x, lambda x: setattr(x, "down_proj", copy.deepcopy(x.down_proj))):
             other = copy.deepcopy(mlp)

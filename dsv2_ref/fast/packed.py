@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv2_ref.checks import is_module, require
-from dsv2_ref.fast.compiled import STEPS, LinearByRow, mark_steps
+from dsv2_ref.fast.as_packed import STEPS
+from dsv2_ref.fast.compiled import LinearByRow, mark_steps
 from dsv2_ref.fast.native import find_compiler, why_not_built
 from dsv2_ref.fast.processor import has_bfloat16
 from dsv2_ref.fast.quantized import can_lay_out, chosen_experts, lay_out_codes
