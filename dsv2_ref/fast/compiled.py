@@ -154,7 +154,7 @@ def mark_steps(module: nn.Module) -> list[Any]:
         place = name.rpartition(".")[2]
         if name and not isinstance(part, PLACES.get(place, ())):
             return False
-        if not type(part).__module__.startswith(OURS) or not runs_forward(type(part), part.__dict__):
+        if not type(part).__module__.startswith(OURS) or not runs_forward(part):
             return False
         if isinstance(part, RoutedExperts | nn.Linear) and not (is_plain(part) or type(part) is LinearByRow):
             return False

@@ -120,7 +120,8 @@ def in_cpp(
     file: str, fake: Callable[..., Any] | None = None, writes: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Any]:
     """Make the decorated signature an operator of torch for CPUs, whose code is in a file. The first call builds it; ``fake``
-    makes an empty output, for graphs; ``writes`` names the arguments that it changes."""
+    makes an empty output, for graphs, which then say that it gives no gradients; ``writes`` names the arguments that it
+    changes."""
 
     def declare(signature: Callable[..., Any]) -> Any:
         @functools.wraps(signature)
@@ -136,7 +137,7 @@ def in_cpp(
             build(file)
             return operator(*args)
 
-        operator = as_operator(fake, None if writes else _no_gradients, writes=writes)(build_first)
+        operator = as_operator(fake, _no_gradients if fake else None, writes=writes)(build_first)
         return operator
 
     return declare
