@@ -131,7 +131,6 @@ class LayerCache:
         alike = alike and new.shape[:1] == buffer.shape[:1]
         if not alike or new.shape[2:] != buffer.shape[2:]:
             checks.appended(self, new)  # raises, but for what a record encodes
-        length, seen = past + new.shape[1], self.seen + new.shape[1]
         derived = new.requires_grad or buffer.requires_grad
         derived = derived and torch.is_grad_enabled()
         if eager and not derived:
@@ -143,8 +142,18 @@ class LayerCache:
             new = self.record.encode(new)
         if derived:
             longer = torch.cat((buffer[:, :past], new), dim=1)
-            return self._with(longer, seen)
-        sealed = eager and buffer.is_inference()
+            return self._with(longer, self.seen + new.shape[1])
+        present = self.extended(new.shape[1])
+        # No graph holds these places, so autograd need not hear of the write.
+        present._storage.buffer.data[:, past : present.length] = new
+        return present
+
+    def extended(self, seq: int) -> Self:
+        """The cache after ``seq`` more tokens, which the caller writes to the end of
+        its ``stored``; this one keeps its value."""
+        storage, past = self._storage, self.length
+        buffer, length = storage.buffer, past + seq
+        sealed = not torch.compiler.is_compiling() and buffer.is_inference()
         sealed = sealed and not torch.is_inference_mode_enabled()
         if past != storage.used or length > buffer.shape[1] or sealed:
             room = length + max(64, length // 4)
@@ -152,10 +161,8 @@ class LayerCache:
             larger[:, :past] = buffer[:, :past]
             storage = _Storage(larger, length)
         storage.used = length  # at once: another thread may continue the same cache
-        # No graph holds these places, so autograd need not hear of the write.
-        storage.buffer.data[:, past:length] = new
-        longer = storage.buffer[:, :length]
-        return type(self)(self.layer_idx, longer, storage, seen, self.record)
+        place = self.layer_idx, storage.buffer[:, :length], storage, self.seen + seq
+        return type(self)(*place, self.record)
 
     def _with(self, stored: Tensor, seen: int) -> Self:
         """A cache of this kind that holds something else."""

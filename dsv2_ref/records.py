@@ -128,13 +128,6 @@ class QuantizedLatentCache(LatentCache):
         """A copy of what the records stand for, in the dtype of the model."""
         return self.record.decode(self.stored)
 
-    def append_records(self, new: UInt8[Tensor, "batch seq bytes"]) -> Self:
-        """`append` of tokens that are records already."""
-        place = self.layer_idx, self.stored, self._storage, self.seen
-        longer = LatentCache(*place).append(new)
-        place = longer.layer_idx, longer.stored, longer._storage, longer.seen
-        return type(self)(*place, self.record)
-
     @property
     def like(self) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
         """Batch and features, dtype and device of the tokens that can be appended."""

@@ -248,13 +248,15 @@ def test_appending_within_the_room_copies_nothing(form_of_cache: str) -> None:
 
 
 @every_format
-def test_records_are_appended_as_they_are(form_of_cache: str) -> None:
+def test_records_may_be_written_as_they_are(form_of_cache: str) -> None:
     cache, new = cache_with(form_of_cache)
-    records = cache.record.encode(new[:, 3:9])
-    assert torch.equal(cache.append_records(records).stored, cache.append(new[:, 3:9]).stored)
-    for wrong in (records[..., 1:], records[:1]):
-        with pytest.raises((ValueError, TypeError), match=r"past_key_value|UInt8|bytes"):
-            cache.append_records(wrong)
+    records, appended = cache.record.encode(new[:, 3:9]), cache.append(new[:, 3:9])
+    cache, new = cache_with(form_of_cache)
+    extended = cache.extended(6)
+    extended.stored[:, 3:] = records
+    assert torch.equal(extended.stored, appended.stored)
+    assert (extended.length, extended.seen, cache.length) == (9, 9, 3)
+    assert place_of(extended) == place_of(cache)
 
 
 @every_format

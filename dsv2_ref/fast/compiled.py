@@ -136,8 +136,7 @@ def _layer(
     if tables is None:
         tables = position_tables(attention.config, hidden_states, position_ids, past)
     tables = [x.float().contiguous() for x in tables]
-    room = past.stored.new_empty(1, 1, past.stored.shape[-1])
-    present = past.append(room) if past.record is None else past.append_records(room)
+    present = past.extended(1)
     place = present.stored, *format_of(past, attention.kv_lora_rank)
     numbers = [*found.epsilons(), attention.softmax_scale]
     gains, *maps = found.gains_and_maps()
