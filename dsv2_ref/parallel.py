@@ -85,7 +85,8 @@ class ParallelExperts(RoutedExperts):
     ) -> Float[Tensor, "tokens hidden"]:
         """`RoutedExperts.forward` of the tokens of this rank, computed where their
         experts are. Choices of weight 0, as dropped ones, do not travel."""
-        ranks, here = training_checks.known_ranks(self), len(self.down_proj)
+        ranks = training_checks.known_ranks(self)
+        here = len(self.down_proj)  # experts on each rank
         # 1. Local reorder: choices by rank, and one row for each token that goes there.
         token, place = torch.where(topk_weight != 0)  # (c,) each
         order = topk_idx[token, place].argsort(stable=True)

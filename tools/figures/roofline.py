@@ -18,7 +18,7 @@ WEIGHTS = {16: None, 8: "int8", 4: "int4"}
 CACHES = {16: None, 8: "fp8", 4: "int4"}
 STATES = [("V2-Lite", "H100 (SXM)", 1, 8192, 16, 16), ("V2-Lite", "H100 (SXM)", 64, 8192, 16, 16)]
 STATES += [("V2-Lite", "H100 (SXM)", 64, 8192, 4, 16), ("V2-Lite", "laptop CPU", 1, 8192, 4, 16)]
-STATES += [("V2", "H200 (SXM)", 32, 8192, 4, 16)]
+STATES += [("V2", "H200 (SXM)", 16, 8192, 4, 16)]
 
 
 def machines() -> dict[str, dict[str, Any]]:
