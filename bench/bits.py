@@ -128,13 +128,14 @@ def _whole(weights: str, tokens: int, threads: int, config: DeepseekV2Config) ->
     prompt = torch.randint(config.vocab_size, (1, 16))
     times = [time.perf_counter() for _ in model.stream(prompt, tokens)]
     steps = [after - before for before, after in pairwise(times)]
-    peak = status("VmHWM")  # before state dicts, which hold packed codes once more
+    peak = status("VmHWM")  # before state dicts, which hold packed codes once more: one part at a time
     bandwidths.append(read_bandwidth())
     blocks: Any = model.model.layers
+    parts: list[Any] = [*blocks, model.model.embed_tokens, model.model.norm, model.lm_head]
     layers = sum(active_bytes(layer, config) for layer in blocks)
     return {
         "weights": weights,
-        "bytes": sum(x.nbytes for x in model.state_dict().values()),
+        "bytes": sum(x.nbytes for part in parts for x in part.state_dict().values()),
         "peak": peak,
         "seconds_to_build": built,
         "active_bytes": layers + model.lm_head.weight.nbytes,
