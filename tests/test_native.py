@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dsv2_ref.cache import LatentCache
 from dsv2_ref.codes import from_codes, pack_nibbles, to_codes
-from dsv2_ref.fast import decode, native
+from dsv2_ref.fast import compiled, decode, native
 from dsv2_ref.fast.decode import attend_to_cache
-from dsv2_ref.fast.layer import as_parts, fed_forward, products_of_row
+from dsv2_ref.fast.layer import as_parts
 from dsv2_ref.fast.quantized import lay_out
 from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache, Record
 
@@ -337,7 +337,7 @@ def test_experts_and_an_mlp_added_up(wide: int, parts: str) -> None:
             out = out + down @ (F.silu(first @ row) * (up @ row))
         return before.flatten().to(dtype) + out
 
-    found = fed_forward(x, before, *routed, factor, *as_parts(*maps))
+    found = compiled.fed_forward(x, before, *routed, factor, *as_parts(*maps))
     exact, rounded = expected(torch.float64), expected(torch.bfloat16)
     # As near to the exact result as the same in bfloat16 comes, within one of its steps.
     error = (rounded - exact).abs().max() + exact.abs().max() * 2**-7
@@ -358,7 +358,7 @@ def test_what_does_not_fit_a_layer_is_rejected() -> None:
     ]
     for call, line in calls:
         with pytest.raises(RuntimeError, match=f"^{line}"):
-            products_of_row(*call)
+            compiled.products_of_row(*call)
 
 
 def test_what_does_not_fit_a_gate_is_rejected() -> None:
@@ -366,7 +366,7 @@ def test_what_does_not_fit_a_gate_is_rejected() -> None:
     stacks = as_parts(normal(6, 26, 40, seed=1), normal(6, 40, 13, seed=1))
     odd = as_parts(normal(6, 25, 40, seed=1), normal(6, 40, 13, seed=1))
     fits = gate, bias, [2, 3, 2, 1, 0]
-    fed_forward(x, None, *fits, 1.0, *stacks)
+    compiled.fed_forward(x, None, *fits, 1.0, *stacks)
     for given, line in (
         ((gate.bfloat16(), *fits[1:], 1.0, *stacks), "the gate has another dtype"),
         ((gate, bias[:5], fits[2], 1.0, *stacks), "the gate's bias has another dtype or size; wanted 6"),
@@ -380,7 +380,7 @@ def test_what_does_not_fit_a_gate_is_rejected() -> None:
         ((*fits, 1.0, *odd), "gate_up_proj has 25 rows; wanted an even number"),
     ):
         with pytest.raises(RuntimeError, match=f"^{line}"):
-            fed_forward(x, None, *given)
+            compiled.fed_forward(x, None, *given)
 
 
 def test_only_gcc_is_given_flags_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
