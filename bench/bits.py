@@ -34,7 +34,8 @@ SHORT, LONG, PREFILL = 64, 8192, 2048
 FORMATS = (None, "fp8", "int8", "int4")
 
 
-def _layers(weights: str | None, how: str, config: DeepseekV2Config) -> list[Any]:
+def random_layers(weights: str | None, how: str, config: DeepseekV2Config) -> list[Any]:
+    """`LAYERS` layers with experts, packed in one of the ways of `contestants`."""
     layers = [DeepseekV2DecoderLayer.random(config, 1 + i, weights, dtype=torch.bfloat16) for i in range(LAYERS)]
     if how:
         pack_weights(torch.nn.ModuleList(layers), compiled=how == "compiled")
@@ -64,7 +65,7 @@ def active_bytes(layer: DeepseekV2DecoderLayer, config: DeepseekV2Config) -> int
     return shared + routed * config.num_experts_per_tok // (config.n_routed_experts or 1)
 
 
-def _steps(layers: list[Any], past: int, seq: int, format: str | None = None) -> Callable[[], Any]:
+def steps_of(layers: list[Any], past: int, seq: int, format: str | None = None) -> Callable[[], Any]:
     """One call of every layer, or attention, of another token each time, over ``past`` cached ones."""
     attentions = [getattr(layer, "self_attn", layer) for layer in layers]
     config = attentions[0].config
@@ -93,11 +94,11 @@ def weights_table(config: DeepseekV2Config, rounds: int, bandwidth: float) -> li
     """Milliseconds of a layer per token, decoding and in a prompt, by the bits of its weights."""
     rows: list[dict[str, Any]] = []
     for kind, ways in contestants(config).items():
-        layers = {how: _layers(kind, how, config) for how in ways}
+        layers = {how: random_layers(kind, how, config) for how in ways}
         nbytes = active_bytes(layers[""][0], config)
-        decode = in_turn({how: _steps(layers[how], SHORT, 1) for how in ways}, rounds)
+        decode = in_turn({how: steps_of(layers[how], SHORT, 1) for how in ways}, rounds)
         for how in ways:
-            prompt = _steps(layers[how][:1], 0, PREFILL)
+            prompt = steps_of(layers[how][:1], 0, PREFILL)
             prompt()
             start = time.perf_counter()
             prompt()
@@ -110,8 +111,8 @@ def weights_table(config: DeepseekV2Config, rounds: int, bandwidth: float) -> li
 
 def cache_table(config: DeepseekV2Config, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of a compiled layer per token over `LONG` cached ones, by the bits of the cache."""
-    layers = _layers(None, "compiled", config)
-    steps = {format or "bfloat16": _steps(layers, LONG - 1, 1, format) for format in FORMATS}
+    layers = random_layers(None, "compiled", config)
+    steps = {format or "bfloat16": steps_of(layers, LONG - 1, 1, format) for format in FORMATS}
     seconds = in_turn(steps, rounds)
     attention = layers[0].self_attn
     sizes = {format or "bfloat16": attention.empty_cache(1, 1, format).reserved_nbytes for format in FORMATS}

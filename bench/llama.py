@@ -1,4 +1,4 @@
-"""``python -m bench.llama``: V2-Lite's layer in llama.cpp, to stand beside ``python -m bench.bits`` on the same machine.
+"""``python -m bench.llama``: V2-Lite's layer in llama.cpp and compiled here, one token after the other in turn.
 
 It needs ``pip install llama-cpp-python gguf``, which compiles llama.cpp for this processor in some ten minutes. Models of
 a few layers with random weights are written in llama.cpp's own formats; the time does not depend on the weights.
@@ -7,18 +7,20 @@ a few layers with random weights are written in llama.cpp's own formats; the tim
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
 import numpy as np
+import torch
 
-from bench.bits import CONFIG, LAYERS, PREFILL, SHORT
-from bench.machine import median
+from bench.bits import CONFIG, LAYERS, PREFILL, SHORT, random_layers, steps_of
+from bench.machine import median, once
 
 VOCABULARY = 64  # small, so that embedding and head take no time
-FORMATS = ("BF16", "Q8_0", "Q4_0")
+FORMATS = {"BF16": None, "Q8_0": "int8", "Q4_0": "int4"}  # and the weights of ours that have as many bits
 
 
 def random_weights(shape: tuple[int, ...], kind: str) -> Any:
@@ -96,53 +98,77 @@ def write_model(path: Path, kind: str) -> None:
     writer.close()
 
 
-def measure(path: Path, rounds: int, threads: int) -> tuple[float, float]:
-    """Seconds of a layer for one token after `SHORT` others, and for each token of a prompt of `PREFILL`."""
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.use_mmap = False  # read before the clock starts
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = PREFILL + SHORT
-    settings.n_threads = settings.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(model, settings)
-    memory = llama_cpp.llama_get_memory(context)
+class Model:
+    """A file that llama.cpp has read, and the tokens that it has seen."""
 
-    def seconds(tokens: int) -> float:
+    def __init__(self, path: Path, threads: int) -> None:
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.use_mmap = False  # read before the clock starts
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = PREFILL + SHORT
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+
+    def __call__(self, tokens: int) -> None:
+        """Compute so many tokens more."""
         numbers = (llama_cpp.llama_token * tokens)(*[i % VOCABULARY for i in range(tokens)])
-        batch = llama_cpp.llama_batch_get_one(numbers, tokens)
-        start = time.perf_counter()
-        if llama_cpp.llama_decode(context, batch):
+        if llama_cpp.llama_decode(self.context, llama_cpp.llama_batch_get_one(numbers, tokens)):
             raise SystemExit("llama.cpp could not run the model")
-        llama_cpp.llama_synchronize(context)
-        return time.perf_counter() - start
+        llama_cpp.llama_synchronize(self.context)
 
-    seconds(PREFILL)
-    llama_cpp.llama_memory_clear(memory, True)
-    prefill = seconds(PREFILL)
-    llama_cpp.llama_memory_clear(memory, True)
-    seconds(SHORT)
-    decode = median([seconds(1) for _ in range(rounds)][1:])
-    llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
-    return decode / LAYERS, prefill / LAYERS / PREFILL
+    def forget(self, after: int) -> None:
+        """Leave only the first tokens."""
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), 0, after, -1)
+
+    def close(self) -> None:
+        """Give its memory back."""
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
+
+def measure(path: Path, ours: Callable[[], Any], rounds: int, threads: int) -> tuple[float, float, float]:
+    """Seconds of a layer for each token of a prompt of `PREFILL`, for one token after `SHORT` others, and of ``ours``.
+
+    Single tokens are timed in turn, each after one that is not counted: the threads of the other have come to rest then.
+    """
+    model = Model(path, threads)
+    for _ in range(2):
+        model.forget(0)
+        prefill = once(lambda: model(PREFILL))
+    model.forget(0)
+    model(SHORT)
+    samples: dict[str, list[float]] = {"llama.cpp": [], "ours": []}
+    for _ in range(rounds):
+        for name, work in (("llama.cpp", lambda: model(1)), ("ours", ours)):
+            time.sleep(0.01)
+            work()
+            samples[name].append(once(work))
+        model.forget(SHORT)
+    model.close()
+    return prefill / PREFILL / LAYERS, *(median(seconds[2:]) / LAYERS for seconds in samples.values())
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.llama", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30, help="tokens, of which the median counts")
+    parser.add_argument("--rounds", type=int, default=60, help="tokens, of which the median counts")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, None)
     print(f"llama-cpp-python {llama_cpp.__version__}, {args.threads} threads\n")
-    print(f"{'a layer of V2-Lite, weights in':32}{'decode ms':>12}{'prefill ms':>12}")
-    for kind in FORMATS:
+    print(f"{'a layer of V2-Lite, weights in':32}{'prefill ms':>12}{'decode ms':>12}{'compiled here':>15}")
+    for kind, weights in FORMATS.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_model(path, kind)
-            decode, prefill = measure(path, args.rounds, args.threads)
-        print(f"{kind:32}{1e3 * decode:12.2f}{1e3 * prefill:12.3f}")
+            ours = steps_of(random_layers(weights, "compiled", CONFIG), SHORT, 1)
+            prefill, theirs, here = measure(path, ours, args.rounds, args.threads)
+        both = f"{kind}, {weights or 'bfloat16'}"
+        print(f"{both:32}{1e3 * prefill:12.3f}{1e3 * theirs:12.2f}{1e3 * here:15.2f}")
 
 
 if __name__ == "__main__":
