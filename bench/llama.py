@@ -146,7 +146,8 @@ def measure(path: Path, ours: Callable[[], Any], rounds: int, threads: int) -> t
             samples[name].append(once(work))
         model.forget(SHORT)
     model.close()
-    return prefill / PREFILL / LAYERS, *(median(seconds[2:]) / LAYERS for seconds in samples.values())
+    theirs, here = (median(seconds[2:]) / LAYERS for seconds in samples.values())
+    return prefill / PREFILL / LAYERS, theirs, here
 
 
 def main() -> None:
