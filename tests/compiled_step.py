@@ -40,6 +40,7 @@ from dsv2_ref.fast import as_packed, compiled, native, packed
 from dsv2_ref.fast.layer import as_parts, attended, use_large_pages
 from dsv2_ref.moe import MoEGate
 from dsv2_ref.quantize import quantize
+from dsv2_ref.quantized import in_rows
 from dsv2_ref.records import CACHE_FORMATS, QuantizedLatentCache, Record
 from dsv2_ref.rope import position_tables
 
@@ -1187,3 +1188,41 @@ def test_what_stays_where_it_is_keeps_its_parts_of_kv_b_proj() -> None:
     layer = pack_weights(layer_of("int8"), compiled=True)
     assert layer.to("cpu").self_attn.kv_b_proj.kept is not None
     assert layer.float().self_attn.kv_b_proj.kept is None
+
+
+@torch.no_grad()
+def test_codes_that_lie_in_rows_again_go_the_usual_way() -> None:
+    mlp = pack_weights(layer_of("int4", layer_idx=0, **WIDE).mlp, compiled=True)
+    assert ways(lambda: mlp(TOKEN))["DeepseekV2MLP.forward"] == "cpu compiled"
+    for part in mlp.children():  # as those that come back from another device
+        assert part.block_rows
+        part.codes, part.block_rows = in_rows(part.codes, part.block_rows), 0
+    assert as_defined(mlp)
+
+
+@torch.no_grad()
+def test_parts_may_exchange_their_names() -> None:
+    mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+    assert as_defined(mlp)
+    gate, up, down = mlp.children()
+    mlp._modules = {"up_proj": gate, "gate_proj": up, "down_proj": down}
+    assert as_defined(mlp)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["input_layernorm", "self_attn.o_proj", "mlp.shared_experts.down_proj"])
+def test_an_attribute_may_stand_before_a_weight(place: str) -> None:
+    layer = pack_weights(layer_of(mla_form="absorbed"), compiled=True)
+    cache, part = layer(TOKEN.expand(1, 7, -1), use_cache=True)[1], layer.get_submodule(place)
+    assert as_defined(layer, past_key_value=cache)
+    part.__dict__["weight"] = part.weight * 100
+    assert as_defined(layer, past_key_value=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_sparse_weight_is_seen(layout: torch.layout) -> None:
+    mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
+    assert mlp.token_in_cpp.holds(mlp)
+    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.to_sparse(layout=layout))
+    assert not mlp.token_in_cpp.holds(mlp)
