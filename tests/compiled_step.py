@@ -1220,6 +1220,7 @@ def test_an_attribute_may_stand_before_a_weight(place: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_a_sparse_weight_is_seen(layout: torch.layout) -> None:
     mlp = pack_weights(layer_of(layer_idx=0).mlp, compiled=True)
